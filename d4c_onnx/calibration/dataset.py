@@ -1,0 +1,134 @@
+"""The calibration set on disk.
+
+<set>/
+  pixel_values.npy      float32 [N, 3, H, W], normalised: exactly what the image encoder is fed
+  held_out.npy          float32 [M, 3, H, W]: never calibrated on, for label-free fidelity
+  prompts.json          texts, their input_ids cut to the end token, held-out texts, image labels
+  contact_sheet.png     all images, for a person to look at
+  manifest.json         key (model weights, recipe, seed), versions, SHA-256 of each file
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from d4c_onnx.errors import CalibrationError
+from d4c_onnx.files import sha256, staged_folder, write_json
+
+PIXELS, HELD_OUT, PROMPTS, SHEET, MANIFEST = (
+    "pixel_values.npy",
+    "held_out.npy",
+    "prompts.json",
+    "contact_sheet.png",
+    "manifest.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """A calibration set.
+
+    Attributes:
+        pixel_values: float32 [N, 3, H, W]; memory-mapped when read from disk.
+        held_out: float32 [M, 3, H, W].
+        labels: the noun each image was made for, N + M entries; empty for noise.
+        texts: calibration prompts.
+        input_ids: one list of ids per prompt, cut to the end token (or at fixed length).
+        held_out_texts: further prompts.
+        manifest: key, versions and seeds.
+    """
+
+    pixel_values: np.ndarray
+    held_out: np.ndarray
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    input_ids: tuple[tuple[int, ...], ...]
+    held_out_texts: tuple[str, ...]
+    manifest: dict[str, Any]
+
+
+def save_calibration_set(target: Path, content: CalibrationSet, preview: np.ndarray) -> CalibrationSet:
+    """Write a set atomically and return it as read back.
+
+    Args:
+        target: the folder; replaced when it exists.
+        content: arrays, texts, and the manifest's own entries.
+        preview: float32 [N, 3, H, W] in 0..1, the images as a person should see them.
+
+    Raises:
+        CalibrationError: an image holds a value that is not finite.
+        BundleError: the disk is full or the place cannot be written.
+    """
+    for name, array in (("pixel_values", content.pixel_values), ("held_out", content.held_out)):
+        if not np.isfinite(array).all():
+            raise CalibrationError(f"{target}: {name} holds NaN or infinity. Lower synthesis.learning_rate.")
+    with staged_folder(target) as stage:
+        np.save(stage / PIXELS, np.ascontiguousarray(content.pixel_values, np.float32))
+        np.save(stage / HELD_OUT, np.ascontiguousarray(content.held_out, np.float32))
+        prompts = {
+            "texts": content.texts,
+            "input_ids": content.input_ids,
+            "held_out_texts": content.held_out_texts,
+            "image_labels": content.labels,
+        }
+        write_json(stage / PROMPTS, prompts)
+        contact_sheet(preview).save(stage / SHEET)
+        files = {file.name: sha256(file) for file in sorted(stage.iterdir())}
+        write_json(stage / MANIFEST, {**content.manifest, "files": files})
+    return open_calibration_set(target)
+
+
+def open_calibration_set(path: Path, verify: bool = True) -> CalibrationSet:
+    """Read a set; images stay on disk until they are used.
+
+    Raises:
+        CalibrationError: the folder is not a set, or a file is missing, damaged or of another shape.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        prompts = json.loads((path / PROMPTS).read_text("utf-8"))
+        pixels, held_out = (np.load(path / name, mmap_mode="r") for name in (PIXELS, HELD_OUT))
+        changed = [name for name, digest in manifest["files"].items() if verify and sha256(path / name) != digest]
+        texts, ids = tuple(prompts["texts"]), tuple(tuple(row) for row in prompts["input_ids"])
+        held_out_texts, labels = tuple(prompts["held_out_texts"]), tuple(prompts["image_labels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(
+            f"{path}: not a complete calibration set ({error}). Make one with d4c-onnx synthesize."
+        ) from error
+    if changed:
+        raise CalibrationError(f"{path / changed[0]}: differs from the manifest's SHA-256. Synthesise again.")
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != np.float32:
+        raise CalibrationError(f"{path / PIXELS}: is {pixels.dtype} {pixels.shape}, not float32 [N, 3, H, W].")
+    return CalibrationSet(pixels, held_out, labels, texts, ids, held_out_texts, manifest)
+
+
+def cut_to_end(input_ids: np.ndarray, end_id: int) -> tuple[tuple[int, ...], ...]:
+    """Rows cut after their first end token; rows without one stay whole. input_ids: int64 [N, context_length]."""
+    rows = []
+    for row in input_ids:
+        ends = np.flatnonzero(row == end_id)
+        rows.append(tuple(int(value) for value in (row[: ends[0] + 1] if len(ends) else row)))
+    return tuple(rows)
+
+
+def contact_sheet(images: np.ndarray, thumb: int = 96, gap: int = 4) -> Image.Image:
+    """All images on one near-square sheet.
+
+    Args:
+        images: float32 [N, 3, H, W] in 0..1.
+        thumb: side of a thumbnail in pixels.
+        gap: white space between thumbnails in pixels.
+    """
+    columns = max(1, math.ceil(math.sqrt(len(images) * 1.6)))
+    rows = max(1, math.ceil(len(images) / columns))
+    sheet = Image.new("RGB", (columns * (thumb + gap) + gap, rows * (thumb + gap) + gap), "white")
+    for index, image in enumerate(images):
+        pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+        tile = Image.fromarray(pixels).resize((thumb, thumb), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (gap + index % columns * (thumb + gap), gap + index // columns * (thumb + gap)))
+    return sheet

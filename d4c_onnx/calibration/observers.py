@@ -1,0 +1,112 @@
+"""Range observers: one pass for the extremes, one for a histogram, then a search for the range of least square error.
+
+Memory is one histogram per tensor, whatever the number of samples; all samples count, not only the first batches.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from d4c_onnx.errors import CalibrationError
+
+BINS = 2048
+_SHRINK = np.linspace(1.0, 0.1, 91)  # candidate fractions of each observed extreme
+
+
+@dataclass(frozen=True, slots=True)
+class QuantParams:
+    """Affine quantisation of one tensor: real = scale * (integer - zero_point), integer in [0, 2**num_bits - 1]."""
+
+    scale: float
+    zero_point: int
+    num_bits: int
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and highest real value on the grid."""
+        top = 2**self.num_bits - 1
+        return (0 - self.zero_point) * self.scale, (top - self.zero_point) * self.scale
+
+
+def quant_params(low: float, high: float, num_bits: int) -> QuantParams:
+    """The unsigned affine grid that covers [low, high] and holds an exact zero.
+
+    Args:
+        low, high: float range; widened to contain 0, which padding and ReLU need exactly.
+        num_bits: width of the grid.
+    """
+    top = 2**num_bits - 1
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    # float32 is what the file stores; a constant-zero tensor gets a harmless unit grid
+    scale = float(np.float32((high - low) / top))
+    if scale <= np.finfo(np.float32).tiny:
+        return QuantParams(1.0 / top, 0, num_bits)
+    return QuantParams(scale, int(np.clip(round(-low / scale), 0, top)), num_bits)
+
+
+@dataclass(slots=True)
+class RangeObserver:
+    """Extremes, then a histogram, of one activation tensor."""
+
+    low: float = np.inf
+    high: float = -np.inf
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def observe_extremes(self, values: np.ndarray) -> None:
+        """First pass. Raises CalibrationError on NaN or infinity."""
+        low, high = float(values.min()), float(values.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise CalibrationError(
+                "an activation is not finite in float32. The model or its calibration set is broken."
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def observe_histogram(self, values: np.ndarray) -> None:
+        """Second pass, over the same samples."""
+        if not len(self.counts):
+            self.counts = np.zeros(BINS, np.int64)
+        width = (self.high - self.low) / BINS
+        if width <= 0:
+            self.counts[0] += values.size
+            return
+        index = ((values.ravel() - np.float32(self.low)) * np.float32(1 / width)).astype(np.int32)
+        np.clip(index, 0, BINS - 1, out=index)
+        self.counts += np.bincount(index, minlength=BINS)
+
+    def minmax(self, num_bits: int) -> QuantParams:
+        """The grid over everything observed."""
+        return quant_params(self.low, self.high, num_bits)
+
+    def mse(self, num_bits: int) -> QuantParams:
+        """The grid of least mean square error over all observed values.
+
+        Both ends of the range are searched in turn (coordinate descent from the observed extremes), each over 91
+        fractions; the error of a candidate is read from the histogram instead of the samples.
+
+        Source: the MSE range search of arXiv 2511.15411's code (25,600 full passes a tensor there, p = 2 here).
+        """
+        centers = self.low + (np.arange(BINS) + 0.5) * (self.high - self.low) / BINS
+        used = self.counts > 0
+        values, weights = centers[used], self.counts[used].astype(np.float64)
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        best = quant_params(low, high, num_bits)
+        least = _square_error(values, weights, best)
+        for _ in range(3):
+            before = least
+            for candidate_low, candidate_high in (
+                *((low * s, high) for s in _SHRINK),
+                *((low, high * s) for s in _SHRINK),
+            ):
+                params = quant_params(candidate_low, candidate_high, num_bits)
+                error = _square_error(values, weights, params)
+                if error < least:
+                    least, best = error, params
+            low, high = best.range
+            if least >= before:
+                break
+        return best
+
+
+def _square_error(values: np.ndarray, weights: np.ndarray, params: QuantParams) -> float:
+    integers = np.clip(np.rint(values / params.scale) + params.zero_point, 0, 2**params.num_bits - 1)
+    return float(weights @ np.square((integers - params.zero_point) * params.scale - values))

@@ -1,0 +1,45 @@
+"""d4c-onnx evaluate."""
+
+from pathlib import Path
+
+import click
+
+from d4c_onnx.cli import options, show
+
+
+@click.command("evaluate")
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--dataset", help="cifar10, fidelity, or a .parquet file.  [the model's own]")
+@options.calibration_option
+@options.recipe_options
+@options.provider_option
+@options.threads_option
+@options.output_modes
+def command(
+    bundles: tuple[Path, ...],
+    dataset: str | None,
+    calibration: Path | None,
+    recipe_name: str,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    provider: str,
+    threads: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure BUNDLES side by side, the first being the baseline.
+
+    Zero-shot on a labelled set; with --dataset fidelity and --calibration DIR, agreement on held-out synthetic input.
+    """
+    recipe = options.resolve_recipe(recipe_name, overrides, seed, {"evaluation.dataset": dataset})
+    from d4c_onnx import pipeline
+
+    with show.stdout_to_stderr(), show.progress(quiet) as on_step:
+        machine = pipeline.Machine(provider=provider, threads=threads)
+        result = pipeline.evaluate_bundles(
+            list(bundles), recipe, calibration=calibration, machine=machine, on_step=on_step
+        )
+    if as_json:
+        show.print_json(result)
+        return
+    show.accuracy_table(result)

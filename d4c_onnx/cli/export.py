@@ -1,0 +1,60 @@
+"""d4c-onnx export."""
+
+from pathlib import Path
+
+import click
+
+from d4c_onnx.cli import options, show
+
+
+@click.command("export")
+@options.model_argument
+@options.pretrained_option
+@options.output_option
+@click.option("--raw", is_flag=True, help="Leave the embeddings unnormalised.")
+@options.overwrite_option
+@options.recipe_options
+@options.threads_option
+@options.output_modes
+def command(
+    model: str,
+    pretrained: str | None,
+    output: Path,
+    raw: bool,
+    overwrite: bool,
+    recipe_name: str,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    threads: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Turn MODEL into FP32 ONNX image and text encoders, checked against torch.
+
+    MODEL is an embedded mini (the default), an open_clip architecture, or hf-hub:org/repo.
+    """
+    recipe = options.resolve_recipe(recipe_name, overrides, seed)
+    from d4c_onnx import pipeline
+
+    with show.stdout_to_stderr(), show.waiting(f"exporting {model}", quiet or as_json):
+        machine = pipeline.Machine(threads=threads)
+        bundle = pipeline.export_bundle(
+            model, output, recipe, pretrained=pretrained, raw=raw, overwrite=overwrite, machine=machine
+        )
+    from d4c_onnx.bundle import encoder_size_bytes
+
+    sizes, parity = encoder_size_bytes(bundle), bundle.manifest["parity_max_abs_difference"]
+    if as_json:
+        show.print_json(
+            {
+                "model": model,
+                "pretrained": bundle.manifest["model"]["pretrained"],
+                "bundle": str(bundle.path),
+                "size_bytes": sizes,
+                "parity_max_abs_difference": parity,
+                "io": bundle.manifest["io"],
+            }
+        )
+        return
+    rows = [[path.name, show.size(sizes[tower]), f"{parity[tower]:.1e}"] for tower, path in bundle.encoders.items()]
+    show.table(f"{model} -> {bundle.path}", ["file", "size", "max difference to torch"], rows)

@@ -1,0 +1,73 @@
+"""The click group: loads a command's file when it is called, and turns errors into exit codes.
+
+0 done, 1 a requested check failed (or the run was interrupted), 2 bad input or usage.
+"""
+
+import importlib
+import json
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+import d4c_onnx
+from d4c_onnx.errors import CheckFailed, D4CError
+
+COMMANDS = {
+    "export": "Turn a CLIP model into FP32 ONNX encoders, checked against torch.",
+    "synthesize": "Make a calibration set from the model itself.",
+    "quantize": "Quantise both encoders, and measure the files against FP32.",
+    "evaluate": "Measure bundles side by side on a labelled set.",
+    "models": "List what can be loaded.",
+}
+
+
+class LazyGroup(click.Group):
+    """Commands by name; their files are imported when they run, so that --help stays fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"d4c_onnx.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CheckFailed as error:
+            _fail("check failed", error)
+            ctx.exit(1)
+        except D4CError as error:
+            _fail("error", error)
+            ctx.exit(2)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(d4c_onnx.__version__)
+def group() -> None:
+    """Data-free quantisation of CLIP models into small, fast ONNX encoders."""
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    group(prog_name="d4c-onnx")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(kind: str, error: D4CError) -> None:
+    if "--json" in sys.argv[1:]:
+        click.echo(json.dumps({"error": str(error), "type": type(error).__name__}))
+    click.echo(f"{kind}: {error}", err=True)

@@ -1,0 +1,129 @@
+"""What a person or a machine sees: progress on stderr, one table or one JSON object on stdout."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+
+from d4c_onnx.progress import OnStep, silent
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[OnStep]:
+    """A rich progress bar per stage on stderr; plain silence with --quiet."""
+    if quiet:
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<11}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def on_step(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
+            if stage not in tasks or bar.tasks[tasks[stage]].finished:
+                tasks[stage] = bar.add_task(stage, total=total, values="")
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+            bar.update(tasks[stage], completed=done, total=total, values=shown)
+
+        yield on_step
+
+
+@contextlib.contextmanager
+def waiting(message: str, quiet: bool) -> Iterator[None]:
+    """A spinner on stderr for a step that cannot say how far it is."""
+    if quiet:
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(message):
+        yield
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Whatever a library prints goes to stderr; stdout is the command's own."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def print_json(value: Any) -> None:
+    """The one object of --json."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def size(number_bytes: int) -> str:
+    """Bytes as a person reads them (decimal megabytes)."""
+    return f"{number_bytes / 1e6:.2f} MB"
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout, in full width when it is not a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title, title_justify="left")
+    for number, name in enumerate(header):
+        grid.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in rows:
+        grid.add_row(*row)
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width).print(grid)
+
+
+def accuracy_table(accuracy: dict[str, Any], names: list[str] | None = None) -> None:
+    """Zero-shot accuracy or fidelity of several bundles, side by side."""
+    rows = accuracy["bundles"]
+    names = names or [row["bundle"] for row in rows]
+    if accuracy["kind"] == "zero-shot":
+        title = f"zero-shot on {accuracy['dataset']}, {accuracy['images']:,} images, executed by onnxruntime"
+        header = ["", "top-1 %", "top-5 %", "difference [95 %]", "agreement %", "cosine image", "cosine text"]
+        lines = [
+            [name, f"{row['top1']:.2f}", f"{row['top5']:.2f}", *_versus(row)]
+            for name, row in zip(names, rows, strict=True)
+        ]
+    else:
+        title = (
+            f"fidelity to FP32 on {accuracy['images']} held-out synthetic images (agreement, not accuracy: no labels)"
+        )
+        header = ["", "agreement %", "cosine image (least)", "cosine text (least)", "similarity rmse"]
+        lines = [[name, *_fidelity(row)] for name, row in zip(names, rows, strict=True)]
+    table(title, header, lines)
+
+
+def _versus(row: dict[str, Any]) -> list[str]:
+    versus = row.get("versus_first")
+    if not versus:
+        return ["", "", "", ""]
+    change = versus["top1_difference"]
+    return [
+        f"{change['points']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]",
+        f"{versus['agreement']:.2f}",
+        f"{versus['cosine_image']:.5f}",
+        f"{versus['cosine_text']:.5f}",
+    ]
+
+
+def _fidelity(row: dict[str, Any]) -> list[str]:
+    versus = row.get("versus_first")
+    if not versus:
+        return ["", "", "", ""]
+    return [
+        f"{versus['agreement']:.2f}",
+        f"{versus['cosine_image']:.5f} ({versus['cosine_image_least']:.5f})",
+        f"{versus['cosine_text']:.5f} ({versus['cosine_text_least']:.5f})",
+        f"{versus['similarity_rmse']:.5f}",
+    ]

@@ -1,0 +1,70 @@
+"""d4c-onnx synthesize."""
+
+import time
+from pathlib import Path
+
+import click
+
+from d4c_onnx.cli import options, show
+
+
+@click.command("synthesize")
+@options.model_argument
+@options.pretrained_option
+@options.output_option
+@options.prompts_option
+@click.option("--method", type=click.Choice(["d4c", "noise"]), help="How images come into being.  [recipe: d4c]")
+@click.option("--images", type=click.IntRange(1), help="Number of calibration images.  [recipe: 128]")
+@options.recipe_options
+@options.device_option
+@options.threads_option
+@options.output_modes
+def command(
+    model: str,
+    pretrained: str | None,
+    output: Path,
+    prompts: Path | None,
+    method: str | None,
+    images: int | None,
+    recipe_name: str,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    device: str,
+    threads: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make a calibration set from MODEL (a name, or the path of an FP32 bundle) itself; no real image is touched.
+
+    An interrupted run resumes; the same seed gives the same files.
+    """
+    extra: dict[str, object] = {"synthesis.method": method, "synthesis.images": images}
+    recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
+    from d4c_onnx import pipeline
+
+    start = time.perf_counter()
+    with show.stdout_to_stderr(), show.progress(quiet) as on_step:
+        folder, made = pipeline.synthesize_calibration_set(
+            model,
+            recipe,
+            output=output,
+            pretrained=pretrained,
+            prompts=prompts,
+            machine=pipeline.Machine(device=device, threads=threads),
+            on_step=on_step,
+        )
+    seconds = round(time.perf_counter() - start, 2)
+    result = {
+        "model": model,
+        "calibration": str(folder),
+        "images": len(made.pixel_values),
+        "held_out": len(made.held_out),
+        "prompts": len(made.texts),
+        "contact_sheet": str(folder / "contact_sheet.png"),
+        "seconds": seconds,
+    }
+    if as_json:
+        show.print_json(result)
+        return
+    click.echo(f"{result['images']} images and {result['prompts']} prompts in {folder} ({seconds:.0f} s)")
+    click.echo(f"look at {result['contact_sheet']}")

@@ -1,0 +1,71 @@
+"""Label-free fidelity: how near a quantised bundle's answers stay to FP32 on images and prompts it never saw.
+
+For models without an embedded labelled set. It measures agreement with FP32 on synthetic input, not accuracy.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.calibration.dataset import CalibrationSet
+from d4c_onnx.errors import CalibrationError
+from d4c_onnx.evaluation.embed import BundleEncoders
+from d4c_onnx.progress import OnStep, silent
+
+
+def evaluate_fidelity(
+    bundles: Sequence[Bundle],
+    calibration: CalibrationSet,
+    *,
+    batch: int = 16,
+    provider: str = "cpu",
+    threads: int = 0,
+    on_step: OnStep = silent,
+) -> dict[str, Any]:
+    """Compare each bundle with the first on the set's held-out images and prompts.
+
+    Returns:
+        `kind`, counts, and per bundle after the first: mean and least cosine per tower, agreement of the best prompt
+        per image in percent, and the root mean square error of the similarity matrix.
+
+    Raises:
+        CalibrationError: the set holds nothing out.
+    """
+    images, texts = calibration.held_out, list(calibration.held_out_texts)
+    if not len(images) or not texts:
+        raise CalibrationError("the calibration set holds nothing out. Raise synthesis.held_out and text.held_out.")
+    total, done = len(images) * len(bundles), 0
+    rows: list[dict[str, Any]] = []
+    first: tuple[np.ndarray, np.ndarray] | None = None
+    for bundle in bundles:
+        encoders = BundleEncoders(bundle, provider, threads)
+
+        def count(number: int) -> None:
+            nonlocal done
+            done += number
+            on_step("evaluate", done, total, {})
+
+        pixels = encoders.pixel_batches((images[i : i + batch] for i in range(0, len(images), batch)), count)
+        seen = (pixels, encoders.texts(texts))
+        row: dict[str, Any] = {"bundle": str(bundle.path)}
+        if first is None:
+            first = seen
+        else:
+            row["versus_first"] = _compare(seen, first)
+        rows.append(row)
+    return {"kind": "fidelity", "images": len(images), "prompts": len(texts), "bundles": rows}
+
+
+def _compare(seen: tuple[np.ndarray, np.ndarray], first: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+    similarity, baseline = seen[0] @ seen[1].T, first[0] @ first[1].T
+    cosines = [(mine * reference).sum(1) for mine, reference in zip(seen, first, strict=True)]
+    return {
+        "agreement": 100 * float((similarity.argmax(1) == baseline.argmax(1)).mean()),
+        "cosine_image": float(cosines[0].mean()),
+        "cosine_image_least": float(cosines[0].min()),
+        "cosine_text": float(cosines[1].mean()),
+        "cosine_text_least": float(cosines[1].min()),
+        "similarity_rmse": float(np.sqrt(np.square(similarity - baseline).mean())),
+    }

@@ -1,0 +1,5 @@
+"""Tower -> FP32 ONNX: trace, clean, check against torch, describe."""
+
+from d4c_onnx.export.bundle import export_fp32
+
+__all__ = ["export_fp32"]

@@ -1,0 +1,109 @@
+"""Writing the FP32 bundle of a loaded model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, open_bundle, write_manifest
+from d4c_onnx.export.parity import TOLERANCE, check_parity
+from d4c_onnx.export.trace import trace_tower
+from d4c_onnx.files import staged_folder
+from d4c_onnx.graph.files import opset_of, save_graph, set_metadata
+from d4c_onnx.models.load import LoadedModel
+from d4c_onnx.models.tokenizer import write_tokenizer
+from d4c_onnx.runtime.golden import TEXT, golden_input, write_golden
+
+
+def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = False) -> Bundle:
+    """Export both towers, check them against torch, and write a complete bundle; or leave nothing behind.
+
+    Args:
+        loaded: the model.
+        target: the bundle's folder.
+        seed: of the random parity input; also, for random weights, what makes the model again.
+        raw: leave the embeddings unnormalised.
+
+    Raises:
+        CheckFailed: a written file differs from torch by more than 1e-4.
+        GraphError: torch cannot trace a tower.
+        BundleError: the folder cannot be written.
+    """
+    image, text = loaded.deployed_towers(normalize=not raw)
+    height, width = loaded.preprocess["size"]
+    example_ids = torch.from_numpy(loaded.tokenize(["a photo of a cat.", "two words"]))
+    dynamic = text.dynamic_sequence
+    context = loaded.context_length
+    graphs = {
+        IMAGE_ENCODER: trace_tower(image, torch.randn(2, 3, height, width), "pixel_values", "image_embeds"),
+        TEXT_ENCODER: trace_tower(
+            # an odd, short example length: nothing may be specialised to the context length
+            text,
+            example_ids[:, : min(11, context)] if dynamic else example_ids,
+            "input_ids",
+            "text_embeds",
+            context if dynamic else None,
+        ),
+    }
+    with staged_folder(target) as stage:
+        tokenizer = write_tokenizer(loaded.tokenizer, context, stage / TOKENIZER)
+        tokenizer |= {"causal": dynamic, "dynamic_sequence": dynamic}
+        properties = _properties(loaded, raw, tokenizer)
+        for name, graph in graphs.items():
+            set_metadata(graph, {key: str(value) for key, value in properties.items()})
+            save_graph(graph, stage / name)
+        ids = loaded.tokenize([TEXT])
+        golden = {"pixel_values": golden_input(loaded.preprocess), "input_ids": ids}
+        worst = check_parity(loaded, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, golden, seed)
+        fed = ids[:, : int((ids != 0).sum())] if dynamic else ids
+        write_golden(stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, loaded.preprocess, fed, TOLERANCE)
+        write_manifest(
+            stage,
+            {
+                "kind": "fp32",
+                "model": properties,
+                "preprocess": loaded.preprocess,
+                "tokenizer": tokenizer,
+                "io": signature(graphs),
+                "seed": seed,
+                "parity_max_abs_difference": {tower: float(f"{value:.3g}") for tower, value in worst.items()},
+            },
+        )
+    return open_bundle(target, verify=False)
+
+
+def _properties(loaded: LoadedModel, raw: bool, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    model = loaded.model
+    scale, bias = getattr(model, "logit_scale", None), getattr(model, "logit_bias", None)
+    return {
+        "name": loaded.name,
+        "pretrained": loaded.pretrained,
+        "weights_sha256": loaded.weights_sha256,
+        "quick_gelu": loaded.quick_gelu,
+        "logit_scale": None if scale is None else float(np.exp(scale.detach().numpy()).item()),
+        "logit_bias": None if bias is None else float(bias.detach().numpy().item()),
+        "normalized": not raw,
+        "context_length": loaded.context_length,
+        "end_id": tokenizer.get("eot_id"),
+        "dataset": loaded.embedded.dataset if loaded.embedded and loaded.pretrained == "embedded" else None,
+    }
+
+
+def signature(graphs: dict[str, onnx.ModelProto]) -> dict[str, Any]:
+    """Inputs, outputs and opset per file, read from the graphs."""
+    return {
+        name: {
+            "inputs": [_describe(value) for value in model.graph.input],
+            "outputs": [_describe(value) for value in model.graph.output],
+            "opset": opset_of(model),
+        }
+        for name, model in graphs.items()
+    }
+
+
+def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    return {"name": value.name, "dtype": onnx.TensorProto.DataType.Name(tensor.elem_type).lower(), "shape": shape}

@@ -1,0 +1,64 @@
+"""How many bits each weight really takes, counted from the written file."""
+
+from dataclasses import dataclass
+from math import prod
+
+import onnx
+
+from d4c_onnx.graph.index import GraphIndex
+from d4c_onnx.graph.layers import WEIGHTED_OPS
+
+_BITS: dict[int, int] = {
+    onnx.TensorProto.INT4: 4,
+    onnx.TensorProto.UINT4: 4,
+    onnx.TensorProto.INT8: 8,
+    onnx.TensorProto.UINT8: 8,
+    onnx.TensorProto.FLOAT16: 16,
+    onnx.TensorProto.BFLOAT16: 16,
+    onnx.TensorProto.FLOAT: 32,
+}
+# What may stand between a stored weight and the node that multiplies with it.
+_PASS_THROUGH = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape", "Identity"}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBits:
+    """One weighted layer of a file: node, op, stored initialiser, elements, bits per stored weight."""
+
+    node: str
+    op: str
+    weight: str
+    elements: int
+    bits: int
+
+
+def layer_bits(model: onnx.ModelProto) -> list[LayerBits]:
+    """Every MatMul, Gemm and Conv with a stored weight, and the width of the initialiser behind it."""
+    index = GraphIndex(model.graph)
+    layers = []
+    for node in model.graph.node:
+        if node.op_type not in WEIGHTED_OPS:
+            continue
+        for name in (node.input[1], node.input[0]) if node.op_type == "MatMul" else (node.input[1],):
+            stored = _stored(index, name)
+            if stored is not None:
+                bits = _BITS.get(stored.data_type, 32)
+                layers.append(LayerBits(node.name, node.op_type, stored.name, prod(stored.dims), bits))
+                break
+    return layers
+
+
+def average_bits(layers: list[LayerBits]) -> float:
+    """Stored bits per weight, over all weights of all given layers."""
+    total = sum(layer.elements for layer in layers)
+    return sum(layer.elements * layer.bits for layer in layers) / total if total else 0.0
+
+
+def _stored(index: GraphIndex, name: str) -> onnx.TensorProto | None:
+    while name not in index.initializers:
+        node = index.producer.get(name)
+        if node is None or node.op_type not in _PASS_THROUGH:
+            return None
+        name = node.input[0]
+    tensor = index.initializers[name]
+    return tensor if len(tensor.dims) >= 2 else None

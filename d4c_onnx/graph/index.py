@@ -1,0 +1,83 @@
+"""Who makes a value, who reads it, what constant it is: one index per graph, made anew after a rewrite."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+
+class GraphIndex:
+    """Look-ups over an onnx GraphProto."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.producer: dict[str, onnx.NodeProto] = {}
+        self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in graph.node:
+            for name in node.output:
+                self.producer[name] = node
+            for name in node.input:
+                if name:
+                    self.consumers[name].append(node)
+        self.outputs = {value.name for value in graph.output}
+        self.inputs = {value.name for value in graph.input} - set(self.initializers)
+
+    def array(self, name: str) -> np.ndarray | None:
+        """An initialiser's values, or None."""
+        tensor = self.initializers.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
+    def only_consumer(self, name: str) -> onnx.NodeProto | None:
+        """The one node that reads `name`, or None when there are several or it is a graph output."""
+        readers = self.consumers.get(name, [])
+        return readers[0] if len(readers) == 1 and name not in self.outputs else None
+
+
+def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:
+    """A node's attribute as a Python value."""
+    for entry in node.attribute:
+        if entry.name == name:
+            return onnx.helper.get_attribute_value(entry)
+    return default
+
+
+def set_initializer(graph: onnx.GraphProto, name: str, values: np.ndarray) -> None:
+    """Replace (or add) an initialiser."""
+    tensor = numpy_helper.from_array(np.ascontiguousarray(values), name)
+    for entry in graph.initializer:
+        if entry.name == name:
+            entry.CopyFrom(tensor)
+            return
+    graph.initializer.append(tensor)
+
+
+def drop_unused(graph: onnx.GraphProto) -> int:
+    """Remove nodes, initialisers and shape notes that no output needs; returns how many nodes."""
+    needed = {value.name for value in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if any(name in needed for name in node.output):
+            needed.update(node.input)
+            for name in _captured(node):
+                needed.add(name)
+            kept.append(node)
+    removed = len(graph.node) - len(kept)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    for field in (graph.initializer, graph.value_info):
+        alive = [entry for entry in field if entry.name in needed]
+        if len(alive) != len(field):
+            del field[:]
+            field.extend(alive)
+    return removed
+
+
+def _captured(node: onnx.NodeProto) -> Iterator[str]:
+    for entry in node.attribute:
+        if entry.type == onnx.AttributeProto.GRAPH:
+            for inner in entry.g.node:
+                yield from inner.input
+                yield from _captured(inner)

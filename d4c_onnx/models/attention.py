@@ -1,0 +1,108 @@
+"""Attention re-expressed for deployment: one plain Linear per projection, the 1/sqrt(d) folded into q.
+
+`nn.MultiheadAttention` exports to a graph of slices and reshapes around one fused weight. Written as four Linears,
+the same numbers come out of one quantisable MatMul per projection. Exact up to float32 rounding.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class PlainAttention(nn.Module):
+    """Self-attention with separate projections; call-compatible with `nn.MultiheadAttention` as open_clip calls it."""
+
+    def __init__(self, q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear, heads: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = q, k, v, out
+        self.heads = heads
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """All float32 [batch, length, width]; the mask is additive. Returns ([batch, length, width], None)."""
+        key = query if key is None else key
+        value = key if value is None else value
+        q, k, v = self._split(self.q_proj(query)), self._split(self.k_proj(key)), self._split(self.v_proj(value))
+        scores = q @ k.transpose(-1, -2)  # [batch, heads, query, key]
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2)  # [batch, query, heads, width / heads]
+        return self.out_proj(mixed.flatten(2)), None
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [batch, heads, length, width / heads]
+
+
+class PlainAttentionPool(nn.Module):
+    """CLIP's ResNet attention pool with one query, the mean token: the only row that the original returns."""
+
+    def __init__(self, attention: PlainAttention, positional_embedding: torch.Tensor) -> None:
+        super().__init__()
+        self.attention = attention
+        self.positional_embedding = nn.Parameter(positional_embedding.detach().clone(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: float32 [batch, channels, height, width]. Returns [batch, embed]."""
+        tokens = x.flatten(2).transpose(1, 2)  # [batch, height * width, channels]
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + self.positional_embedding
+        return self.attention(tokens[:, :1], tokens)[0].squeeze(1)
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A Linear with copies of `weight` [out, in] and `bias` [out]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight.data.copy_(weight.detach())
+    if bias is not None:
+        layer.bias.data.copy_(bias.detach())
+    return layer
+
+
+def plain_attention(module: nn.MultiheadAttention) -> PlainAttention | None:
+    """Re-express an `nn.MultiheadAttention`; None where it uses something that has no plain form here."""
+    same_width = module._qkv_same_embed_dim and module.in_proj_weight is not None
+    if not same_width or not module.batch_first or module.bias_k is not None or module.add_zero_attn:
+        return None
+    q, k, v = module.in_proj_weight.chunk(3)
+    biases = module.in_proj_bias.chunk(3) if module.in_proj_bias is not None else (None, None, None)
+    return from_projections((q, k, v), biases, module.out_proj, module.num_heads)
+
+
+def plain_attention_pool(module: nn.Module) -> PlainAttentionPool:
+    """Re-express open_clip's `AttentionPool2d`."""
+    pool: Any = module
+    weights = (pool.q_proj.weight, pool.k_proj.weight, pool.v_proj.weight)
+    biases = (pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias)
+    attention = from_projections(weights, biases, pool.c_proj, pool.num_heads)
+    return PlainAttentionPool(attention, pool.positional_embedding)
+
+
+def from_projections(weights: Any, biases: Any, out: nn.Linear, heads: int) -> PlainAttention:
+    """Build a `PlainAttention`; q's weight and bias carry the 1/sqrt(width / heads)."""
+    scale = (weights[0].shape[0] // heads) ** -0.5
+    q = linear(weights[0] * scale, None if biases[0] is None else biases[0] * scale)
+    k, v = linear(weights[1], biases[1]), linear(weights[2], biases[2])
+    return PlainAttention(q, k, v, linear(out.weight, out.bias), heads)
+
+
+def replace_attention(root: nn.Module) -> int:
+    """Swap every attention below `root` that has a plain form, in place; returns how many."""
+    replaced = 0
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            plain: nn.Module | None = None
+            if type(child) is nn.MultiheadAttention:
+                plain = plain_attention(child)
+            elif type(child).__name__ == "AttentionPool2d" and hasattr(child, "c_proj"):
+                plain = plain_attention_pool(child)
+            if plain is not None:
+                setattr(parent, name, plain.train(child.training))
+                replaced += 1
+    return replaced

@@ -1,0 +1,231 @@
+"""Loading a CLIP: embedded mini, open_clip name and tag, hf-hub:, local checkpoint, or explicit random weights."""
+
+import contextlib
+import copy
+import difflib
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.factory import load_checkpoint
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transform import PreprocessCfg
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import nn
+
+from d4c_onnx.errors import ModelError
+from d4c_onnx.models.attention import replace_attention
+from d4c_onnx.models.catalogue import EmbeddedModel, embedded_models
+from d4c_onnx.models.towers import CausalTextTower, FixedTextTower, ImageTower, text_tower
+
+log = logging.getLogger(__name__)
+_CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
+_HUB = "hf-hub:"
+WAYS_OUT = (
+    "Three ways out: run once where the hub can be reached (the weights are then cached); pass a local checkpoint "
+    "with --pretrained FILE.safetensors; or, for speed and size work only, --pretrained random."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """An open_clip model in eval mode and what has to be known about it.
+
+    Attributes:
+        name, pretrained: as the user gave them; `pretrained` is "embedded", "random", a tag or a file's name.
+        model: the open_clip module, attention untouched.
+        preprocess: size [H, W], mean, std, interpolation, resize_mode, fill_color.
+        weights_sha256: over every tensor of the state dict, in name order.
+        embedded: the catalogue's entry for a shipped model.
+    """
+
+    name: str
+    pretrained: str
+    model: Any
+    tokenizer: Any
+    preprocess: dict[str, Any]
+    weights_sha256: str
+    quick_gelu: bool
+    embedded: EmbeddedModel | None
+
+    @property
+    def context_length(self) -> int:
+        text = getattr(self.model, "text", self.model)
+        return int(getattr(text, "context_length", None) or self.tokenizer.context_length)
+
+    def tokenize(self, texts: list[str]) -> np.ndarray:
+        """int64 [len(texts), context_length]."""
+        return self.tokenizer(texts, context_length=self.context_length).numpy().astype(np.int64)
+
+    def deployed_towers(self, normalize: bool = True) -> tuple[ImageTower, CausalTextTower | FixedTextTower]:
+        """Copies of both towers in the form that is exported; the original stays as it is for the parity check."""
+        model = copy.deepcopy(self.model)
+        replace_attention(model)
+        return ImageTower(model, normalize).eval(), text_tower(model, normalize).eval()
+
+
+def load_model(name: str, pretrained: str | None = None, seed: int = 0) -> LoadedModel:
+    """Load a model on the CPU in float32.
+
+    Args:
+        name: an embedded model, an open_clip architecture, or `hf-hub:org/repo`.
+        pretrained: None for embedded and hf-hub models; else a tag, a checkpoint's path, or `random`.
+        seed: for `random` weights.
+
+    Raises:
+        ModelError: nothing of that name, the weights cannot be reached or read, or do not fit the architecture.
+    """
+    shipped = embedded_models()
+    if name in shipped:
+        if pretrained not in (None, "embedded", "random"):
+            raise ModelError(f"--pretrained {pretrained}: {name} ships with its weights. Leave --pretrained away.")
+        return _load_embedded(shipped[name], pretrained or "embedded", seed)
+    hub = name.startswith(_HUB)
+    if not hub and name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, [*shipped, *open_clip.list_models()], 3, 0.5)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise ModelError(f"{name}: no such model.{hint} d4c-onnx models lists all; hf-hub:org/repo also works.")
+    if hub and pretrained is not None:
+        raise ModelError(f"--pretrained {pretrained}: {name} names its own weights. Leave --pretrained away.")
+    if not hub and pretrained is None:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ModelError(f"{name}: which weights? Add --pretrained TAG ({tags}), --pretrained FILE, or random.")
+    with _quiet_logging():
+        return _load_registry(name, pretrained, seed)
+
+
+def _load_embedded(entry: EmbeddedModel, pretrained: str, seed: int) -> LoadedModel:
+    torch.manual_seed(seed)
+    model = CLIP(**copy.deepcopy(entry.model_cfg))
+    if pretrained == "embedded":
+        blob = (resources.files("d4c_onnx.models.embedded") / f"{entry.name}.safetensors").read_bytes()
+        model.load_state_dict({key: value.float() for key, value in load_safetensors(blob).items()})
+    size = entry.model_cfg["vision_cfg"]["image_size"]
+    preprocess = _preprocess(asdict(PreprocessCfg(size=size)))
+    tokenizer = SimpleTokenizer(context_length=entry.model_cfg["text_cfg"]["context_length"])
+    return _loaded(entry.name, pretrained, model, tokenizer, preprocess, entry.model_cfg["quick_gelu"], entry)
+
+
+def _load_registry(name: str, pretrained: str | None, seed: int) -> LoadedModel:
+    tags = open_clip.list_pretrained_tags_by_model(name) if not name.startswith(_HUB) else []
+    tag = pretrained if pretrained in tags else None
+    if pretrained not in (None, "random") and tag is None:
+        _check_checkpoint(name, Path(str(pretrained)), tags)
+    # A tag trained with QuickGELU under an architecture that defaults to GELU gives wrong embeddings, silently.
+    quick = bool(tag and (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu"))
+    torch.manual_seed(seed)
+    try:
+        needs_weights = tag is not None or name.startswith(_HUB)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = open_clip.create_model(
+                name,
+                pretrained=tag,
+                load_weights=needs_weights,
+                force_quick_gelu=quick,
+                pretrained_text=False,
+                require_pretrained=needs_weights,
+            )
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # the hub client raises a dozen types, none of them public
+        raise ModelError(f"{name} {pretrained or ''}: cannot be loaded ({_short(error)}). {WAYS_OUT}") from error
+    if pretrained is not None and tag is None and pretrained != "random":
+        _load_file(model, name, Path(pretrained))
+    config = open_clip.get_model_config(name) if not name.startswith(_HUB) else {}
+    quick = quick or bool((config or {}).get("quick_gelu"))
+    shown = Path(pretrained).name if pretrained and tag is None else (pretrained or "hub")
+    return _loaded(name, shown, model, tokenizer, _preprocess(dict(model.visual.preprocess_cfg)), quick, None)
+
+
+def _check_checkpoint(name: str, path: Path, tags: list[str]) -> None:
+    if path.suffix not in _CHECKPOINTS:
+        known = ", ".join(tags) or "none"
+        raise ModelError(
+            f"--pretrained {path}: neither a tag of {name} ({known}) nor a checkpoint ({', '.join(_CHECKPOINTS)})."
+        )
+    if not path.is_file():
+        raise ModelError(f"--pretrained {path}: no such file.")
+
+
+def _load_file(model: Any, name: str, path: Path) -> None:
+    try:
+        load_checkpoint(model, str(path), strict=True, weights_only=True)
+    except (SafetensorError, OSError, EOFError) as error:
+        raise ModelError(f"{path}: cannot be read as a checkpoint ({_short(error)}). Is the file complete?") from error
+    except RuntimeError as error:
+        text = str(error)
+        if "Missing key" in text or "size mismatch" in text or "Unexpected key" in text:
+            lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+            raise ModelError(
+                f"{path}: the weights do not fit {name} ({_short(lines[0] if lines else text)}). "
+                "Name the architecture they belong to."
+            ) from error
+        raise ModelError(f"{path}: cannot be read as a checkpoint ({_short(error)}).") from error
+    except Exception as error:  # torch's unpickler raises what the file makes it raise
+        raise ModelError(
+            f"{path}: cannot be read with weights_only ({_short(error)}). Save it as .safetensors and try again."
+        ) from error
+
+
+def _loaded(
+    name: str,
+    pretrained: str,
+    model: nn.Module,
+    tokenizer: Any,
+    preprocess: dict,
+    quick: bool,
+    entry: EmbeddedModel | None,
+) -> LoadedModel:
+    model.eval().float().requires_grad_(False)
+    return LoadedModel(name, pretrained, model, tokenizer, preprocess, hash_weights(model), quick, entry)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of the state dict."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).data)
+    return digest.hexdigest()
+
+
+def _preprocess(cfg: dict[str, Any]) -> dict[str, Any]:
+    size = cfg["size"]
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+    return {
+        "size": [height, width],
+        "mean": [float(value) for value in cfg["mean"]],
+        "std": [float(value) for value in cfg["std"]],
+        "interpolation": cfg["interpolation"],
+        "resize_mode": cfg["resize_mode"],
+        "fill_color": int(cfg.get("fill_color") or 0),
+        "channels": "RGB",
+        "value_range": [0.0, 1.0],
+    }
+
+
+def _short(error: object) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+@contextlib.contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """open_clip logs its steps on the root logger; errors reach the user through exceptions instead."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

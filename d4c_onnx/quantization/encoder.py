@@ -1,0 +1,110 @@
+"""One encoder, float file in, quantised file out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnxruntime.quantization import CalibrationDataReader
+
+from d4c_onnx.graph.bits import LayerBits, layer_bits
+from d4c_onnx.graph.files import load_graph, save_graph, set_metadata, strip_notes
+from d4c_onnx.graph.index import GraphIndex
+from d4c_onnx.graph.layers import channels_first
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.layout import (
+    MINIMUM_ORT,
+    clip_activations,
+    find_token_table,
+    store_int4,
+    store_token_table,
+)
+from d4c_onnx.quantization.plan import make_plan
+from d4c_onnx.quantization.qdq import quantize_graph
+from d4c_onnx.quantization.ranges import collect_ranges
+from d4c_onnx.quantization.rounding import QuantizedWeight, make_rounding
+from d4c_onnx.recipe import QuantizationSection
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderReport:
+    """What was written: each layer with its true bits, token-table bits, minimum onnxruntime."""
+
+    layers: tuple[LayerBits, ...]
+    token_table_bits: int | None
+    activations: int
+    minimum_onnxruntime: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "layers": {
+                layer.node: {"op": layer.op, "bits": layer.bits, "weights": layer.elements} for layer in self.layers
+            },
+            "token_table_bits": self.token_table_bits,
+            "quantized_activations": self.activations,
+            "minimum_onnxruntime": self.minimum_onnxruntime,
+        }
+
+
+def quantize_encoder(
+    source: Path,
+    target: Path,
+    reader: CalibrationDataReader,
+    section: QuantizationSection,
+    *,
+    provider: str = "cpu",
+    threads: int = 0,
+    on_step: OnStep = silent,
+) -> EncoderReport:
+    """Quantise one encoder file.
+
+    Args:
+        source: the float encoder.
+        target: where the quantised one goes (a staged path).
+        reader: rewindable calibration data for the encoder's input.
+        section: widths, rounding, ranges.
+        provider, threads: of the calibration runs.
+        on_step: told after each calibration batch.
+
+    Raises:
+        GraphError: the graph cannot be quantised.
+        CalibrationError: an activation is not finite.
+    """
+    model = load_graph(source)
+    strip_notes(model)
+    plan = make_plan(model.graph, section)
+    ranges = collect_ranges(
+        model, plan.activations, reader, section, provider=provider, threads=threads, on_step=on_step
+    )
+    weights = _round_weights(model, plan, section)
+    quantized = quantize_graph(model, plan, weights, ranges, reader)
+    strip_notes(quantized)
+    clip_activations(quantized, ranges)
+    store_int4(quantized, [f"{name}_quantized" for name, weight in weights.items() if weight.num_bits == 4])
+    table = find_token_table(quantized.graph)
+    if table is not None:
+        gather, name = table
+        rows = GraphIndex(quantized.graph).array(name)
+        assert rows is not None
+        rounded = make_rounding("nearest").round(np.asarray(rows, np.float32), section.table_bits)
+        store_token_table(quantized, gather, name, rounded)
+    set_metadata(quantized, {entry.key: entry.value for entry in model.metadata_props} | {"quantization": section.bits})
+    save_graph(quantized, target)
+    int4 = any(weight.num_bits == 4 for weight in weights.values()) or (table is not None and section.table_bits == 4)
+    return EncoderReport(
+        tuple(layer_bits(quantized)), section.table_bits if table else None, len(ranges), MINIMUM_ORT[int4]
+    )
+
+
+def _round_weights(model: Any, plan: Any, section: QuantizationSection) -> dict[str, QuantizedWeight]:
+    rounding = make_rounding(section.rounding)
+    index = GraphIndex(model.graph)
+    weights: dict[str, QuantizedWeight] = {}
+    for layer in plan.layers:
+        if layer.weight not in weights:
+            values = index.array(layer.weight)
+            assert values is not None
+            rows = channels_first(np.asarray(values, np.float32), layer.channel_axis)
+            weights[layer.weight] = rounding.round(rows, plan.weight_bits[layer.weight])
+    return weights

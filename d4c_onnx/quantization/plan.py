@@ -1,0 +1,81 @@
+"""Which nodes are quantised and how many bits each weight gets: decided once, from the float graph and the recipe."""
+
+from dataclasses import dataclass
+
+import onnx
+
+from d4c_onnx.errors import GraphError
+from d4c_onnx.graph.index import GraphIndex
+from d4c_onnx.graph.layers import WeightedLayer, weighted_layers
+from d4c_onnx.recipe import QuantizationSection
+
+# Between convolutions the integer path only holds when what stands between them is integer too.
+_BETWEEN_CONVOLUTIONS = ("Relu", "Add", "AveragePool", "MaxPool")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `quantize_static` is asked to do.
+
+    Attributes:
+        layers: the weighted layers, in graph order.
+        weight_bits: by initialiser name.
+        nodes: names of all nodes to quantise.
+        op_types: their operator types.
+        activations: float values whose ranges are needed.
+    """
+
+    layers: tuple[WeightedLayer, ...]
+    weight_bits: dict[str, int]
+    nodes: tuple[str, ...]
+    op_types: tuple[str, ...]
+    activations: tuple[str, ...]
+
+
+def make_plan(graph: onnx.GraphProto, section: QuantizationSection) -> Plan:
+    """Decide what is quantised.
+
+    The first layer and the final projection get `boundary_bits`, every other weight the recipe's width.
+
+    Raises:
+        GraphError: the graph has no weighted layer.
+    """
+    layers = tuple(weighted_layers(graph))
+    if not layers:
+        raise GraphError("the graph has no MatMul, Gemm or Conv with a constant weight: nothing to quantise.")
+    widest = max(section.weight_bits, section.boundary_bits)
+    bits: dict[str, int] = {}
+    for layer in layers:
+        own = widest if layer.first or layer.last else section.weight_bits
+        bits[layer.weight] = max(own, bits.get(layer.weight, 0))  # a shared weight keeps the wider grid
+    chosen = {layer.node for layer in layers}
+    if any(layer.op == "Conv" for layer in layers):
+        chosen |= _between_convolutions(graph)
+    if section.attention == "int8":
+        chosen |= {node.name for node in graph.node if node.op_type == "MatMul"}
+    nodes = [node for node in graph.node if node.name in chosen]
+    constants = {tensor.name for tensor in graph.initializer}
+    names = dict.fromkeys(
+        name for node in nodes for name in (*node.input, *node.output) if name and name not in constants
+    )
+    return Plan(
+        layers,
+        bits,
+        tuple(node.name for node in nodes),
+        tuple(sorted({node.op_type for node in nodes})),
+        tuple(names),
+    )
+
+
+def _between_convolutions(graph: onnx.GraphProto) -> set[str]:
+    """Relu, Add and pools that can be reached from a Conv through each other only."""
+    index = GraphIndex(graph)
+    reached: set[str] = set()
+    queue = [name for node in graph.node if node.op_type == "Conv" for name in node.output]
+    while queue:
+        for node in index.consumers.get(queue.pop(), []):
+            fits = node.op_type in _BETWEEN_CONVOLUTIONS and not any(name in index.initializers for name in node.input)
+            if fits and node.name not in reached:
+                reached.add(node.name)
+                queue.extend(node.output)
+    return reached

@@ -1,0 +1,121 @@
+"""Driving onnxruntime's own `quantize_static` with our ranges and our integers.
+
+Weights are placed on their grid in the float graph before, so the integers that `quantize_static` stores are exactly
+those the rounding chose; every activation's scale and zero point comes from our observers as an override.
+"""
+
+import copy
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from d4c_onnx.calibration.observers import QuantParams
+from d4c_onnx.errors import GraphError
+from d4c_onnx.graph.index import GraphIndex, set_initializer
+from d4c_onnx.graph.layers import channels_back
+from d4c_onnx.quantization.plan import Plan
+from d4c_onnx.quantization.rounding import QuantizedWeight
+
+# A product's output stays float: the residual stream is never rounded, and onnxruntime's kernel for it
+# (MatMulIntegerToFloat) is as fast. A convolution needs an integer output to become a QLinearConv.
+_FLOAT_OUTPUTS = ["MatMul", "Gemm"]
+
+
+def quantize_graph(
+    model: onnx.ModelProto,
+    plan: Plan,
+    weights: Mapping[str, QuantizedWeight],
+    ranges: Mapping[str, QuantParams],
+    reader: CalibrationDataReader,
+) -> onnx.ModelProto:
+    """The QDQ graph: int8 weights (4-bit ones still stored as int8), uint8 activations.
+
+    Args:
+        model: the float encoder; not changed.
+        plan: what is quantised.
+        weights: per initialiser.
+        ranges: per activation.
+        reader: onnxruntime insists on its own calibration pass; its results are overridden.
+
+    Raises:
+        GraphError: onnxruntime refused, or stored other integers than it was given.
+    """
+    placed = copy.deepcopy(model)
+    overrides: dict[str, list[dict[str, Any]]] = {}
+    for layer in plan.layers:
+        weight = weights[layer.weight]
+        shape = tuple(next(t.dims for t in placed.graph.initializer if t.name == layer.weight))
+        set_initializer(placed.graph, layer.weight, channels_back(weight.dequantize(), shape, layer.channel_axis))
+        overrides[layer.weight] = _weight_override(weight, layer.channel_axis)
+    for name, params in ranges.items():
+        overrides[name] = [
+            {
+                "quant_type": QuantType.QUInt8,
+                "scale": np.array(params.scale, np.float32),
+                "zero_point": np.array(params.zero_point, np.uint8),
+            }
+        ]
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "float.onnx", Path(folder) / "qdq.onnx"
+        onnx.save(placed, source)
+        reader.rewind()
+        try:
+            with _quiet_root_logger():
+                quantize_static(
+                    str(source),
+                    str(target),
+                    reader,
+                    quant_format=QuantFormat.QDQ,
+                    op_types_to_quantize=list(plan.op_types),
+                    nodes_to_quantize=list(plan.nodes),
+                    per_channel=True,
+                    activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                    extra_options={
+                        "TensorQuantOverrides": overrides,
+                        "OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS,
+                        "WeightSymmetric": True,
+                    },
+                )
+        except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError, KeyError) as error:
+            raise GraphError(f"onnxruntime's quantize_static refused the graph ({str(error)[:300]}).") from error
+        quantized = onnx.load(target)
+    _check_integers(quantized.graph, weights, plan)
+    return quantized
+
+
+def _weight_override(weight: QuantizedWeight, axis: int) -> list[dict[str, Any]]:
+    channels: list[dict[str, Any]] = [
+        {"quant_type": QuantType.QInt8, "scale": np.array(scale, np.float32), "zero_point": np.array(0, np.int8)}
+        for scale in weight.scale
+    ]
+    channels[0]["axis"] = axis
+    return channels
+
+
+def _check_integers(graph: onnx.GraphProto, weights: Mapping[str, QuantizedWeight], plan: Plan) -> None:
+    index = GraphIndex(graph)
+    for layer in plan.layers:
+        stored = index.array(f"{layer.weight}_quantized")
+        if stored is None:
+            raise GraphError(f"{layer.node}: quantize_static left the weight {layer.weight} in float.")
+        expected = channels_back(weights[layer.weight].integers, stored.shape, layer.channel_axis)
+        if not np.array_equal(stored, expected):
+            raise GraphError(f"{layer.node}: quantize_static stored other integers than the rounding chose.")
+
+
+class _quiet_root_logger:
+    """`quantize_static` advises on the root logger to preprocess, which the export has already done."""
+
+    def __enter__(self) -> None:
+        self._level = logging.getLogger().level
+        logging.getLogger().setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().setLevel(self._level)

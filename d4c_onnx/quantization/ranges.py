@@ -1,0 +1,71 @@
+"""Activation ranges: two passes of the float encoder over all calibration samples."""
+
+import copy
+from collections.abc import Sequence
+
+import onnx
+from onnxruntime.quantization import CalibrationDataReader
+
+from d4c_onnx.calibration.observers import QuantParams, RangeObserver
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.runtime.session import EncoderSession
+
+
+def collect_ranges(
+    model: onnx.ModelProto,
+    activations: Sequence[str],
+    reader: CalibrationDataReader,
+    section: QuantizationSection,
+    *,
+    provider: str = "cpu",
+    threads: int = 0,
+    on_step: OnStep = silent,
+) -> dict[str, QuantParams]:
+    """The grid of every activation.
+
+    Args:
+        model: the float encoder.
+        activations: value names.
+        reader: rewindable.
+        section: `ranges` (mse or minmax) and the activation width.
+
+    Returns:
+        Per value name: scale, zero point, width.
+    """
+    wanted = [name for name in activations if name not in {value.name for value in model.graph.input}]
+    fed = [name for name in activations if name not in wanted]
+    session = EncoderSession(_with_outputs(model, wanted).SerializeToString(), provider, threads)
+    observers = {name: RangeObserver() for name in activations}
+    passes = 2 if section.ranges == "mse" else 1
+    total = _count(reader) * passes
+    done = 0
+    for number in range(passes):
+        reader.rewind()
+        while (feed := reader.get_next()) is not None:
+            batch = next(iter(feed.values()))
+            values = session.run_all(batch)
+            for name, observer in observers.items():
+                seen = batch if name in fed else values[name]
+                observer.observe_histogram(seen) if number else observer.observe_extremes(seen)
+            done += 1
+            on_step("calibrate", done, total, {})
+    if section.ranges == "minmax":
+        return {name: observer.minmax(section.activation_bits) for name, observer in observers.items()}
+    return {name: observer.mse(section.activation_bits) for name, observer in observers.items()}
+
+
+def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    opened = copy.deepcopy(model)
+    del opened.graph.output[:]
+    for name in names:
+        opened.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    return opened
+
+
+def _count(reader: CalibrationDataReader) -> int:
+    reader.rewind()
+    count = 0
+    while reader.get_next() is not None:
+        count += 1
+    return count

@@ -1,0 +1,195 @@
+"""Recipes: every choice of a run in one validated, immutable value.
+
+A recipe is a YAML file (`recipes/*.yaml`, or the user's) plus `--set section.key=value` overrides. Each room
+receives its own section, never the whole recipe; the resolved recipe goes into the manifest.
+"""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from d4c_onnx.errors import RecipeError
+
+WEIGHT_BITS = (4, 6, 8)
+ACTIVATION_BITS = (4, 6, 8)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class SynthesisSection(_Section):
+    """How calibration images come into being. Source of the published values: arXiv 2511.15411 and its code."""
+
+    method: Literal["d4c", "noise"] = Field(
+        "d4c", description="d4c: optimised images; noise: N(0, 1) pixels, a control"
+    )
+    images: int = Field(128, ge=1, le=100_000, description="calibration images")
+    held_out: int = Field(16, ge=0, le=100_000, description="further images that calibration never sees, for fidelity")
+    batch: int = Field(16, ge=1, le=4096, description="images that are optimised together (SCG's negatives)")
+    steps: int = Field(50, ge=1, le=1_000_000, description="optimiser steps each image takes part in")
+    learning_rate: float = Field(0.1, gt=0)
+    temperature: float = Field(0.1, gt=0, description="tau of the contrastive losses")
+    pgsi: bool = Field(True, description="prompt-guided semantic injection")
+    scg: bool = Field(True, description="structural contrastive generation: box against background")
+    pae: bool = Field(True, description="perturbation-aware enhancement")
+    tv_weight: float = Field(0.1, ge=0, description="weight of the total variation of the image")
+    whole_image_weight: float = Field(
+        1.0, ge=0, description="weight of PGSI on the whole image beside SCG's box; calibration sees whole images"
+    )
+    image: Literal["bounded", "pixel"] = Field(
+        "bounded", description="bounded: sigmoid pixels that cannot leave [0, 1]; pixel: free values, as published"
+    )
+    redraw_boxes: bool = Field(True, description="draw SCG's boxes at every step, not once")
+    box_area: tuple[float, float] = Field((0.4, 0.7), strict=False, description="range of the box's share of the image")
+    background_noise: float = Field(0.1, ge=0, description="sigma of the noise on SCG's background view")
+    shared_optimizer: bool = Field(
+        False, description="one Adam over the whole set, as published: idle images drift on stale momentum"
+    )
+    labels: Literal["stratified", "random"] = Field("stratified", description="how classes are dealt to images")
+    template: str = Field("a photo of a {}.", description="the prompt of a class")
+    checkpoint_steps: int = Field(200, ge=1, description="steps between checkpoints inside one unit of work")
+
+
+class PromptSection(_Section):
+    """Which texts calibrate the text tower."""
+
+    prompts: int = Field(512, ge=1, le=1_000_000, description="calibration prompts, at most nouns x templates")
+    held_out: int = Field(128, ge=0, le=1_000_000, description="further prompts for fidelity")
+
+
+class QuantizationSection(_Section):
+    """How both encoders are quantised."""
+
+    bits: str = Field("w4a8", description="w<weight bits>a<activation bits>")
+    rounding: Literal["nearest"] = Field("nearest", description="how weights meet their grid")
+    ranges: Literal["mse", "minmax"] = Field("mse", description="how activation ranges are chosen")
+    boundary_bits: Literal[4, 6, 8] = Field(8, description="weight bits of the first layer and the final projection")
+    embedding_bits: Literal[4, 8] | None = Field(None, description="token table bits; none: 4 if weights are 4, else 8")
+    attention: Literal["float", "int8"] = Field("float", description="the two attention products of each block")
+    batch: int = Field(8, ge=1, le=4096, description="calibration batch")
+
+    @property
+    def weight_bits(self) -> int:
+        return parse_bits(self.bits)[0]
+
+    @property
+    def activation_bits(self) -> int:
+        return parse_bits(self.bits)[1]
+
+    @property
+    def table_bits(self) -> int:
+        return self.embedding_bits or (4 if self.weight_bits == 4 else 8)
+
+
+class EvaluationSection(_Section):
+    """What the written files are measured on."""
+
+    dataset: str = Field("auto", description="auto, cifar10, fidelity, or a .parquet file in the Hugging Face layout")
+    batch: int = Field(100, ge=1, le=4096)
+    max_drop: float | None = Field(
+        None, ge=0, description="fail (exit code 1) when top-1 falls by more points than this"
+    )
+    min_cosine: float | None = Field(
+        None, le=1, description="fail when a tower's mean cosine to FP32 is lower than this"
+    )
+
+
+class Recipe(_Section):
+    """All sections of one run."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    synthesis: SynthesisSection = SynthesisSection()
+    text: PromptSection = PromptSection()
+    quantization: QuantizationSection = QuantizationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+
+def parse_bits(bits: str) -> tuple[int, int]:
+    """Split `w4a8` into (4, 8).
+
+    Raises:
+        RecipeError: for anything that is not w<4|6|8>a<4|6|8>.
+    """
+    for weight in WEIGHT_BITS:
+        for activation in ACTIVATION_BITS:
+            if bits.lower() == f"w{weight}a{activation}":
+                return weight, activation
+    raise RecipeError(f"--bits {bits}: not supported. Use w<4|6|8>a<4|6|8>, such as w4a8, w8a8 or w6a6.")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(
+        entry.name[:-5] for entry in resources.files("d4c_onnx.recipes").iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `section.key=value` overrides.
+
+    Args:
+        name: a shipped recipe's name (`default`, `paper`), or a YAML file's path; None means `default`.
+        overrides: strings such as `synthesis.steps=100`; values are YAML scalars.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or holds an unknown key or a bad value.
+    """
+    where, text = _read(str(name or "default"))
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML ({_one_line(error)}). Mend the file.") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of sections, this is a {type(data).__name__}.")
+    for override in overrides:
+        _apply(data, override)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise RecipeError(f"{where}, {key}: {first['msg']}, got {first['input']!r}{more}.") from error
+    parse_bits(recipe.quantization.bits)
+    if recipe.synthesis.template.count("{}") != 1:
+        raise RecipeError(f"{where}, synthesis.template: needs exactly one {{}}, got {recipe.synthesis.template!r}.")
+    low, high = recipe.synthesis.box_area
+    if not 0 < low <= high < 1:
+        raise RecipeError(f"{where}, synthesis.box_area: needs 0 < low <= high < 1, got [{low}, {high}].")
+    return recipe
+
+
+def _read(name: str) -> tuple[str, str]:
+    if name in recipe_names():
+        return f"recipe {name}", (resources.files("d4c_onnx.recipes") / f"{name}.yaml").read_text("utf-8")
+    path = Path(name)
+    if not path.is_file():
+        raise RecipeError(f"--recipe {name}: no such recipe or file. Shipped recipes: {', '.join(recipe_names())}.")
+    try:
+        return str(path), path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({_one_line(error)}).") from error
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override}: use section.key=value, such as synthesis.steps=100.")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {override}: {section} is not a section.")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML ({_one_line(error)}).") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,89 @@
+"""onnxruntime sessions: provider choice, threads, one call per tower."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from d4c_onnx.errors import BundleError, ModelError
+
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+
+
+def resolve_provider(provider: str) -> str:
+    """`cpu`, `cuda` or `auto` to what this onnxruntime can run.
+
+    Raises:
+        ModelError: cuda was asked for and this onnxruntime has no CUDA provider.
+    """
+    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+    if provider == "cuda" and not has_cuda:
+        raise ModelError("--provider cuda: this onnxruntime has no CUDA provider. Install onnxruntime-gpu, or use cpu.")
+    return ("cuda" if has_cuda else "cpu") if provider == "auto" else provider
+
+
+class EncoderSession:
+    """One encoder file, loaded."""
+
+    def __init__(
+        self,
+        path: Path | bytes,
+        provider: str = "cpu",
+        threads: int = 0,
+        optimized_path: Path | None = None,
+        optimize: bool = True,
+    ) -> None:
+        """Load an encoder.
+
+        Args:
+            path: the .onnx file, or a serialised model.
+            provider: cpu, cuda or auto.
+            threads: intra-op threads; 0 lets onnxruntime choose.
+            optimized_path: where onnxruntime writes the graph that it really runs.
+            optimize: False turns every graph optimisation off.
+
+        Raises:
+            BundleError: onnxruntime cannot load the file.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if optimized_path is not None:
+            options.optimized_model_filepath = str(optimized_path)
+        source: Any = path if isinstance(path, bytes) else str(path)
+        try:
+            self._session = ort.InferenceSession(source, options, providers=_PROVIDERS[resolve_provider(provider)])
+        except Exception as error:  # onnxruntime raises its own C++ exception types
+            shown = "model" if isinstance(path, bytes) else path
+            raise BundleError(f"{shown}: onnxruntime {ort.__version__} cannot load it ({str(error)[:300]}).") from error
+        self.input_name = self._session.get_inputs()[0].name
+        self.output_names = [output.name for output in self._session.get_outputs()]
+
+    @property
+    def fixed_length(self) -> int | None:
+        """The second axis of the input where the graph fixes it (a text tower without a dynamic sequence)."""
+        shape = self._session.get_inputs()[0].shape
+        return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """The first output for one batch."""
+        return self._session.run(self.output_names[:1], {self.input_name: batch})[0]
+
+    def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """Every output by name."""
+        return dict(zip(self.output_names, self._session.run(None, {self.input_name: batch}), strict=True))
+
+
+def optimized_graph(path: Path) -> Any:
+    """The graph that onnxruntime's CPU provider really runs for `path`, as an onnx ModelProto."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "optimized.onnx"
+        EncoderSession(path, "cpu", os.cpu_count() or 1, optimized_path=target)
+        return onnx.load(target)

@@ -1,0 +1,155 @@
+"""The loop: it owns the optimiser, the views, and the checkpoints; everything else is given to it as values.
+
+A *unit* is a set of images under one Adam. By default each batch is a unit of its own; with `shared_optimizer` the
+whole set is one unit, whose minibatches step one Adam in turn, as published (there, images outside the minibatch
+drift on stale momentum).
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from d4c_onnx.recipe import SynthesisSection
+from d4c_onnx.synthesis.objectives import Objective, Seen, guidance, structure, total_variation
+from d4c_onnx.synthesis.param import Images
+from d4c_onnx.synthesis.perturb import Perturbation, perturb
+from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
+
+StepReport = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """What steers the images: the frozen image tower, the prompts' unit vectors, and the objective.
+
+    Attributes:
+        encode: pixel_values [B, 3, H, W] -> embeds [B, D].
+        texts: float32 [K, D], unit vectors.
+        objective: the weighted sum of losses.
+        perturbations: PAE's list; empty without PAE.
+        perturbed_view: the view PAE acts on.
+    """
+
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    texts: torch.Tensor
+    objective: Objective
+    perturbations: tuple[Perturbation, ...]
+    perturbed_view: str
+
+
+def build_objective(section: SynthesisSection) -> Objective:
+    """The published sum, plus the whole-image term of the default recipe."""
+    objective = section.tv_weight * total_variation()
+    if not section.scg:
+        return guidance("whole", section.temperature) + objective
+    objective = structure(section.temperature) + objective
+    if section.whole_image_weight:
+        objective = objective + section.whole_image_weight * guidance("whole", section.temperature)
+    return objective
+
+
+def optimize_unit(
+    images: Images,
+    labels: torch.Tensor,
+    guide: Guide,
+    section: SynthesisSection,
+    generator: torch.Generator,
+    checkpoint: Path,
+    on_step: StepReport,
+) -> torch.Tensor:
+    """Optimise one unit, resuming from `checkpoint` when it exists.
+
+    Args:
+        images: the unit's leaf and its renderer; float32 [N, 3, H, W].
+        labels: int64 [N].
+        generator: CPU generator, freshly seeded for this unit.
+        checkpoint: state file, written every `checkpoint_steps` passes and removed by the caller.
+        on_step: called after each pass with the pass's number and its loss terms.
+
+    Returns:
+        The rendered images, float32 [N, 3, H, W], on the CPU.
+    """
+    values = images.values.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([values], lr=section.learning_rate)
+    boxes = draw_boxes(len(values), section.box_area, generator).to(values.device)
+    first = _resume(checkpoint, values, optimizer, generator)
+    for step in range(first, section.steps):
+        for chosen in _minibatches(len(values), section.batch, generator):
+            current = boxes[chosen]
+            if section.redraw_boxes:
+                current = draw_boxes(len(chosen), section.box_area, generator).to(values.device)
+            seen = _look(images.render(values[chosen]), current, labels[chosen], guide, section, generator)
+            loss, shown = guide.objective(seen)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        on_step(step + 1, {"loss": float(loss.detach()), **shown})
+        if (step + 1) % section.checkpoint_steps == 0 and step + 1 < section.steps:
+            _save(checkpoint, step + 1, values, optimizer, generator)
+    with torch.no_grad():
+        return images.render(values).float().cpu()
+
+
+def _minibatches(count: int, batch: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """A random order of a unit larger than a batch; the whole unit otherwise."""
+    if count <= batch:
+        return [torch.arange(count)]
+    return list(torch.randperm(count, generator=generator).split(batch))
+
+
+def _look(
+    pixels: torch.Tensor,
+    boxes: torch.Tensor,
+    labels: torch.Tensor,
+    guide: Guide,
+    section: SynthesisSection,
+    generator: torch.Generator,
+) -> Seen:
+    """Render the views the objective needs, and encode them in one forward pass."""
+    wanted = sorted(guide.objective.views)
+    views: dict[str, torch.Tensor] = {}
+    for name in wanted:
+        if name == "box":
+            views[name] = crop_boxes(pixels, boxes)
+        elif name == "background":
+            noise = torch.randn(pixels.shape, generator=generator).to(pixels.device) * section.background_noise
+            views[name] = cut_boxes(pixels, boxes, noise)
+        else:
+            views[name] = pixels
+        if name == guide.perturbed_view:
+            views[name] = perturb(views[name], guide.perturbations, generator)
+    embeds = F.normalize(guide.encode(torch.cat([views[name] for name in wanted])), dim=-1)
+    return Seen(pixels, dict(zip(wanted, embeds.split(len(pixels)), strict=True)), guide.texts, labels)
+
+
+def _save(
+    path: Path, step: int, values: torch.Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> None:
+    state = {
+        "step": step,
+        "values": values.detach().cpu(),
+        "optimizer": optimizer.state_dict(),
+        "generator": generator.get_state(),
+    }
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _resume(path: Path, values: torch.Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+    if not path.exists():
+        return 0
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    with torch.no_grad():
+        values.copy_(state["values"])
+    optimizer.load_state_dict(state["optimizer"])
+    generator.set_state(state["generator"])
+    return int(state["step"])
