@@ -95,9 +95,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def translate_os_error(error: OSError, target: Path) -> BundleError:
     """An operating-system error as one that says what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    # numpy reports a short write in words, without an error number
+    short_write = error.errno is None and "requested and" in str(error)
+    if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return BundleError(
-            f"{target}: no space left to write ({error.strerror}). Free some and run the same command again."
+            f"{target}: no space left to write ({error.strerror or error}). Free some and run the same command again."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return BundleError(f"{target}: cannot be written ({error.strerror}). Choose another --output.")

@@ -91,16 +91,14 @@ def synthesize_calibration_set(
         The set's folder, and the set.
     """
     machine = machine or Machine()
-    _use_threads(machine)
     nouns = read_nouns(prompts) if prompts else None
-    if is_bundle(Path(source)):
-        bundle = _float_bundle(Path(source))
-        loaded = _load_again(bundle)
-        folder = bundle.path
+    folder = Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
+    _use_threads(machine)
+    if is_bundle(folder):
+        origin = _Origin(pretrained, _float_bundle(folder, pretrained))
     else:
-        loaded = _load(source, pretrained, recipe.seed)
-        folder = bundle_folder(output, source)
-    return _calibration_set(loaded, folder, recipe, nouns, machine, on_step)
+        origin = _Origin(pretrained, loaded=_load(source, pretrained, recipe.seed))
+    return _calibration_set(origin, folder, recipe, nouns, machine, on_step)
 
 
 def quantize_bundle(
@@ -139,13 +137,13 @@ def quantize_bundle(
     refuse_existing(target, overwrite)
     _check_dataset_name(recipe)
     dataset = open_calibration_set(calibration) if calibration else None
-    _use_threads(machine)
+    if dataset is None:
+        _use_threads(machine)
     clock = _Clock()
-    bundle, loaded = _source_bundle(source, folder, recipe, pretrained)
+    bundle, origin = _source_bundle(source, folder, recipe, pretrained)
     clock.lap("export")
     if dataset is None:
-        loaded = loaded or _load_again(bundle)
-        _, dataset = _calibration_set(loaded, folder, recipe, nouns, machine, on_step)
+        _, dataset = _calibration_set(origin, folder, recipe, nouns, machine, on_step)
     _check_belongs(dataset, bundle)
     clock.lap("synthesize")
     quantized = _quantize(bundle, dataset, target, recipe, machine, on_step)
@@ -240,26 +238,68 @@ def check_limits(accuracy: dict[str, Any], recipe: Recipe) -> None:
             )
 
 
-def _source_bundle(
-    source: str, folder: Path, recipe: Recipe, pretrained: str | None
-) -> tuple[Bundle, LoadedModel | None]:
+@dataclass(slots=True)
+class _Origin:
+    """Where images can be synthesised from: a model in hand, or a bundle whose model is loaded when it is needed."""
+
+    pretrained: str | None
+    bundle: Bundle | None = None
+    loaded: LoadedModel | None = None
+
+    @property
+    def weights_sha256(self) -> str:
+        if self.loaded is not None:
+            return self.loaded.weights_sha256
+        assert self.bundle is not None
+        return str(self.bundle.manifest["model"]["weights_sha256"])
+
+    @property
+    def name(self) -> str:
+        if self.loaded is not None:
+            return self.loaded.name
+        assert self.bundle is not None
+        return self.bundle.model_name
+
+    def load(self) -> LoadedModel:
+        """The model, compared with the bundle by the SHA-256 of its weights."""
+        if self.loaded is None:
+            assert self.bundle is not None
+            model = self.bundle.manifest["model"]
+            known = model["pretrained"]
+            if Path(known).suffix and not self.pretrained:
+                raise ModelError(
+                    f"{self.bundle.path}: synthesis needs the weights again. Add --pretrained PATH/{known}."
+                )
+            self.loaded = _load(
+                model["name"],
+                None if known in ("embedded", "hub") else self.pretrained or known,
+                self.bundle.manifest["seed"],
+            )
+            if self.loaded.weights_sha256 != model["weights_sha256"]:
+                raise ModelError(
+                    f"{self.bundle.path}: was exported from other weights. Export it again with --overwrite."
+                )
+        return self.loaded
+
+
+def _source_bundle(source: str, folder: Path, recipe: Recipe, pretrained: str | None) -> tuple[Bundle, _Origin]:
     if is_bundle(folder):
-        bundle = _float_bundle(folder)
-        known = bundle.manifest["model"]["pretrained"]
-        asked = pretrained and (Path(pretrained).name if Path(pretrained).suffix else pretrained)
-        if asked and asked != known:
-            raise BundleError(f"{folder}: holds {known} weights, not {asked}. Choose another --output.")
-        return bundle, None
+        bundle = _float_bundle(folder, pretrained)
+        return bundle, _Origin(pretrained, bundle)
     if folder.exists() and any(entry for entry in folder.iterdir() if not entry.name.startswith(("calibration-", "."))):
         raise BundleError(f"{folder}: exists, but is not a bundle. Move it away, or choose another --output.")
     loaded = _load(source, pretrained, recipe.seed)
-    return _export(loaded, folder, recipe, raw=False), loaded
+    return _export(loaded, folder, recipe, raw=False), _Origin(pretrained, loaded=loaded)
 
 
-def _float_bundle(path: Path) -> Bundle:
+def _float_bundle(path: Path, pretrained: str | None) -> Bundle:
     bundle = open_bundle(path)
     if bundle.quantized:
         raise BundleError(f"{path}: is quantised already. Name the FP32 bundle ({path.parent}).")
+    known = bundle.manifest["model"]["pretrained"]
+    asked = pretrained and (Path(pretrained).name if Path(pretrained).suffix else pretrained)
+    if asked and asked != known:
+        raise BundleError(f"{path}: holds {known} weights, not {asked}. Choose another --output.")
     return bundle
 
 
@@ -269,18 +309,6 @@ def _load(model: str, pretrained: str | None, seed: int) -> LoadedModel:
     return load_model(model, pretrained, seed)
 
 
-def _load_again(bundle: Bundle) -> LoadedModel:
-    """The model a bundle was exported from, for synthesis; its weights are compared by SHA-256."""
-    model = bundle.manifest["model"]
-    pretrained = None if model["pretrained"] in ("embedded", "hub") else model["pretrained"]
-    loaded = _load(model["name"], pretrained, bundle.manifest["seed"])
-    if loaded.weights_sha256 != model["weights_sha256"]:
-        raise ModelError(
-            f"{bundle.path}: was exported from other {model['name']} weights. Export again with --overwrite."
-        )
-    return loaded
-
-
 def _export(loaded: LoadedModel, target: Path, recipe: Recipe, raw: bool) -> Bundle:
     from d4c_onnx.export import export_fp32
 
@@ -288,7 +316,7 @@ def _export(loaded: LoadedModel, target: Path, recipe: Recipe, raw: bool) -> Bun
 
 
 def _calibration_set(
-    loaded: LoadedModel,
+    origin: _Origin,
     folder: Path,
     recipe: Recipe,
     nouns: tuple[str, ...] | None,
@@ -296,15 +324,19 @@ def _calibration_set(
     on_step: OnStep,
 ) -> tuple[Path, CalibrationSet]:
     from d4c_onnx.calibration.dataset import open_calibration_set
-    from d4c_onnx.synthesis import calibration_key, synthesize
+    from d4c_onnx.calibration.key import calibration_key
+    from d4c_onnx.models.catalogue import embedded_models
 
-    nouns = nouns or (loaded.embedded.nouns if loaded.embedded else generic_nouns())
-    key = calibration_key(loaded.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed)
+    shipped = embedded_models().get(origin.name)
+    nouns = nouns or (shipped.nouns if shipped else generic_nouns())
+    key = calibration_key(origin.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed)
     target = folder / f"calibration-{key['id']}"
     if target.exists():
         return target, open_calibration_set(target)
+    from d4c_onnx.synthesis import synthesize
+
     made = synthesize(
-        loaded,
+        origin.load(),
         target,
         recipe.synthesis,
         recipe.text,

@@ -68,6 +68,10 @@ class QuantizationSection(_Section):
     bits: str = Field("w4a8", description="w<weight bits>a<activation bits>")
     rounding: Literal["nearest"] = Field("nearest", description="how weights meet their grid")
     ranges: Literal["mse", "minmax"] = Field("mse", description="how activation ranges are chosen")
+    headroom: float = Field(1.15, ge=1, le=4, description="how far beyond the synthetic values a range is laid out")
+    clip_weight: float | None = Field(
+        None, ge=1, description="mse: how often the square error of a clipped value counts; none: 10, at 4 bits 1"
+    )
     boundary_bits: Literal[4, 6, 8] = Field(8, description="weight bits of the first layer and the final projection")
     embedding_bits: Literal[4, 8] | None = Field(None, description="token table bits; none: 4 if weights are 4, else 8")
     attention: Literal["float", "int8"] = Field("float", description="the two attention products of each block")
@@ -80,6 +84,11 @@ class QuantizationSection(_Section):
     @property
     def activation_bits(self) -> int:
         return parse_bits(self.bits)[1]
+
+    @property
+    def clip_factor(self) -> float:
+        """`clip_weight`, or its default: at 4 bits the coarse step costs as much as the clipping."""
+        return self.clip_weight or (10.0 if self.activation_bits > 4 else 1.0)
 
     @property
     def table_bits(self) -> int:

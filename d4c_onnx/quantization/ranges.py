@@ -50,9 +50,10 @@ def collect_ranges(
                 observer.observe_histogram(seen) if number else observer.observe_extremes(seen)
             done += 1
             on_step("calibrate", done, total, {})
+    bits, headroom = section.activation_bits, section.headroom
     if section.ranges == "minmax":
-        return {name: observer.minmax(section.activation_bits) for name, observer in observers.items()}
-    return {name: observer.mse(section.activation_bits) for name, observer in observers.items()}
+        return {name: observer.minmax(bits, headroom) for name, observer in observers.items()}
+    return {name: observer.mse(bits, headroom, section.clip_factor) for name, observer in observers.items()}
 
 
 def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

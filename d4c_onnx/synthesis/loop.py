@@ -92,7 +92,7 @@ def optimize_unit(
         if (step + 1) % section.checkpoint_steps == 0 and step + 1 < section.steps:
             _save(checkpoint, step + 1, values, optimizer, generator)
     with torch.no_grad():
-        return images.render(values).float().cpu()
+        return images.render(values).detach().float().cpu()
 
 
 def _minibatches(count: int, batch: int, generator: torch.Generator) -> list[torch.Tensor]:

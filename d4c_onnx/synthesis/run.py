@@ -1,6 +1,5 @@
 """From a loaded model to a calibration set on disk; interrupted runs resume and end with the same files."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 
 from d4c_onnx.bundle import versions
 from d4c_onnx.calibration.dataset import CalibrationSet, cut_to_end, save_calibration_set
+from d4c_onnx.calibration.key import calibration_key
 from d4c_onnx.errors import ModelError, RecipeError
 from d4c_onnx.files import translate_os_error, write_json
 from d4c_onnx.models.load import LoadedModel
@@ -23,21 +23,6 @@ from d4c_onnx.synthesis.param import start_images
 from d4c_onnx.synthesis.perturb import published
 from d4c_onnx.synthesis.prompts import draw_labels, draw_texts
 from d4c_onnx.vocabulary import templates
-
-
-def calibration_key(
-    weights_sha256: str, section: SynthesisSection, text: PromptSection, nouns: tuple[str, ...], seed: int
-) -> dict[str, Any]:
-    """Everything that decides a set's content; equal keys mean equal sets on one machine."""
-    key: dict[str, Any] = {
-        "weights_sha256": weights_sha256,
-        "seed": seed,
-        "synthesis": section.model_dump(mode="json"),
-        "text": text.model_dump(mode="json"),
-        "nouns": list(nouns),
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return {"id": digest[:12], **key}
 
 
 def synthesize(

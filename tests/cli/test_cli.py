@@ -1,0 +1,165 @@
+"""The commands as a user runs them: real processes, exit codes, one JSON object, nothing half-written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.cli.main import COMMANDS, group
+
+TINY = [
+    *("--set", "synthesis.images=4", "--set", "synthesis.held_out=2", "--set", "synthesis.batch=2"),
+    *("--set", "synthesis.steps=2", "--set", "text.prompts=8", "--set", "text.held_out=4"),
+]
+
+
+def _run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from d4c_onnx.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+
+
+def test_help_and_import_load_no_torch() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; import d4c_onnx; from d4c_onnx.cli.main import group\n"
+        "result = CliRunner().invoke(group, ['--help']); assert result.exit_code == 0, result.output\n"
+        "result = CliRunner().invoke(group, ['quantize', '--help']); assert result.exit_code == 0, result.output\n"
+        "heavy = {'torch', 'onnxruntime', 'onnx', 'open_clip', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_explains_itself(name: str) -> None:
+    result = CliRunner().invoke(group, [name, "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.output
+    assert "--quiet" in result.output
+
+
+@pytest.fixture
+def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
+    """An output folder with nothing but the FP32 mini-vit."""
+    ignore = shutil.ignore_patterns("w*a*", "calib*")
+    return Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignore)).parent
+
+
+def test_quantize_json_is_one_object_with_the_promised_keys(own: Path) -> None:
+    done = _run("quantize", "--bits", "w4a8", "-o", str(own), "--json", "--dataset", "fidelity", *TINY)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) >= {"model", "bits", "bundle", "weight_bits_average", "size_ratio", "top1", "seconds"}
+    assert set(report["size_ratio"]) == {"image", "text", "total"}
+    assert set(report["top1"]) == {"fp32", "quantized"}
+    assert set(report["seconds"]) >= {"synthesize", "quantize", "evaluate"}
+    bundle = open_bundle(Path(report["bundle"]))
+    assert bundle.quantized
+    assert bundle.manifest["accuracy"]["kind"] == "fidelity"
+    assert str(own) not in json.dumps(bundle.manifest)
+    # a second width uses the same set and needs no torch
+    code = (
+        "import sys; from d4c_onnx.cli.main import group; from click.testing import CliRunner\n"
+        "result = CliRunner().invoke(group, sys.argv[1:]); assert result.exit_code == 0, result.output\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    arguments = ["quantize", "--bits", "w8a8", "-o", str(own), "--json", "--dataset", "fidelity", *TINY]
+    again = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert len(list((own / "mini-vit").glob("calibration-*"))) == 1
+    # the result is in the way now
+    third = _run("quantize", "--bits", "w8a8", "-o", str(own), "--json", *TINY)
+    assert third.returncode == 2
+    assert "--overwrite" in json.loads(third.stdout)["error"]
+    # evaluate measures both beside FP32
+    sets = next((own / "mini-vit").glob("calibration-*"))
+    folders = [str(own / "mini-vit"), *(str(own / "mini-vit" / bits) for bits in ("w4a8", "w8a8"))]
+    shown = _run("evaluate", *folders, "--dataset", "fidelity", "--calibration", str(sets), "--json")
+    rows = json.loads(shown.stdout)["bundles"]
+    assert rows[2]["versus_first"]["cosine_image"] > rows[1]["versus_first"]["cosine_image"] > 0.9
+
+
+def test_failed_check_is_exit_code_1(own: Path) -> None:
+    done = _run(
+        *("quantize", "-o", str(own), "--quiet", "--dataset", "fidelity", "--set", "evaluation.min_cosine=1.0", *TINY)
+    )
+    assert done.returncode == 1
+    assert "min_cosine" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quantize", "mini-wit"), "mini-vit"),
+        (("quantize", "--bits", "w3a8"), "w4a8"),
+        (("quantize", "--recipe", "nowhere.yaml"), "nowhere.yaml"),
+        (("quantize", "--set", "synthesis.stepz=3"), "stepz"),
+        (("quantize", "--dataset", "nowhere.parquet"), "nowhere.parquet"),
+        (("quantize", "--prompts", "nowhere.txt"), "nowhere.txt"),
+        (("quantize", "--calibration", "nowhere"), "nowhere"),
+        (("export", "ViT-B-32"), "which weights"),
+        (("export", "ViT-B-32", "--pretrained", "nowhere.safetensors"), "no such file"),
+        (("evaluate", "nowhere"), "not a bundle"),
+        (("export", "--bad-option"), "--bad-option"),
+        (("explode",), "explode"),
+    ],
+)
+def test_bad_input_is_exit_code_2_without_traceback(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    extra = () if arguments[0] in ("evaluate", "explode") or "--bad-option" in arguments else ("-o", "out")
+    done = _run(*arguments, *extra, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_json_errors_are_objects(tmp_path: Path) -> None:
+    done = _run("export", "mini-wit", "-o", str(tmp_path), "--json")
+    assert json.loads(done.stdout)["type"] == "ModelError"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_leaves_no_half_result_and_resumes(own: Path, number: int) -> None:
+    command = [sys.executable, "-c", "from d4c_onnx.cli import main; main()", "synthesize", "-o", str(own), *TINY]
+    command += ["--set", "synthesis.steps=4000", "--set", "synthesis.checkpoint_steps=5", "--quiet"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((own / "mini-vit").glob(".work-*/unit-*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert not list((own / "mini-vit").glob("calibration-*"))
+    assert list((own / "mini-vit").glob(".work-*/unit-*.pt"))  # what was done is kept for the rerun
+
+
+def test_full_disk_is_exit_code_2_and_leaves_nothing(own: Path) -> None:
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "from d4c_onnx.cli import main; main()\n"
+    )
+    arguments = ["synthesize", "-o", str(own), "--quiet", *TINY, "--set", "synthesis.images=64", "--method", "noise"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "no space left" in done.stderr
+    assert not list((own / "mini-vit").glob("calibration-*"))
+    assert not list((own / "mini-vit").glob(".stage-*"))
+
+
+def test_models_lists_both_kinds() -> None:
+    result = CliRunner().invoke(group, ["models", "ViT-B-32", "--json"])
+    assert result.exit_code == 0, result.output
+    listed = json.loads(result.stdout)
+    assert "openai" in listed["open_clip"]["ViT-B-32"]
+    result = CliRunner().invoke(group, ["models", "mini", "--json"])
+    assert set(json.loads(result.stdout)["embedded"]) == {"mini-rn", "mini-vit"}

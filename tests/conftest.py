@@ -1,0 +1,69 @@
+"""Shared fixtures: real models, real files, real onnxruntime; each made once per session."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.calibration import CalibrationSet
+from d4c_onnx.recipe import Recipe, load_recipe
+
+TINY = ("synthesis.images=8", "synthesis.held_out=4", "synthesis.batch=4", "synthesis.steps=3", "text.prompts=24")
+TINY_TEXT = ("text.held_out=8",)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> Recipe:
+    """A recipe that a test can afford."""
+    return load_recipe(None, [*TINY, *TINY_TEXT])
+
+
+@pytest.fixture(scope="session")
+def mini_vit():
+    from d4c_onnx.models.load import load_model
+
+    return load_model("mini-vit")
+
+
+@pytest.fixture(scope="session")
+def mini_rn():
+    from d4c_onnx.models.load import load_model
+
+    return load_model("mini-rn")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder with both minis exported; tests copy what they change."""
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="session")
+def vit_bundle(exported: Path, mini_vit) -> Bundle:
+    from d4c_onnx.export import export_fp32
+
+    return export_fp32(mini_vit, exported / "mini-vit", seed=0)
+
+
+@pytest.fixture(scope="session")
+def rn_bundle(exported: Path, mini_rn) -> Bundle:
+    from d4c_onnx.export import export_fp32
+
+    return export_fp32(mini_rn, exported / "mini-rn", seed=0)
+
+
+@pytest.fixture(scope="session")
+def vit_calibration(
+    tmp_path_factory: pytest.TempPathFactory, mini_vit, tiny_recipe: Recipe
+) -> tuple[Path, CalibrationSet]:
+    from d4c_onnx.synthesis import synthesize
+
+    target = tmp_path_factory.mktemp("sets") / "mini-vit"
+    made = synthesize(mini_vit, target, tiny_recipe.synthesis, tiny_recipe.text, mini_vit.embedded.nouns, seed=0)
+    return target, made
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

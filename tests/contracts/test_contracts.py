@@ -1,0 +1,60 @@
+"""The house's rules: walls between rooms, public names, README and CI that say the same."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import d4c_onnx
+from d4c_onnx import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_walls_stand() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports"))], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in d4c_onnx.__all__ if not name.startswith("__")])
+def test_public_names_resolve_and_are_documented(name: str) -> None:
+    assert (getattr(d4c_onnx, name).__doc__ or "").strip()
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError):
+        _ = d4c_onnx.nothing
+
+
+def test_every_error_is_in_the_family_and_in_its_tree() -> None:
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    assert all(issubclass(entry, errors.D4CError) for entry in classes)
+    assert all(entry.__name__ in (errors.__doc__ or "") for entry in classes)
+
+
+def test_readme_and_ci_run_the_same_tests() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) >= 2
+    ci = (ROOT / ".ci" / "run").read_text("utf-8")
+    test_command = blocks[1].strip().splitlines()[-1].split("&&")[-1].strip()
+    assert "pytest" in test_command
+    assert test_command in ci
+
+
+def test_readme_commands_exist() -> None:
+    from d4c_onnx.cli.main import COMMANDS
+
+    readme = (ROOT / "README.md").read_text("utf-8")
+    named = set(re.findall(r"d4c-onnx (\w[\w-]*)", readme))
+    assert named - {"export"} <= set(COMMANDS)
+    assert set(COMMANDS) <= named
+
+
+def test_no_source_file_holds_a_machine_path() -> None:
+    for file in [*ROOT.glob("d4c_onnx/**/*.py"), *ROOT.glob("recipes/*"), ROOT / "README.md"]:
+        assert "/work/" not in file.read_text("utf-8"), file

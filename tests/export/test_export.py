@@ -1,0 +1,80 @@
+"""Export: parity with torch at any batch and length, the I/O contract, and nothing left behind on failure."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.errors import CheckFailed
+from d4c_onnx.export import export_fp32, parity
+from d4c_onnx.runtime.session import EncoderSession
+
+
+@pytest.mark.parametrize("tower", ["vit", "rn"])
+def test_parity_at_other_batches_and_lengths(tower: str, request: pytest.FixtureRequest) -> None:
+    bundle: Bundle = request.getfixturevalue(f"{tower}_bundle")
+    loaded = request.getfixturevalue(f"mini_{tower}")
+    pixels = torch.randn(5, 3, *loaded.preprocess["size"])
+    with torch.no_grad():
+        expected = loaded.model.encode_image(pixels, normalize=True).numpy()
+    assert np.abs(EncoderSession(bundle.image_encoder).run(pixels.numpy()) - expected).max() <= 1e-4
+    ids = loaded.tokenize(["a cat", "a photo of the small frog.", "x " * 100])
+    with torch.no_grad():
+        expected = loaded.model.encode_text(torch.from_numpy(ids), normalize=True).numpy()
+    session = EncoderSession(bundle.text_encoder)
+    assert np.abs(session.run(ids) - expected).max() <= 1e-4
+    assert np.abs(session.run(ids[:1, :4]) - expected[:1]).max() <= 1e-4
+    assert max(bundle.manifest["parity_max_abs_difference"].values()) <= 1e-4
+
+
+def test_io_contract(vit_bundle: Bundle) -> None:
+    image, text = (onnx.load(path) for path in vit_bundle.encoders.values())
+    onnx.checker.check_model(image, full_check=True)
+    onnx.checker.check_model(text, full_check=True)
+    assert vit_bundle.manifest["io"]["image_encoder.onnx"] == {
+        "inputs": [{"name": "pixel_values", "dtype": "float", "shape": ["batch", 3, 48, 48]}],
+        "outputs": [{"name": "image_embeds", "dtype": "float", "shape": ["batch", 128]}],
+        "opset": 18,
+    }
+    assert vit_bundle.manifest["io"]["text_encoder.onnx"] == {
+        "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
+        "outputs": [{"name": "text_embeds", "dtype": "float", "shape": ["batch", 128]}],
+        "opset": 18,
+    }
+    properties = {entry.key: entry.value for entry in image.metadata_props}
+    assert properties["name"] == "mini-vit"
+    assert properties["weights_sha256"] == vit_bundle.manifest["model"]["weights_sha256"]
+    assert not any(node.metadata_props for node in image.graph.node)
+
+
+def test_attention_is_one_matmul_per_projection(vit_bundle: Bundle) -> None:
+    ops = [node.op_type for node in onnx.load(vit_bundle.image_encoder).graph.node]
+    assert ops.count("MatMul") == 6 * 8 + 1  # q, k, v, scores, mix, out, c_fc, c_proj; projection
+    assert "Slice" not in ops
+    assert "Split" not in ops
+
+
+def test_raw_export_is_recorded_and_not_normalised(tmp_path: Path, mini_vit) -> None:
+    bundle = export_fp32(mini_vit, tmp_path / "raw", seed=0, raw=True)
+    assert bundle.manifest["model"]["normalized"] is False
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 48, 48)).astype(np.float32)
+    norms = np.linalg.norm(EncoderSession(bundle.image_encoder).run(pixels), axis=1)
+    assert np.abs(norms - 1).min() > 0.01
+
+
+def test_failed_parity_leaves_nothing_behind(tmp_path: Path, mini_vit, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = parity.EncoderSession.run
+
+    def off(self: EncoderSession, batch: np.ndarray) -> np.ndarray:
+        result = real(self, batch).copy()
+        result[0, 0] += 2e-4
+        return result
+
+    monkeypatch.setattr(parity.EncoderSession, "run", off)
+    with pytest.raises(CheckFailed, match="differ by"):
+        export_fp32(mini_vit, tmp_path / "mini-vit", seed=0)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,158 @@
+"""Loading and re-expressing towers: exactness, and clear refusals."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import nn
+
+from d4c_onnx.errors import ModelError
+from d4c_onnx.models.attention import plain_attention, replace_attention
+from d4c_onnx.models.catalogue import embedded_models
+from d4c_onnx.models.load import load_model
+from d4c_onnx.models.tokenizer import write_tokenizer
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 8), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_plain_attention_is_exact(heads: int, length: int, batch: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    original = nn.MultiheadAttention(heads * 8, heads, batch_first=True).eval()
+    nn.init.normal_(original.in_proj_bias)
+    plain = plain_attention(original)
+    assert plain is not None
+    x = torch.randn(batch, length, heads * 8)
+    mask = torch.full((length, length), float("-inf")).triu(1) if masked else None
+    expected = original(x, x, x, need_weights=False, attn_mask=mask)[0]
+    assert torch.allclose(plain(x, attn_mask=mask)[0], expected, atol=1e-5)
+
+
+def test_attention_without_a_plain_form_is_left_alone() -> None:
+    module = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4, vdim=4, batch_first=True))
+    assert replace_attention(module) == 0
+    assert type(module[0]) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("fixture", ["mini_vit", "mini_rn"])
+def test_deployed_towers_equal_the_model(fixture: str, request: pytest.FixtureRequest) -> None:
+    loaded = request.getfixturevalue(fixture)
+    image, text = loaded.deployed_towers()
+    pixels = torch.randn(3, 3, *loaded.preprocess["size"])
+    ids = torch.from_numpy(loaded.tokenize(["a photo of a cat.", "two"]))
+    with torch.no_grad():
+        assert torch.allclose(image(pixels), loaded.model.encode_image(pixels, normalize=True), atol=1e-5)
+        expected = loaded.model.encode_text(ids, normalize=True)
+        assert torch.allclose(text(ids), expected, atol=1e-5)
+        assert torch.allclose(text(ids[:, :9]), expected, atol=1e-5)  # what follows the end token is irrelevant
+    assert any(isinstance(module, nn.MultiheadAttention) for module in loaded.model.modules()) or fixture == "mini_rn"
+
+
+def test_raw_towers_are_not_normalised(mini_vit) -> None:
+    image, _ = mini_vit.deployed_towers(normalize=False)
+    pixels = torch.randn(2, 3, *mini_vit.preprocess["size"])
+    assert torch.allclose(image(pixels), mini_vit.model.encode_image(pixels), atol=1e-4)
+
+
+def test_embedded_models_are_trained_and_repeatable(mini_vit) -> None:
+    assert set(embedded_models()) == {"mini-rn", "mini-vit"}
+    assert load_model("mini-vit").weights_sha256 == mini_vit.weights_sha256
+    assert mini_vit.quick_gelu
+    assert mini_vit.context_length == 77
+
+
+def test_random_weights_depend_on_the_seed() -> None:
+    a, b, c = (load_model("RN50-quickgelu", "random", seed).weights_sha256 for seed in (1, 1, 2))
+    assert a == b != c
+
+
+def test_local_checkpoint_round_trip(tmp_path: Path) -> None:
+    made = load_model("RN50", "random", 5)
+    save_file({k: v.contiguous() for k, v in made.model.state_dict().items()}, tmp_path / "w.safetensors")
+    torch.save({"state_dict": made.model.state_dict()}, tmp_path / "w.pt")
+    for name in ("w.safetensors", "w.pt"):
+        loaded = load_model("RN50", str(tmp_path / name))
+        assert loaded.weights_sha256 == made.weights_sha256
+        assert loaded.pretrained == name
+    with pytest.raises(ModelError, match=r"w\.safetensors.*do not fit ViT-B-32"):
+        load_model("ViT-B-32", str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("VIT-B32", None, "no such model.*ViT-B-32"),
+        ("ViT-B-32", None, "which weights.*openai"),
+        ("ViT-B-32", "no_such_tag", "neither a tag"),
+        ("ViT-B-32", "nowhere.safetensors", "no such file"),
+        ("mini-vit", "openai", "ships with its weights"),
+        ("hf-hub:a/b", "openai", "names its own weights"),
+    ],
+)
+def test_bad_names_are_refused(name: str, pretrained: str | None, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_model(name, pretrained)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_damaged_checkpoint_is_refused(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"w{suffix}"
+    file.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 broken")
+    with pytest.raises(ModelError, match=f"w{suffix}"):
+        load_model("RN50", str(file))
+
+
+class _Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/d4c-onnx-evil"),))
+
+
+def test_a_pickle_is_never_executed(tmp_path: Path) -> None:
+    file = tmp_path / "w.pt"
+    file.write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(ModelError, match=r"w\.pt"):
+        load_model("RN50", str(file))
+    assert not Path("/tmp/d4c-onnx-evil").exists()
+
+
+def test_unreachable_hub_names_three_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", refuse)
+    with pytest.raises(ModelError, match=r"unreachable.*Three ways out.*--pretrained FILE.*random"):
+        load_model("ViT-B-32", "openai")
+
+
+@pytest.fixture(scope="module")
+def fast_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    reference = open_clip.SimpleTokenizer(context_length=77)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    info = write_tokenizer(reference, 77, path)
+    assert (info["sot_id"], info["eot_id"]) == (49406, 49407)
+    return reference, Tokenizer.from_file(str(path))
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=0x24F, exclude_characters="&<>"), max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_tokenizer_json_gives_open_clip_ids(fast_tokenizer, text: str) -> None:
+    reference, fast = fast_tokenizer
+    from open_clip.tokenizer import basic_clean
+
+    text = basic_clean(text)  # ftfy is the client's, as the manifest says
+    expected = reference([text])[0].numpy()
+    ids = np.array(fast.encode(text).ids)
+    assert np.array_equal(ids, expected[: len(ids)])
+    assert not expected[len(ids) :].any()
+
+
+def test_tokenizer_truncates_to_the_context(fast_tokenizer) -> None:
+    reference, fast = fast_tokenizer
+    text = "one two three " * 60
+    assert fast.encode(text).ids == reference([text])[0].tolist()

@@ -1,0 +1,242 @@
+"""Quantisation: packing and rounding maths, the layouts, and real files that onnxruntime runs on int8 kernels."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, numpy_helper
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.calibration import CalibrationSet, D4CCalibrationDataReader, PromptCalibrationDataReader
+from d4c_onnx.errors import GraphError, RecipeError
+from d4c_onnx.graph.bits import average_bits, layer_bits
+from d4c_onnx.graph.files import load_graph, opset_of
+from d4c_onnx.graph.index import GraphIndex
+from d4c_onnx.quantization import quantize_encoder
+from d4c_onnx.quantization.layout import int4_initializer, pack_int4, unpack_int4
+from d4c_onnx.quantization.plan import make_plan
+from d4c_onnx.quantization.rounding import make_rounding
+from d4c_onnx.quantization.rounding.base import grid_limits
+from d4c_onnx.quantization.rounding.nearest import round_to_grid, search_scales
+from d4c_onnx.recipe import load_recipe
+from d4c_onnx.runtime.kernels import count_kernels
+from d4c_onnx.runtime.session import EncoderSession
+
+NIBBLES = hnp.arrays(np.int8, hnp.array_shapes(max_dims=4, max_side=7), elements=st.integers(-8, 7))
+WEIGHTS = hnp.arrays(
+    np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=st.floats(-100, 100, width=32)
+)
+
+
+@given(NIBBLES)
+def test_int4_packing_round_trip_and_onnx_agrees(values: np.ndarray) -> None:
+    raw = pack_int4(values)
+    assert len(raw) == (values.size + 1) // 2
+    assert np.array_equal(unpack_int4(raw, values.shape), values)
+    decoded = numpy_helper.to_array(int4_initializer("w", values))
+    assert np.array_equal(decoded.astype(np.int8), values)
+
+
+@given(WEIGHTS, st.sampled_from([4, 6, 8]))
+@settings(deadline=None)
+def test_nearest_stays_on_its_grid_and_within_half_a_step(weight: np.ndarray, num_bits: int) -> None:
+    rounded = make_rounding("nearest").round(weight, num_bits)
+    low, high = grid_limits(num_bits)
+    assert rounded.integers.dtype == np.int8
+    assert rounded.integers.min() >= low
+    assert rounded.integers.max() <= high
+    assert np.isfinite(rounded.scale).all()
+    assert (rounded.scale > 0).all()
+    inside = np.abs(weight) <= rounded.scale[:, None] * high
+    error = np.abs(rounded.dequantize() - weight)
+    assert (error[inside] <= np.broadcast_to(rounded.scale[:, None] * 0.5001, weight.shape)[inside] + 1e-30).all()
+
+
+@given(WEIGHTS, st.sampled_from([4, 6, 8]))
+@settings(deadline=None)
+def test_searched_scale_is_never_worse_than_the_maximum(weight: np.ndarray, num_bits: int) -> None:
+    scale = search_scales(weight, num_bits)
+    high = grid_limits(num_bits)[1]
+    largest = np.abs(weight).max(1)
+    plain = np.where(largest > 1e-20, largest / high, 1).astype(np.float32)
+
+    def error(scales: np.ndarray) -> np.ndarray:
+        return np.square(round_to_grid(weight, scales, num_bits) * scales[:, None] - weight).sum(1, dtype=np.float64)
+
+    # the search's candidates include 1.0 up to its step of a hundredth
+    assert (error(scale) <= error(plain) * 1.02 + 1e-12 + 1e-4 * np.square(largest) * weight.shape[1]).all()
+
+
+def test_values_on_a_grid_survive_exactly() -> None:
+    rng = np.random.default_rng(0)
+    integers = rng.integers(-8, 8, (5, 64)).astype(np.int8)
+    integers[:, 0] = 7
+    scale = rng.uniform(0.01, 2, 5).astype(np.float32)
+    assert np.array_equal(round_to_grid(integers * scale[:, None], scale, 4), integers)
+
+
+def test_zero_channels_are_harmless() -> None:
+    weight = np.zeros((2, 8), np.float32)
+    weight[1] = 1e-42
+    rounded = make_rounding("nearest").round(weight, 4)
+    assert not rounded.integers.any()
+    assert np.isfinite(rounded.dequantize()).all()
+
+
+def test_unknown_rounding_is_refused() -> None:
+    with pytest.raises(RecipeError, match="nearest"):
+        make_rounding("magic")
+
+
+def test_plan_gives_the_ends_eight_bits(vit_bundle: Bundle) -> None:
+    plan = make_plan(load_graph(vit_bundle.image_encoder).graph, load_recipe(None).quantization)
+    wide = [layer.op for layer in plan.layers if plan.weight_bits[layer.weight] == 8]
+    assert wide == ["Conv", "MatMul"]
+    assert set(plan.op_types) == {"Conv", "MatMul"}
+    graph = load_graph(vit_bundle.image_encoder).graph
+    del graph.node[:]
+    with pytest.raises(GraphError, match="nothing to quantise"):
+        make_plan(graph, load_recipe(None).quantization)
+
+
+@pytest.fixture(scope="session")
+def rn_calibration(tmp_path_factory: pytest.TempPathFactory, mini_rn, tiny_recipe) -> Path:
+    from d4c_onnx.synthesis import synthesize
+
+    target = tmp_path_factory.mktemp("sets") / "mini-rn"
+    synthesize(mini_rn, target, tiny_recipe.synthesis, tiny_recipe.text, mini_rn.embedded.nouns, seed=0)
+    return target
+
+
+def _quantize(bundle: Bundle, tower: str, calibration: object, target: Path, *sets: str):
+    section = load_recipe(None, sets).quantization
+    kind = D4CCalibrationDataReader if tower == "image" else PromptCalibrationDataReader
+    report = quantize_encoder(bundle.encoders[tower], target, kind(calibration), section)
+    return report, load_graph(target)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("model", ["vit", "rn"])
+def test_w4a8_file(model: str, tower: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
+    calibration = (
+        request.getfixturevalue("vit_calibration")[0] if model == "vit" else request.getfixturevalue("rn_calibration")
+    )
+    target = tmp_path / "q.onnx"
+    report, graph = _quantize(bundle, tower, calibration, target)
+    onnx.checker.check_model(graph)
+    assert opset_of(graph) == 21
+    assert report.minimum_onnxruntime == "1.23"
+    # only the first and last layers keep 8 bits, and the levels of every channel are at most 16
+    layers = layer_bits(graph)
+    assert sum(layer.bits == 8 for layer in layers) <= 2
+    assert {layer.bits for layer in layers} == {4, 8}
+    assert report.layers == tuple(layers)
+    for tensor in graph.graph.initializer:
+        if tensor.data_type == TensorProto.INT4 and len(tensor.dims) == 2:
+            values = numpy_helper.to_array(tensor).astype(np.int8)
+            assert all(len(np.unique(values[:, column])) <= 16 for column in range(values.shape[1]))
+    # every weighted layer runs on an int8 kernel
+    kernels = count_kernels(target)
+    attention = sum(node.op_type == "MatMul" for node in graph.graph.node) + sum(
+        node.op_type in ("Gemm", "Conv") for node in graph.graph.node
+    )
+    assert kernels["int8"] == len(layers)
+    assert kernels["float"] == attention - len(layers)
+    assert target.stat().st_size * 6 <= bundle.encoders[tower].stat().st_size
+
+
+def test_average_bits_over_both_files(tmp_path: Path, rn_bundle: Bundle, rn_calibration: Path) -> None:
+    layers = []
+    for tower in ("image", "text"):
+        report, _ = _quantize(rn_bundle, tower, rn_calibration, tmp_path / f"{tower}.onnx")
+        layers.extend(report.layers)
+    assert 4 < average_bits(layers) <= 4.3
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_int4_layout_answers_exactly_like_int8(
+    tower: str, tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
+) -> None:
+    """Store the very same integers as int8: the Cast layout must not change a bit of the answer."""
+    _, graph = _quantize(vit_bundle, tower, vit_calibration[0], tmp_path / "q.onnx")
+    plain = copy.deepcopy(graph)
+    index = GraphIndex(plain.graph)
+    for node in list(plain.graph.node):
+        if node.op_type == "Cast" and node.input[0].endswith("_int4"):
+            values = numpy_helper.to_array(index.initializers[node.input[0]]).astype(np.int8)
+            plain.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+            plain.graph.initializer.remove(index.initializers[node.input[0]])
+            plain.graph.node.remove(node)
+    assert not any(tensor.data_type == TensorProto.INT4 for tensor in plain.graph.initializer)
+    if tower == "image":
+        fed = np.array(vit_calibration[1].pixel_values)
+    else:
+        fed = np.array([row for row in vit_calibration[1].input_ids if len(row) == 8], np.int64)
+    expected = EncoderSession(plain.SerializeToString()).run(fed)
+    assert np.array_equal(EncoderSession(tmp_path / "q.onnx").run(fed), expected)
+
+
+def test_optimised_and_plain_execution_agree(
+    tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
+) -> None:
+    _quantize(vit_bundle, "image", vit_calibration[0], tmp_path / "q.onnx")
+    pixels = np.array(vit_calibration[1].pixel_values)
+    fast, plain = (EncoderSession(tmp_path / "q.onnx", optimize=optimize).run(pixels) for optimize in (True, False))
+    assert float((fast * plain).sum(1).min()) > 0.9995
+
+
+def test_six_bit_activations_never_leave_their_grid(
+    tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
+) -> None:
+    report, graph = _quantize(vit_bundle, "image", vit_calibration[0], tmp_path / "q.onnx", "quantization.bits=w6a6")
+    assert {layer.bits for layer in report.layers} == {8}  # there is no 6-bit type: stored as int8
+    for tensor in graph.graph.initializer:
+        if tensor.data_type == TensorProto.INT8 and tensor.name.endswith("_quantized") and len(tensor.dims) == 2:
+            values = numpy_helper.to_array(tensor)
+            assert (values.min() >= -32 and values.max() <= 31) or values.shape == (128, 128)  # the projection keeps 8
+    quantizers = [node for node in graph.graph.node if node.op_type == "QuantizeLinear"]
+    opened = copy.deepcopy(graph)
+    for node in quantizers:
+        opened.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], TensorProto.UINT8, None))
+    session = EncoderSession(opened.SerializeToString(), optimize=False)
+    pixels = np.array(vit_calibration[1].pixel_values) * 3  # far beyond what was calibrated
+    values = session.run_all(pixels)
+    assert len(quantizers) > 20
+    assert max(int(values[node.output[0]].max()) for node in quantizers) <= 63
+
+
+def test_token_table_rows_are_dequantised_one_by_one(
+    tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
+) -> None:
+    for bits, dtype in (("4", TensorProto.INT4), ("8", TensorProto.INT8)):
+        sets = ("quantization.bits=w8a8", f"quantization.embedding_bits={bits}")
+        report, graph = _quantize(vit_bundle, "text", vit_calibration[0], tmp_path / f"{bits}.onnx", *sets)
+        tables = [tensor for tensor in graph.graph.initializer if tensor.dims and tensor.dims[0] == 49408]
+        assert sorted(tensor.data_type for tensor in tables) == sorted([dtype, TensorProto.FLOAT])
+        assert next(list(t.dims) for t in tables if t.data_type == TensorProto.FLOAT) == [49408, 1]
+        assert report.token_table_bits == int(bits)
+        ids = np.array(vit_calibration[1].input_ids[0], np.int64)[None]
+        got, expected = (
+            EncoderSession(tmp_path / f"{bits}.onnx").run(ids),
+            EncoderSession(vit_bundle.text_encoder).run(ids),
+        )
+        assert float((got * expected).sum()) > 0.999
+
+
+def test_attention_products_in_int8_on_request(
+    tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
+) -> None:
+    _quantize(vit_bundle, "image", vit_calibration[0], tmp_path / "q.onnx", "quantization.attention=int8")
+    assert count_kernels(tmp_path / "q.onnx")["float"] == 0
+
+
+def test_same_input_same_file(tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]) -> None:
+    for name in "ab":
+        _quantize(vit_bundle, "text", vit_calibration[0], tmp_path / f"{name}.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()

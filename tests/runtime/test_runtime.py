@@ -1,0 +1,90 @@
+"""Serving side: preprocess equals open_clip's, sessions refuse clearly, kernels are counted, golden vectors hold."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.transform import image_transform
+from PIL import Image
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.errors import BundleError, ModelError
+from d4c_onnx.runtime.golden import TEXT, golden_input, read_golden
+from d4c_onnx.runtime.kernels import count_kernels
+from d4c_onnx.runtime.preprocess import denormalize, normalize, preprocess_image
+from d4c_onnx.runtime.session import EncoderSession, resolve_provider
+from d4c_onnx.runtime.tokenizer import TextTokenizer
+
+CONFIG = {
+    "size": [48, 48],
+    "mean": [0.48, 0.46, 0.41],
+    "std": [0.27, 0.26, 0.28],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
+
+
+@given(st.integers(20, 130), st.integers(20, 130), st.sampled_from(["shortest", "squash", "longest"]))
+@settings(max_examples=40, deadline=None)
+def test_preprocess_equals_open_clip(width: int, height: int, mode: str) -> None:
+    rng = np.random.default_rng(width * 1000 + height)
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    transform = image_transform(
+        48, is_train=False, mean=CONFIG["mean"], std=CONFIG["std"], resize_mode=mode, interpolation="bicubic"
+    )
+    expected = transform(image).numpy()
+    got = preprocess_image(image, {**CONFIG, "resize_mode": mode})
+    assert got.shape == (3, 48, 48)
+    assert np.allclose(got, expected, atol=1e-5)
+
+
+def test_grey_images_become_rgb() -> None:
+    assert preprocess_image(Image.new("L", (50, 60), 128), CONFIG).shape == (3, 48, 48)
+
+
+def test_normalize_round_trip(rng: np.random.Generator) -> None:
+    pixels = rng.random((2, 3, 4, 4), dtype=np.float32)
+    assert np.allclose(denormalize(normalize(pixels, CONFIG), CONFIG), pixels, atol=1e-6)
+
+
+def test_golden_vectors_hold(vit_bundle: Bundle) -> None:
+    golden = read_golden(vit_bundle.path)
+    image = EncoderSession(vit_bundle.image_encoder).run(golden_input(vit_bundle.manifest["preprocess"]))[0]
+    assert np.abs(image - golden["image_embeds"]).max() <= golden["tolerance"]
+    stored = np.asarray(Image.open(vit_bundle.path / "golden" / golden["image"]), np.float32) / 255
+    again = normalize(stored.transpose(2, 0, 1), vit_bundle.manifest["preprocess"])[None]
+    assert np.allclose(again, golden_input(vit_bundle.manifest["preprocess"]), atol=1e-6)
+    ids = TextTokenizer(vit_bundle.tokenizer)([TEXT])
+    assert ids[0].tolist() == golden["input_ids"]
+    text = EncoderSession(vit_bundle.text_encoder).run(ids)[0]
+    assert np.abs(text - golden["text_embeds"]).max() <= golden["tolerance"]
+
+
+def test_tokenizer_pads_to_the_longest(vit_bundle: Bundle) -> None:
+    ids = TextTokenizer(vit_bundle.tokenizer)(["a", "a photo of a very large cat"])
+    assert ids.dtype == np.int64
+    assert ids[0, 3:].tolist() == [0] * (ids.shape[1] - 3)
+
+
+def test_float_file_runs_float_kernels(vit_bundle: Bundle) -> None:
+    counts = count_kernels(vit_bundle.image_encoder)
+    assert counts["int8"] == 0
+    assert counts["float"] == 38 + 12
+
+
+def test_unloadable_file_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"nonsense")
+    with pytest.raises(BundleError, match=r"x\.onnx.*cannot load"):
+        EncoderSession(tmp_path / "x.onnx")
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        TextTokenizer(tmp_path / "tokenizer.json")
+
+
+def test_missing_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert resolve_provider("auto") == "cpu"
+    with pytest.raises(ModelError, match="onnxruntime-gpu"):
+        resolve_provider("cuda")

@@ -1,0 +1,244 @@
+"""Synthesis: objectives fall, pixels stay valid, equal seeds give equal files, interrupted runs resume."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from d4c_onnx.calibration import CalibrationSet
+from d4c_onnx.calibration.dataset import open_calibration_set
+from d4c_onnx.errors import CalibrationError, RecipeError
+from d4c_onnx.files import sha256
+from d4c_onnx.recipe import Recipe, load_recipe
+from d4c_onnx.synthesis import synthesize
+from d4c_onnx.synthesis.loop import build_objective
+from d4c_onnx.synthesis.objectives import Seen, guidance, structure, total_variation
+from d4c_onnx.synthesis.perturb import affine, blur, color_jitter, erase, perturb, published
+from d4c_onnx.synthesis.prompts import draw_labels, draw_texts
+from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
+
+MEAN, STD = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
+
+
+def _descends(objective, mini_vit) -> None:
+    """Every objective falls in five steps: the whole chain from pixels to loss is differentiable and signed right."""
+    torch.manual_seed(0)
+    image, _ = mini_vit.deployed_towers()
+    texts = F.normalize(
+        mini_vit.model.encode_text(torch.from_numpy(mini_vit.tokenize(list(mini_vit.embedded.nouns)))), dim=-1
+    )
+    values = torch.randn(4, 3, 48, 48, requires_grad=True)
+    boxes = draw_boxes(4, (0.4, 0.7), torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam([values], lr=0.05)
+    losses = []
+    for _ in range(6):
+        views = {"whole": values, "box": crop_boxes(values, boxes), "background": cut_boxes(values, boxes, values * 0)}
+        embeds = {name: F.normalize(image(view), dim=-1) for name, view in views.items()}
+        loss, shown = objective(Seen(values, embeds, texts, torch.arange(4)))
+        assert all(np.isfinite(value) for value in shown.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["guidance", "structure", "total_variation", "published", "default"])
+def test_objectives_descend(name: str, mini_vit) -> None:
+    objectives = {
+        "guidance": guidance("whole", 0.1),
+        "structure": structure(0.1),
+        "total_variation": total_variation(),
+        "published": build_objective(load_recipe("paper").synthesis),
+        "default": build_objective(load_recipe("default").synthesis),
+    }
+    _descends(objectives[name], mini_vit)
+
+
+def test_objectives_add_and_weigh() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    seen = Seen(
+        x, {"whole": F.normalize(torch.randn(2, 4), dim=1)}, F.normalize(torch.randn(3, 4), dim=1), torch.arange(2)
+    )
+    both = guidance("whole", 0.1) + 0.5 * total_variation()
+    assert both.views == {"whole"}
+    total, shown = both(seen)
+    assert float(total) == pytest.approx(shown["pgsi_whole"] + 0.5 * shown["tv"], rel=1e-5)
+
+
+def test_published_switches_choose_the_terms() -> None:
+    names = [term.name for term in build_objective(load_recipe("paper").synthesis).terms]
+    assert sorted(names) == ["scg", "tv"]
+    without = build_objective(load_recipe("paper", ["synthesis.scg=false"]).synthesis)
+    assert sorted(term.name for term in without.terms) == ["pgsi_whole", "tv"]
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_boxes_have_the_asked_area_and_stay_inside(seed: int) -> None:
+    boxes = draw_boxes(16, (0.4, 0.7), torch.Generator().manual_seed(seed))
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    assert bool((boxes >= -1e-6).all() & (boxes <= 1 + 1e-6).all())
+    assert bool((area > 0.399).all() & (area < 0.701).all())
+
+
+def test_views_are_what_they_say() -> None:
+    x = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).view(2, 3, 8, 8)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, 4)
+    assert torch.allclose(crop_boxes(x, whole), x, atol=1e-3)
+    quarter = torch.tensor([[0.0, 0.0, 0.5, 0.5]]).expand(2, 4)
+    left = cut_boxes(x, quarter, torch.zeros_like(x))
+    assert bool((left[:, :, :4, :4] == 0).all())
+    assert torch.equal(left[:, :, 4:], x[:, :, 4:])
+    assert torch.equal(left[:, :, :4, 4:], x[:, :, :4, 4:])
+    crop = crop_boxes(x, quarter)  # the top-left quarter at twice the size
+    assert float(crop[0, 0].mean()) == pytest.approx(float(x[0, 0, :4, :4].mean()), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "perturbation", [affine(), color_jitter(MEAN, STD), blur(1.0), erase(1.0)], ids=["affine", "color", "blur", "erase"]
+)
+def test_perturbations_change_images_repeatably_and_pass_gradients(perturbation) -> None:
+    x = torch.randn(4, 3, 16, 16, requires_grad=True)
+    a, b = (perturb(x, [perturbation], torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert a.shape == x.shape
+    assert not torch.allclose(a, x)
+    a.square().sum().backward()
+    assert x.grad is not None
+    assert float(x.grad.abs().sum()) > 0
+
+
+def test_affine_without_strength_is_the_identity() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    same = affine(0, 0, 0, 0)(x, torch.Generator())
+    assert torch.allclose(same, x, atol=1e-5)
+    flipped = affine(1, 0, 0, 0)(x, torch.Generator())
+    assert torch.allclose(flipped, x.flip(-1), atol=1e-5)
+
+
+def test_erase_covers_a_fifth_of_the_side() -> None:
+    x = torch.ones(8, 3, 50, 50)
+    holes = (erase(1.0)(x, torch.Generator().manual_seed(0)) == 0).float().mean((1, 2, 3))
+    assert bool(((holes - 0.04).abs() < 0.005).all())
+
+
+@given(st.integers(1, 200), st.integers(2, 30))
+def test_stratified_labels_are_balanced(count: int, classes: int) -> None:
+    labels = draw_labels(count, classes, "stratified", 0)
+    counts = np.bincount(labels, minlength=classes)
+    assert len(labels) == count
+    assert counts.max() - counts.min() <= 1
+
+
+def test_texts_do_not_overlap() -> None:
+    texts, held_out = draw_texts(("cat", "dog", "cow"), ("a {}.", "the {}.", "{}"), 100, 50, 0)
+    assert len(texts) + len(held_out) <= 9
+    assert texts
+    assert held_out
+    assert not set(texts) & set(held_out)
+
+
+def test_set_on_disk(vit_calibration: tuple[Path, CalibrationSet], mini_vit, tiny_recipe: Recipe) -> None:
+    path, made = vit_calibration
+    section = tiny_recipe.synthesis
+    assert made.pixel_values.shape == (section.images, 3, 48, 48)
+    assert made.held_out.shape == (section.held_out, 3, 48, 48)
+    assert len(made.labels) == section.images + section.held_out
+    mean, std = (np.array(mini_vit.preprocess[name])[:, None, None] for name in ("mean", "std"))
+    pixels = np.asarray(made.pixel_values) * std + mean
+    assert pixels.min() >= -1e-5
+    assert pixels.max() <= 1 + 1e-5
+    assert pixels.std() > 0.02
+    assert all(row[0] == 49406 and row[-1] == 49407 for row in made.input_ids)
+    with Image.open(path / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 96
+    assert made.manifest["key"]["nouns"] == list(mini_vit.embedded.nouns)
+    assert not path.with_name(f".work-{path.name}").exists()
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in sorted(path.iterdir())}
+
+
+@pytest.mark.parametrize(
+    "extra", [(), ("synthesis.shared_optimizer=true", "synthesis.image=pixel", "synthesis.redraw_boxes=false")]
+)
+def test_interrupted_run_resumes_to_the_same_files(tmp_path: Path, mini_vit, extra: tuple[str, ...]) -> None:
+    keys = ("images=4", "held_out=2", "batch=3", "steps=4", "checkpoint_steps=1")
+    recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4", *extra])
+    nouns = mini_vit.embedded.nouns
+
+    def run(name: str, stop_at: int | None = None) -> None:
+        calls = 0
+
+        def on_step(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise KeyboardInterrupt
+
+        synthesize(mini_vit, tmp_path / name, recipe.synthesis, recipe.text, nouns, seed=1, on_step=on_step)
+
+    run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", stop_at=3)
+    assert not (tmp_path / "parts").exists()
+    assert list((tmp_path / ".work-parts").glob("unit-*.pt"))
+    run("parts")
+    assert _hashes(tmp_path / "whole") == _hashes(tmp_path / "parts")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_seed_decides_the_files(tmp_path: Path, mini_vit) -> None:
+    recipe = load_recipe(
+        None, ["synthesis.method=noise", "synthesis.images=2", "synthesis.held_out=1", "text.prompts=4"]
+    )
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        synthesize(mini_vit, tmp_path / name, recipe.synthesis, recipe.text, mini_vit.embedded.nouns, seed=seed)
+    assert _hashes(tmp_path / "a") == _hashes(tmp_path / "b") != _hashes(tmp_path / "c")
+
+
+def test_nothing_to_aim_at_is_refused(tmp_path: Path, mini_vit) -> None:
+    recipe = load_recipe(None, ["synthesis.pgsi=false"])
+    with pytest.raises(RecipeError, match="pgsi"):
+        synthesize(mini_vit, tmp_path / "x", recipe.synthesis, recipe.text, ("a", "b"), seed=0)
+
+
+def test_images_carry_their_class(vit_calibration: tuple[Path, CalibrationSet], mini_vit) -> None:
+    recipe = load_recipe(
+        None, ["synthesis.images=10", "synthesis.held_out=0", "synthesis.batch=10", "synthesis.steps=25"]
+    )
+    nouns = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    path = vit_calibration[0].with_name("classes")
+    made = synthesize(mini_vit, path, recipe.synthesis, recipe.text, nouns, seed=0)
+    with torch.no_grad():
+        images = mini_vit.model.encode_image(torch.from_numpy(np.array(made.pixel_values)), normalize=True)
+        texts = mini_vit.model.encode_text(
+            torch.from_numpy(mini_vit.tokenize([f"a photo of a {noun}." for noun in nouns])), normalize=True
+        )
+    answers = [nouns[index] for index in (images @ texts.T).argmax(1)]
+    assert sum(answer == label for answer, label in zip(answers, made.labels, strict=True)) >= 9
+
+
+def test_damaged_set_is_refused(vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path) -> None:
+    import shutil
+
+    path = Path(shutil.copytree(vit_calibration[0], tmp_path / "set"))
+    data = json.loads((path / "prompts.json").read_text())
+    (path / "prompts.json").write_text(json.dumps({**data, "texts": []}))
+    with pytest.raises(CalibrationError, match=r"prompts\.json.*SHA-256"):
+        open_calibration_set(path)
+    (path / "pixel_values.npy").unlink()
+    with pytest.raises(CalibrationError, match="not a complete"):
+        open_calibration_set(path)
+
+
+def test_published_perturbations_are_complete() -> None:
+    assert len(published(MEAN, STD)) == 4

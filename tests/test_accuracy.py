@@ -1,0 +1,28 @@
+"""The project's bars, on the written files, on all 10,000 test images: both minis, both widths."""
+
+from pathlib import Path
+
+import pytest
+
+from d4c_onnx import pipeline
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.recipe import load_recipe
+
+# A short schedule keeps the suite fast; the README's table is made with the default one.
+SHORT = ("synthesis.images=48", "synthesis.held_out=4", "synthesis.steps=20")
+BARS = {"w8a8": 0.5, "w4a8": 1.5}  # points of top-1
+BITS = {"w8a8": 8.0, "w4a8": 4.3}
+
+
+@pytest.mark.parametrize("bits", sorted(BARS))
+@pytest.mark.parametrize("tower", ["vit", "rn"])
+def test_bars(tower: str, bits: str, request: pytest.FixtureRequest) -> None:
+    bundle: Bundle = request.getfixturevalue(f"{tower}_bundle")
+    recipe = load_recipe(None, [*SHORT, f"quantization.bits={bits}"])
+    report = pipeline.quantize_bundle(str(bundle.path), recipe, output=Path("unused"))
+    drop = report["top1"]["fp32"] - report["top1"]["quantized"]
+    assert report["top1"]["fp32"] > 60
+    assert drop <= BARS[bits]
+    assert report["weight_bits_average"] <= BITS[bits]
+    assert report["size_ratio"]["total"] >= (6 if bits == "w4a8" else 3.5)
+    assert report["accuracy"]["images"] == 10_000

@@ -1,0 +1,58 @@
+"""Bundles: what is written is what is read, and damage is noticed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from d4c_onnx.bundle import Bundle, encoder_size_bytes, is_bundle, open_bundle
+from d4c_onnx.errors import BundleError
+
+
+@pytest.fixture
+def copied(tmp_path: Path, vit_bundle: Bundle) -> Path:
+    return Path(shutil.copytree(vit_bundle.path, tmp_path / "copy", ignore=shutil.ignore_patterns("w*a*", "calib*")))
+
+
+def test_reads_back(vit_bundle: Bundle) -> None:
+    again = open_bundle(vit_bundle.path)
+    assert again == vit_bundle
+    assert is_bundle(again.path)
+    assert not again.quantized
+    sizes = encoder_size_bytes(again)
+    assert sizes["total"] == sizes["image"] + sizes["text"] == sum(f.stat().st_size for f in again.encoders.values())
+
+
+def test_changed_file_is_noticed(copied: Path) -> None:
+    blob = bytearray((copied / "text_encoder.onnx").read_bytes())
+    blob[-100] ^= 1
+    (copied / "text_encoder.onnx").write_bytes(bytes(blob))
+    with pytest.raises(BundleError, match=r"text_encoder\.onnx.*SHA-256"):
+        open_bundle(copied)
+
+
+def test_missing_file_is_noticed(copied: Path) -> None:
+    (copied / "tokenizer.json").unlink()
+    with pytest.raises(BundleError, match=r"tokenizer\.json.*missing"):
+        open_bundle(copied)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}'])
+def test_bad_manifest_is_refused(copied: Path, text: str) -> None:
+    (copied / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        open_bundle(copied)
+
+
+def test_other_format_is_refused(copied: Path) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(BundleError, match="format 2"):
+        open_bundle(copied)
+
+
+def test_a_plain_folder_is_no_bundle(tmp_path: Path) -> None:
+    assert not is_bundle(tmp_path)
+    with pytest.raises(BundleError, match="not a bundle"):
+        open_bundle(tmp_path)

@@ -1,0 +1,90 @@
+"""Recipes: what is accepted, what is refused, and what the shipped ones say."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d4c_onnx.errors import RecipeError
+from d4c_onnx.recipe import load_recipe, parse_bits, recipe_names
+from d4c_onnx.vocabulary import generic_nouns, read_nouns, templates
+
+
+def test_shipped_recipes_load() -> None:
+    assert recipe_names() == ["default", "paper"]
+    for name in recipe_names():
+        load_recipe(name)
+
+
+def test_paper_recipe_is_the_published_schedule() -> None:
+    section = load_recipe("paper").synthesis
+    assert (section.images, section.batch, section.steps) == (128, 16, 3000)
+    assert (section.learning_rate, section.temperature, section.tv_weight) == (0.01, 0.1, 0.1)
+    assert section.shared_optimizer
+    assert not section.redraw_boxes
+    assert section.image == "pixel"
+    assert section.whole_image_weight == 0
+
+
+def test_overrides_and_types() -> None:
+    recipe = load_recipe(None, ["synthesis.steps=7", "quantization.bits=w8a8", "seed=3"])
+    assert (recipe.synthesis.steps, recipe.quantization.weight_bits, recipe.seed) == (7, 8, 3)
+    assert recipe.quantization.table_bits == 8
+    assert load_recipe(None).quantization.table_bits == 4
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "synthesis.steps=many",
+        "synthesis.stepz=3",
+        "steps",
+        "=3",
+        "synthesis.steps=0",
+        "quantization.bits=w3a8",
+        "seed.x=1",
+    ],
+)
+def test_bad_overrides_are_named(override: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, [override])
+    assert override.partition("=")[0].split(".")[-1] in str(caught.value) or override in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "synthesis: [", "synthesis:\n  unknown: 1\n", "\x00"])
+def test_malformed_files_are_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
+        load_recipe(file)
+
+
+def test_missing_file_names_the_shipped_ones() -> None:
+    with pytest.raises(RecipeError, match="default, paper"):
+        load_recipe("nowhere.yaml")
+
+
+@given(st.text(max_size=8))
+def test_only_known_bits_parse(text: str) -> None:
+    known = {f"w{w}a{a}": (w, a) for w in (4, 6, 8) for a in (4, 6, 8)}
+    if text.lower() in known:
+        assert parse_bits(text) == known[text.lower()]
+    else:
+        with pytest.raises(RecipeError, match="w4a8"):
+            parse_bits(text)
+
+
+def test_vocabulary_and_templates() -> None:
+    nouns = generic_nouns()
+    assert 170 <= len(nouns) <= 200
+    assert len(set(nouns)) == len(nouns)
+    assert all(template.count("{}") == 1 for template in templates())
+
+
+@pytest.mark.parametrize("text", ["", "cat\n", "cat\ndog\ncat\n"])
+def test_bad_vocabularies_are_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "nouns.txt"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=r"nouns\.txt"):
+        read_nouns(file)
