@@ -66,7 +66,11 @@ class QuantizationSection(_Section):
     """How both encoders are quantised."""
 
     bits: str = Field("w4a8", description="w<weight bits>a<activation bits>")
-    rounding: Literal["nearest"] = Field("nearest", description="how weights meet their grid")
+    rounding: Literal["auto", "nearest", "gptq", "gptaq"] = Field(
+        "auto", description="how weights meet their grid; auto: nearest at 8 bits, gptaq below"
+    )
+    damping: float = Field(0.1, gt=0, le=10, description="gptq, gptaq: share of the mean second moment added")
+    bias_correction: bool = Field(False, description="biases take up the mean of what rounding changed")
     ranges: Literal["mse", "minmax"] = Field("mse", description="how activation ranges are chosen")
     headroom: float = Field(1.15, ge=1, le=4, description="how far beyond the synthetic values a range is laid out")
     clip_weight: float | None = Field(
@@ -84,6 +88,13 @@ class QuantizationSection(_Section):
     @property
     def activation_bits(self) -> int:
         return parse_bits(self.bits)[1]
+
+    @property
+    def rounding_method(self) -> str:
+        """`rounding`, with auto resolved: at 8 bits there is less to win than synthetic data can mislead."""
+        if self.rounding != "auto":
+            return self.rounding
+        return "nearest" if self.weight_bits == 8 else "gptaq"
 
     @property
     def clip_factor(self) -> float:

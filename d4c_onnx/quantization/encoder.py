@@ -10,7 +10,6 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.graph.bits import LayerBits, layer_bits
 from d4c_onnx.graph.files import load_graph, save_graph, set_metadata, strip_notes
 from d4c_onnx.graph.index import GraphIndex
-from d4c_onnx.graph.layers import channels_first
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.layout import (
     MINIMUM_ORT,
@@ -22,7 +21,8 @@ from d4c_onnx.quantization.layout import (
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.qdq import quantize_graph
 from d4c_onnx.quantization.ranges import collect_ranges
-from d4c_onnx.quantization.rounding import QuantizedWeight, make_rounding
+from d4c_onnx.quantization.rounding import make_rounding
+from d4c_onnx.quantization.weights import place_biases, round_weights
 from d4c_onnx.recipe import QuantizationSection
 
 
@@ -77,7 +77,9 @@ def quantize_encoder(
     ranges = collect_ranges(
         model, plan.activations, reader, section, provider=provider, threads=threads, on_step=on_step
     )
-    weights = _round_weights(model, plan, section)
+    rounded = round_weights(model, plan, ranges, reader, section, provider=provider, threads=threads, on_step=on_step)
+    weights = rounded.weights
+    place_biases(model, rounded.biases)
     quantized = quantize_graph(model, plan, weights, ranges, reader)
     strip_notes(quantized)
     clip_activations(quantized, ranges)
@@ -87,24 +89,11 @@ def quantize_encoder(
         gather, name = table
         rows = GraphIndex(quantized.graph).array(name)
         assert rows is not None
-        rounded = make_rounding("nearest").round(np.asarray(rows, np.float32), section.table_bits)
-        store_token_table(quantized, gather, name, rounded)
+        table_rows = make_rounding("nearest").round(np.asarray(rows, np.float32), section.table_bits)
+        store_token_table(quantized, gather, name, table_rows)
     set_metadata(quantized, {entry.key: entry.value for entry in model.metadata_props} | {"quantization": section.bits})
     save_graph(quantized, target)
     int4 = any(weight.num_bits == 4 for weight in weights.values()) or (table is not None and section.table_bits == 4)
     return EncoderReport(
         tuple(layer_bits(quantized)), section.table_bits if table else None, len(ranges), MINIMUM_ORT[int4]
     )
-
-
-def _round_weights(model: Any, plan: Any, section: QuantizationSection) -> dict[str, QuantizedWeight]:
-    rounding = make_rounding(section.rounding)
-    index = GraphIndex(model.graph)
-    weights: dict[str, QuantizedWeight] = {}
-    for layer in plan.layers:
-        if layer.weight not in weights:
-            values = index.array(layer.weight)
-            assert values is not None
-            rows = channels_first(np.asarray(values, np.float32), layer.channel_axis)
-            weights[layer.weight] = rounding.round(rows, plan.weight_bits[layer.weight])
-    return weights

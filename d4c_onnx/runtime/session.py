@@ -61,7 +61,8 @@ class EncoderSession:
         except Exception as error:  # onnxruntime raises its own C++ exception types
             shown = "model" if isinstance(path, bytes) else path
             raise BundleError(f"{shown}: onnxruntime {ort.__version__} cannot load it ({str(error)[:300]}).") from error
-        self.input_name = self._session.get_inputs()[0].name
+        self.input_name = next((value.name for value in self._session.get_inputs()), "")
+        self.input_names = [value.name for value in self._session.get_inputs()]
         self.output_names = [output.name for output in self._session.get_outputs()]
 
     @property
@@ -76,7 +77,11 @@ class EncoderSession:
 
     def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
         """Every output by name."""
-        return dict(zip(self.output_names, self._session.run(None, {self.input_name: batch}), strict=True))
+        return self.run_named({self.input_name: batch})
+
+    def run_named(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output by name, for a graph of several inputs."""
+        return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
 
 
 def optimized_graph(path: Path) -> Any:

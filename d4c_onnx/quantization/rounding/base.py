@@ -25,15 +25,37 @@ class QuantizedWeight:
         return self.integers.astype(np.float32) * self.scale[:, None]
 
 
-class Rounding(Protocol):
-    """One method."""
+@dataclass(frozen=True, slots=True)
+class InputMoments:
+    """What a rounding may know of a layer's input: x in float, x^ as the quantised encoder delivers it.
 
-    def round(self, weight: np.ndarray, num_bits: int) -> QuantizedWeight:
+    Attributes:
+        gram: float64 [inputs, inputs], second moments of x^.
+        cross: float64 [inputs, inputs], second moments of x (rows) with x^ (columns).
+    """
+
+    gram: np.ndarray
+    cross: np.ndarray
+
+
+class Rounding(Protocol):
+    """One method.
+
+    Attributes:
+        uses_data: whether `round` needs the layer's input moments.
+        sequential: whether x^ must carry the errors of the layers before.
+    """
+
+    uses_data: bool
+    sequential: bool
+
+    def round(self, weight: np.ndarray, num_bits: int, moments: InputMoments | None = None) -> QuantizedWeight:
         """Round a weight.
 
         Args:
             weight: float32 [channels, inputs], output channels first.
             num_bits: 4, 6 or 8.
+            moments: of the layer's input; given when `uses_data`.
         """
         ...
 

@@ -1,0 +1,71 @@
+"""GPTQ, and its asymmetric variant: round one input column after the other, repairing the error in those still open.
+
+Minimise E |W x - W^ x^|^2 over W^ on the grid. Completing the square with G = E[x^ x^T] and C = E[x x^T] gives
+
+    E |W x - W^ x^|^2 = tr (T - W^) G (T - W^)^T + const,      T = W C G^-1,
+
+so the best float weight is T, and rounding it is GPTQ's problem with the Hessian G. Columns are rounded in the order
+of falling G_jj (act-order); the error of a column, divided by its pivot in the Cholesky factor of G^-1, is taken out of
+the columns that are not yet rounded.
+
+Source: GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1, act-order); the asymmetric target follows GPTAQ (Li et al.,
+arXiv 2504.02692), here in closed form before the rounding instead of column by column.
+"""
+
+import numpy as np
+
+from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, grid_limits
+from d4c_onnx.quantization.rounding.nearest import search_scales
+
+_BLOCK = 128  # columns repaired one by one before the rest is repaired in one product
+
+
+class GptqRounding:
+    """GPTQ with x^ = x rounded to its own grid: one pass over the data serves all layers."""
+
+    uses_data = True
+    sequential = False
+
+    def __init__(self, damping: float = 0.1) -> None:
+        """`damping`: share of the mean of G's diagonal that is added to it (GPTQ's percdamp)."""
+        self.damping = damping
+
+    def round(self, weight: np.ndarray, num_bits: int, moments: InputMoments | None = None) -> QuantizedWeight:
+        """See `Rounding.round`."""
+        assert moments is not None
+        inputs = weight.shape[1]
+        ridge = self.damping * max(float(np.trace(moments.gram)) / inputs, 1e-12)
+        gram = moments.gram + ridge * np.eye(inputs)
+        inverse = np.linalg.inv(gram)
+        # the same ridge on C: with no quantisation error (C = G) the target is W itself
+        target = (weight.astype(np.float64) @ (moments.cross + ridge * np.eye(inputs))) @ inverse
+        scale = search_scales(target.astype(np.float32), num_bits, np.diag(gram))
+        order = np.argsort(-np.diag(moments.gram), kind="stable")
+        factor = np.linalg.cholesky(inverse[np.ix_(order, order)]).T  # upper triangular
+        integers = np.empty(weight.shape, np.int8)
+        integers[:, order] = _repair(target[:, order], factor, scale.astype(np.float64), num_bits)
+        return QuantizedWeight(integers, scale, num_bits)
+
+
+class GptaqRounding(GptqRounding):
+    """GPTQ layer after layer, x^ carrying the errors of all layers before."""
+
+    sequential = True
+
+
+def _repair(target: np.ndarray, factor: np.ndarray, scale: np.ndarray, num_bits: int) -> np.ndarray:
+    """int8 [channels, inputs]; `target` float64 in act-order, `factor` upper Cholesky factor of the inverse Gram."""
+    low, high = grid_limits(num_bits)
+    target = target.copy()
+    integers = np.empty(target.shape, np.int8)
+    for start in range(0, target.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, target.shape[1])
+        errors = np.empty((len(target), stop - start))
+        for column in range(start, stop):
+            rounded = np.clip(np.rint(target[:, column] / scale), low, high)
+            integers[:, column] = rounded
+            error = (target[:, column] - rounded * scale) / factor[column, column]
+            target[:, column + 1 : stop] -= error[:, None] * factor[column, column + 1 : stop]
+            errors[:, column - start] = error
+        target[:, stop:] -= errors @ factor[start:stop, stop:]
+    return integers

@@ -1,0 +1,146 @@
+"""All weights of an encoder onto their grids, and the biases that take up the mean of what rounding changed."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationDataReader
+
+from d4c_onnx.calibration.observers import QuantParams
+from d4c_onnx.graph.index import GraphIndex, set_initializer
+from d4c_onnx.graph.layers import WeightedLayer, channels_back, channels_first
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.plan import Plan
+from d4c_onnx.quantization.rounding import InputMoments, QuantizedWeight, Rounding, make_rounding
+from d4c_onnx.quantization.statistics import InputStatistics, StatisticsCollector
+from d4c_onnx.recipe import QuantizationSection
+
+
+@dataclass(slots=True)
+class RoundedWeights:
+    """What was chosen: per weight initialiser its grid, per bias initialiser its corrected float values."""
+
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    biases: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def round_weights(
+    model: onnx.ModelProto,
+    plan: Plan,
+    ranges: dict[str, QuantParams],
+    reader: CalibrationDataReader,
+    section: QuantizationSection,
+    *,
+    provider: str = "cpu",
+    threads: int = 0,
+    on_step: OnStep = silent,
+) -> RoundedWeights:
+    """Round every weight of the plan by the recipe's method; correct biases in closed form where the recipe says so.
+
+    Args:
+        model: the float encoder; not changed.
+        ranges: of the activations, for x^.
+        reader: rewindable calibration data.
+    """
+    rounding = make_rounding(section.rounding_method, section.damping)
+    index = GraphIndex(model.graph)
+    result = RoundedWeights()
+    if not rounding.uses_data and not section.bias_correction:
+        for layer in plan.layers:
+            _round_layer(index, layer, plan, rounding, None, section, result)
+        return result
+    collector = StatisticsCollector(model, plan, ranges, reader, provider, threads)
+    stages = _stages(plan) if rounding.sequential else [list(plan.layers)]
+    for number, stage in enumerate(stages):
+        statistics = collector.collect(stage)
+        for layer in stage:
+            found = statistics[layer.data]
+            _round_layer(index, layer, plan, rounding, found, section, result)
+            if section.bias_correction:
+                _correct_bias(index, layer, found, result)
+            shape = tuple(index.initializers[layer.weight].dims)
+            values = channels_back(result.weights[layer.weight].dequantize(), shape, layer.channel_axis)
+            collector.replace(layer.weight, values)
+            bias = bias_name(index, layer)
+            if bias in result.biases:
+                collector.replace(str(bias), result.biases[str(bias)])
+        on_step("round", number + 1, len(stages), {})
+    return result
+
+
+def bias_name(index: GraphIndex, layer: WeightedLayer) -> str | None:
+    """The initialiser that a layer's output gets added: a Conv's or Gemm's third input, or the Add after a MatMul."""
+    node = index.producer[layer.output]
+    if layer.op != "MatMul":
+        name = node.input[2] if len(node.input) > 2 else ""
+        return name if name in index.initializers else None
+    reader = index.only_consumer(layer.output)
+    if reader is None or reader.op_type != "Add":
+        return None
+    for name in reader.input:
+        tensor = index.initializers.get(name)
+        if tensor is not None and len(tensor.dims) == 1 and len(index.consumers[name]) == 1:
+            return name
+    return None
+
+
+def _stages(plan: Plan) -> list[list[WeightedLayer]]:
+    """Layers that read the same value are rounded together, in graph order."""
+    stages: dict[str, list[WeightedLayer]] = {}
+    for layer in plan.layers:
+        stages.setdefault(layer.data, []).append(layer)
+    return list(stages.values())
+
+
+def _round_layer(
+    index: GraphIndex,
+    layer: WeightedLayer,
+    plan: Plan,
+    rounding: Rounding,
+    found: InputStatistics | None,
+    section: QuantizationSection,
+    result: RoundedWeights,
+) -> None:
+    if layer.weight in result.weights:
+        return
+    rows = _rows(index, layer)
+    bits = plan.weight_bits[layer.weight]
+    if found is None or not rounding.uses_data:
+        result.weights[layer.weight] = rounding.round(rows, bits)
+        return
+    # With a bias to correct, the mean is the bias's business; without one the weights must carry it.
+    free = section.bias_correction and bias_name(index, layer) is not None
+    grams, crosses = found.covariances() if free else (found.gram / found.count, found.cross / found.count)
+    parts = [
+        rounding.round(part, bits, InputMoments(gram, cross))
+        for part, gram, cross in zip(np.split(rows, len(grams)), grams, crosses, strict=True)
+    ]
+    result.weights[layer.weight] = QuantizedWeight(
+        np.concatenate([part.integers for part in parts]), np.concatenate([part.scale for part in parts]), bits
+    )
+
+
+def _correct_bias(index: GraphIndex, layer: WeightedLayer, found: InputStatistics, result: RoundedWeights) -> None:
+    """b^ = b + W E[x] - W^ E[x^]: the layer's mean output is again that of the float encoder."""
+    name = bias_name(index, layer)
+    if name is None:
+        return
+    bias = index.array(name)
+    assert bias is not None
+    mean, mean_quantized = found.means()
+    rows = np.split(_rows(index, layer).astype(np.float64), len(mean))
+    rounded = np.split(result.weights[layer.weight].dequantize().astype(np.float64), len(mean))
+    shift = [a @ x - b @ y for a, x, b, y in zip(rows, mean, rounded, mean_quantized, strict=True)]
+    result.biases[name] = (bias.astype(np.float64) + np.concatenate(shift)).astype(np.float32)
+
+
+def _rows(index: GraphIndex, layer: WeightedLayer) -> np.ndarray:
+    values = index.array(layer.weight)
+    assert values is not None
+    return channels_first(np.asarray(values, np.float32), layer.channel_axis)
+
+
+def place_biases(model: onnx.ModelProto, biases: dict[str, np.ndarray]) -> None:
+    """Write corrected biases into a float encoder, in place."""
+    for name, values in biases.items():
+        set_initializer(model.graph, name, values)
