@@ -2,9 +2,9 @@
 
     python benchmarks/fidelity.py --train cifar10-train.parquet -o exported --seeds 0 1 2
 
-Each row quantises both encoders and measures them with onnxruntime on all 10,000 test images, beside FP32. `real` are 128
-training images (the control; only this script ever opens them), `noise` is N(0, 1). Prints Markdown. Rows that are in
-the results file already are not run again.
+Each row quantises both encoders and measures them with onnxruntime on all 10,000 test images, beside FP32. `real` are
+128 training images (the control; only this script ever opens them), `noise` is N(0, 1). Prints Markdown. Rows that are
+in the results file already are not run again.
 """
 
 import argparse
