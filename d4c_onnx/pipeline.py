@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d4c_onnx.bundle import (
-    IMAGE_ENCODER,
-    TEXT_ENCODER,
-    TOKENIZER,
     Bundle,
     encoder_size_bytes,
     is_bundle,
@@ -22,7 +19,7 @@ from d4c_onnx.bundle import (
     write_manifest,
 )
 from d4c_onnx.errors import BundleError, CheckFailed, ModelError, RecipeError
-from d4c_onnx.files import refuse_existing, staged_folder
+from d4c_onnx.files import refuse_existing
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import generic_nouns, read_nouns
@@ -30,8 +27,6 @@ from d4c_onnx.vocabulary import generic_nouns, read_nouns
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
     from d4c_onnx.models.load import LoadedModel
-
-GOLDEN_TOLERANCE = 0.05  # max abs difference of a quantised embedding between machines (other int8 kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +124,8 @@ def quantize_bundle(
         CheckFailed: top-1 or cosine fell by more than the recipe allows (the files are written all the same).
     """
     from d4c_onnx.calibration.dataset import open_calibration_set
+    from d4c_onnx.quantization import quantize_bundle_files
+    from d4c_onnx.runtime.session import resolve_provider
 
     machine = machine or Machine()
     nouns = read_nouns(prompts) if prompts else None
@@ -146,7 +143,16 @@ def quantize_bundle(
         _, dataset = _calibration_set(origin, folder, recipe, nouns, machine, on_step)
     _check_belongs(dataset, bundle)
     clock.lap("synthesize")
-    quantized = _quantize(bundle, dataset, target, recipe, machine, on_step)
+    quantized = quantize_bundle_files(
+        bundle,
+        dataset,
+        target,
+        recipe.quantization,
+        recipe_dump=recipe.model_dump(mode="json"),
+        provider=resolve_provider(machine.provider),
+        threads=machine.threads,
+        on_step=on_step,
+    )
     clock.lap("quantize")
     accuracy = evaluate([bundle, quantized], recipe, dataset, machine, on_step)
     clock.lap("evaluate")
@@ -346,65 +352,6 @@ def _calibration_set(
         on_step=on_step,
     )
     return target, made
-
-
-def _quantize(
-    bundle: Bundle, dataset: CalibrationSet, target: Path, recipe: Recipe, machine: Machine, on_step: OnStep
-) -> Bundle:
-    import shutil
-
-    import numpy as np
-
-    from d4c_onnx.calibration.readers import D4CCalibrationDataReader, PromptCalibrationDataReader
-    from d4c_onnx.graph.bits import average_bits
-    from d4c_onnx.quantization import quantize_encoder
-    from d4c_onnx.runtime.golden import read_golden, write_golden
-    from d4c_onnx.runtime.session import EncoderSession, resolve_provider
-
-    section = recipe.quantization
-    provider = resolve_provider(machine.provider)
-    fixed = EncoderSession(bundle.text_encoder).fixed_length
-    readers = {
-        IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch),
-        TEXT_ENCODER: PromptCalibrationDataReader(dataset, section.batch, fixed_length=fixed),
-    }
-    with staged_folder(target) as stage:
-        reports = {
-            name: quantize_encoder(
-                bundle.path / name,
-                stage / name,
-                reader,
-                section,
-                provider=provider,
-                threads=machine.threads,
-                on_step=on_step,
-            )
-            for name, reader in readers.items()
-        }
-        if bundle.tokenizer.exists():
-            shutil.copyfile(bundle.tokenizer, stage / TOKENIZER)
-        ids = np.array([read_golden(bundle.path)["input_ids"]], np.int64)
-        write_golden(
-            stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, bundle.manifest["preprocess"], ids, GOLDEN_TOLERANCE
-        )
-        layers = [layer for report in reports.values() for layer in report.layers]
-        inherited = {key: bundle.manifest[key] for key in ("model", "preprocess", "tokenizer", "io")}
-        return_value = write_manifest(
-            stage,
-            {
-                "kind": "quantized",
-                **inherited,
-                "seed": recipe.seed,
-                "recipe": recipe.model_dump(mode="json"),
-                "bits": section.bits.lower(),
-                "accuracy_mode_only": section.activation_bits != 8 or section.weight_bits == 6,
-                "weight_bits_average": round(average_bits(layers), 4),
-                "encoders": {name: report.as_dict() for name, report in reports.items()},
-                "calibration": dataset.manifest["key"]["id"],
-                "source_files": {name: bundle.manifest["files"][name]["sha256"] for name in readers},
-            },
-        )
-    return Bundle(target, return_value.manifest)
 
 
 def _check_belongs(dataset: CalibrationSet, bundle: Bundle) -> None:

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, open_bundle, write_manifest
 from d4c_onnx.export.parity import TOLERANCE, check_parity
 from d4c_onnx.export.trace import trace_tower
 from d4c_onnx.files import staged_folder
-from d4c_onnx.graph.files import opset_of, save_graph, set_metadata
+from d4c_onnx.graph.files import save_graph, set_metadata
+from d4c_onnx.graph.signature import signature
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.models.tokenizer import write_tokenizer
 from d4c_onnx.runtime.golden import TEXT, golden_input, write_golden
@@ -89,21 +89,3 @@ def _properties(loaded: LoadedModel, raw: bool, tokenizer: dict[str, Any]) -> di
         "end_id": tokenizer.get("eot_id"),
         "dataset": loaded.embedded.dataset if loaded.embedded and loaded.pretrained == "embedded" else None,
     }
-
-
-def signature(graphs: dict[str, onnx.ModelProto]) -> dict[str, Any]:
-    """Inputs, outputs and opset per file, read from the graphs."""
-    return {
-        name: {
-            "inputs": [_describe(value) for value in model.graph.input],
-            "outputs": [_describe(value) for value in model.graph.output],
-            "opset": opset_of(model),
-        }
-        for name, model in graphs.items()
-    }
-
-
-def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    tensor = value.type.tensor_type
-    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
-    return {"name": value.name, "dtype": onnx.TensorProto.DataType.Name(tensor.elem_type).lower(), "shape": shape}

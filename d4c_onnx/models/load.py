@@ -5,6 +5,9 @@ import copy
 import difflib
 import hashlib
 import logging
+import socket
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from huggingface_hub import constants as hub
 from open_clip.factory import load_checkpoint
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
@@ -28,7 +32,6 @@ from d4c_onnx.models.attention import replace_attention
 from d4c_onnx.models.catalogue import EmbeddedModel, embedded_models
 from d4c_onnx.models.towers import CausalTextTower, FixedTextTower, ImageTower, text_tower
 
-log = logging.getLogger(__name__)
 _CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 _HUB = "hf-hub:"
 WAYS_OUT = (
@@ -90,17 +93,17 @@ def load_model(name: str, pretrained: str | None = None, seed: int = 0) -> Loade
         if pretrained not in (None, "embedded", "random"):
             raise ModelError(f"--pretrained {pretrained}: {name} ships with its weights. Leave --pretrained away.")
         return _load_embedded(shipped[name], pretrained or "embedded", seed)
-    hub = name.startswith(_HUB)
-    if not hub and name not in open_clip.list_models():
+    on_hub = name.startswith(_HUB)
+    if not on_hub and name not in open_clip.list_models():
         near = difflib.get_close_matches(name, [*shipped, *open_clip.list_models()], 3, 0.5)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise ModelError(f"{name}: no such model.{hint} d4c-onnx models lists all; hf-hub:org/repo also works.")
-    if hub and pretrained is not None:
+    if on_hub and pretrained is not None:
         raise ModelError(f"--pretrained {pretrained}: {name} names its own weights. Leave --pretrained away.")
-    if not hub and pretrained is None:
+    if not on_hub and pretrained is None:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ModelError(f"{name}: which weights? Add --pretrained TAG ({tags}), --pretrained FILE, or random.")
-    with _quiet_logging():
+    with _hub_access():
         return _load_registry(name, pretrained, seed)
 
 
@@ -220,12 +223,23 @@ def _short(error: object) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """open_clip logs its steps on the root logger; errors reach the user through exceptions instead."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
+def _hub_access() -> Iterator[None]:
+    """Quiet, and quick to say no.
+
+    open_clip and the hub client log every step and retry; errors reach the user through exceptions instead. Where the
+    hub's name cannot be resolved (and no proxy is set), only the local cache is asked: the client itself would retry
+    for a minute.
+    """
+    proxied = bool(urllib.request.getproxies())
+    offline = hub.HF_HUB_OFFLINE
+    logging.disable(logging.CRITICAL)
     try:
+        if not offline and not proxied:
+            try:
+                socket.getaddrinfo(urllib.parse.urlparse(hub.ENDPOINT).hostname, 443)
+            except OSError:
+                hub.HF_HUB_OFFLINE = True
         yield
     finally:
-        root.setLevel(level)
+        hub.HF_HUB_OFFLINE = offline
+        logging.disable(logging.NOTSET)

@@ -64,6 +64,8 @@ def test_quantize_json_is_one_object_with_the_promised_keys(own: Path) -> None:
     bundle = open_bundle(Path(report["bundle"]))
     assert bundle.quantized
     assert bundle.manifest["accuracy"]["kind"] == "fidelity"
+    assert bundle.manifest["io"]["image_encoder.onnx"]["opset"] == 21
+    assert bundle.manifest["minimum_onnxruntime"] == "1.23"
     assert str(own) not in json.dumps(bundle.manifest)
     # a second width uses the same set and needs no torch
     code = (

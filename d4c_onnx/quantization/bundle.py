@@ -1,0 +1,84 @@
+"""Both encoders of an FP32 bundle, quantised into a bundle of the same form."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, write_manifest
+from d4c_onnx.calibration.dataset import CalibrationSet
+from d4c_onnx.calibration.readers import D4CCalibrationDataReader, PromptCalibrationDataReader
+from d4c_onnx.files import staged_folder
+from d4c_onnx.graph.bits import average_bits
+from d4c_onnx.graph.files import load_graph
+from d4c_onnx.graph.signature import signature
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.encoder import quantize_encoder
+from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.runtime.golden import read_golden, write_golden
+from d4c_onnx.runtime.session import EncoderSession
+
+GOLDEN_TOLERANCE = 0.05  # max abs difference of a quantised embedding between machines (other int8 kernels)
+
+
+def quantize_bundle_files(
+    bundle: Bundle,
+    dataset: CalibrationSet,
+    target: Path,
+    section: QuantizationSection,
+    *,
+    recipe_dump: dict[str, Any],
+    provider: str = "cpu",
+    threads: int = 0,
+    on_step: OnStep = silent,
+) -> Bundle:
+    """Quantise both encoders and write the quantised bundle; or leave nothing behind.
+
+    Args:
+        bundle: in FP32.
+        dataset: calibration images and prompts of the bundle's model.
+        target: the quantised bundle's folder.
+        section: widths, rounding, ranges.
+        recipe_dump: the whole resolved recipe, for the manifest.
+
+    Raises:
+        GraphError: an encoder cannot be quantised.
+        BundleError: the folder cannot be written.
+    """
+    fixed = EncoderSession(bundle.text_encoder).fixed_length
+    readers = {
+        IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch),
+        TEXT_ENCODER: PromptCalibrationDataReader(dataset, section.batch, fixed_length=fixed),
+    }
+    with staged_folder(target) as stage:
+        reports = {
+            name: quantize_encoder(
+                bundle.path / name, stage / name, reader, section, provider=provider, threads=threads, on_step=on_step
+            )
+            for name, reader in readers.items()
+        }
+        if bundle.tokenizer.exists():
+            shutil.copyfile(bundle.tokenizer, stage / TOKENIZER)
+        ids = np.array([read_golden(bundle.path)["input_ids"]], np.int64)
+        preprocess = bundle.manifest["preprocess"]
+        write_golden(stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, preprocess, ids, GOLDEN_TOLERANCE)
+        layers = [layer for report in reports.values() for layer in report.layers]
+        written = write_manifest(
+            stage,
+            {
+                "kind": "quantized",
+                **{key: bundle.manifest[key] for key in ("model", "preprocess", "tokenizer")},
+                "io": signature({name: load_graph(stage / name) for name in readers}),
+                "minimum_onnxruntime": max(report.minimum_onnxruntime for report in reports.values()),
+                "seed": recipe_dump["seed"],
+                "recipe": recipe_dump,
+                "bits": section.bits.lower(),
+                "accuracy_mode_only": section.activation_bits != 8 or section.weight_bits == 6,
+                "weight_bits_average": round(average_bits(layers), 4),
+                "encoders": {name: report.as_dict() for name, report in reports.items()},
+                "calibration": dataset.manifest["key"]["id"],
+                "source_files": {name: bundle.manifest["files"][name]["sha256"] for name in readers},
+            },
+        )
+    return Bundle(target, written.manifest)
