@@ -384,6 +384,7 @@ def _report(
         "bits": recipe.quantization.bits.lower(),
         "bundle": str(quantized.path),
         "calibration": quantized.manifest["calibration"],
+        "accuracy_mode_only": quantized.manifest["accuracy_mode_only"],
         "weight_bits_average": quantized.manifest["weight_bits_average"],
         "size_bytes": {"fp32": before, "quantized": after},
         "size_ratio": {tower: round(before[tower] / after[tower], 3) for tower in ("image", "text", "total")},

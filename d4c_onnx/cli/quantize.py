@@ -76,5 +76,7 @@ def _print(report: dict[str, Any]) -> None:
     ]
     show.table("size", ["encoder", *names, "smaller"], rows)
     click.echo(f"{report['weight_bits_average']:.2f} bits per MatMul, Gemm and Conv weight, counted from the files")
+    if report["accuracy_mode_only"]:
+        click.echo(f"{report['bits']} is an accuracy mode: it answers as such a device would, and runs as int8 here")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
     click.echo(f"{report['bundle']} ({spent})")

@@ -1,5 +1,6 @@
 """Writing the FP32 bundle of a loaded model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
         tokenizer = write_tokenizer(loaded.tokenizer, context, stage / TOKENIZER)
         tokenizer |= {"causal": dynamic, "dynamic_sequence": dynamic}
         properties = _properties(loaded, raw, tokenizer)
+        sidecar = {"preprocess": json.dumps(loaded.preprocess), "tokenizer": json.dumps(tokenizer)}
         for name, graph in graphs.items():
-            set_metadata(graph, {key: str(value) for key, value in properties.items()})
+            set_metadata(graph, {key: str(value) for key, value in properties.items()} | sidecar)
             save_graph(graph, stage / name)
         ids = loaded.tokenize([TEXT])
         golden = {"pixel_values": golden_input(loaded.preprocess), "input_ids": ids}

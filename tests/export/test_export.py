@@ -1,5 +1,6 @@
 """Export: parity with torch at any batch and length, the I/O contract, and nothing left behind on failure."""
 
+import json
 import os
 from pathlib import Path
 
@@ -36,17 +37,19 @@ def test_io_contract(vit_bundle: Bundle) -> None:
     onnx.checker.check_model(image, full_check=True)
     onnx.checker.check_model(text, full_check=True)
     assert vit_bundle.manifest["io"]["image_encoder.onnx"] == {
-        "inputs": [{"name": "pixel_values", "dtype": "float", "shape": ["batch", 3, 48, 48]}],
-        "outputs": [{"name": "image_embeds", "dtype": "float", "shape": ["batch", 128]}],
+        "inputs": [{"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, 48, 48]}],
+        "outputs": [{"name": "image_embeds", "dtype": "float32", "shape": ["batch", 128]}],
         "opset": 18,
     }
     assert vit_bundle.manifest["io"]["text_encoder.onnx"] == {
         "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
-        "outputs": [{"name": "text_embeds", "dtype": "float", "shape": ["batch", 128]}],
+        "outputs": [{"name": "text_embeds", "dtype": "float32", "shape": ["batch", 128]}],
         "opset": 18,
     }
     properties = {entry.key: entry.value for entry in image.metadata_props}
     assert properties["name"] == "mini-vit"
+    assert json.loads(properties["preprocess"]) == vit_bundle.manifest["preprocess"]
+    assert json.loads(properties["tokenizer"]) == vit_bundle.manifest["tokenizer"]
     assert properties["weights_sha256"] == vit_bundle.manifest["model"]["weights_sha256"]
     assert not any(node.metadata_props for node in image.graph.node)
 

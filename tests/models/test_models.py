@@ -130,6 +130,31 @@ def test_unreachable_hub_names_three_ways_out(monkeypatch: pytest.MonkeyPatch) -
         load_model("ViT-B-32", "openai")
 
 
+def test_a_hub_without_a_name_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No DNS, no proxy: the hub client is put offline for the call (and only for it), so the answer comes at once."""
+    import socket
+
+    from huggingface_hub import constants
+
+    seen = []
+
+    def no_name(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    def download(*args: object, **kwargs: object) -> None:
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
+    with pytest.raises(ModelError, match="Three ways out"):
+        load_model("ViT-B-32", "openai")
+    assert seen == [True]
+    assert constants.HF_HUB_OFFLINE is False
+
+
 @pytest.fixture(scope="module")
 def fast_tokenizer(tmp_path_factory: pytest.TempPathFactory):
     reference = open_clip.SimpleTokenizer(context_length=77)
