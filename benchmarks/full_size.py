@@ -39,10 +39,10 @@ def main() -> None:
     total = f"{before['total'] / 1e6:.1f} | {after['total'] / 1e6:.1f} | {report['size_ratio']['total']:.2f}x"
     print(f"| total | {total} | | |")
     steps = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
+    bits = report["weight_bits_average"]
     print(
-        f"\n{args.model} {args.bits}: {report['weight_bits_average']:.2f} bits per weight, {seconds:.0f} s in all ({steps}),"
+        f"\n{args.model} {args.bits}: {bits:.2f} bits per weight, {seconds:.0f} s ({steps}), peak memory {peak:.2f} GB."
     )
-    print(f"peak memory {peak:.2f} GB.")
 
 
 if __name__ == "__main__":
