@@ -78,6 +78,8 @@ def synthesize_calibration_set(
 ) -> tuple[Path, CalibrationSet]:
     """Make a calibration set in the model's bundle folder, or return the one of the same key that is there.
 
+    Exports first when the model has no bundle yet: a set always lies beside the encoders it is for.
+
     Args:
         source: a model's name, or the path of an FP32 bundle (its model is loaded again).
         prompts: the user's vocabulary.
@@ -89,10 +91,7 @@ def synthesize_calibration_set(
     nouns = read_nouns(prompts) if prompts else None
     folder = Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
     _use_threads(machine)
-    if is_bundle(folder):
-        origin = _Origin(pretrained, _float_bundle(folder, pretrained))
-    else:
-        origin = _Origin(pretrained, loaded=_load(source, pretrained, recipe.seed))
+    _, origin = _source_bundle(source, folder, recipe, pretrained)
     return _calibration_set(origin, folder, recipe, nouns, machine, on_step)
 
 
@@ -292,7 +291,7 @@ def _source_bundle(source: str, folder: Path, recipe: Recipe, pretrained: str | 
     if is_bundle(folder):
         bundle = _float_bundle(folder, pretrained)
         return bundle, _Origin(pretrained, bundle)
-    if folder.exists() and any(entry for entry in folder.iterdir() if not entry.name.startswith(("calibration-", "."))):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BundleError(f"{folder}: exists, but is not a bundle. Move it away, or choose another --output.")
     loaded = _load(source, pretrained, recipe.seed)
     return _export(loaded, folder, recipe, raw=False), _Origin(pretrained, loaded=loaded)

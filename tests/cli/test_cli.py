@@ -89,6 +89,27 @@ def test_quantize_json_is_one_object_with_the_promised_keys(own: Path) -> None:
     assert rows[2]["versus_first"]["cosine_image"] > rows[1]["versus_first"]["cosine_image"] > 0.9
 
 
+def test_synthesize_exports_first_and_quantize_uses_both(tmp_path: Path) -> None:
+    done = _run("synthesize", "-o", str(tmp_path), "--json", *TINY)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["images"] == 4
+    before = (tmp_path / "mini-vit" / "manifest.json").read_bytes()
+    arguments = ("-o", str(tmp_path), "--bits", "w8a8", "--json", "--dataset", "fidelity", *TINY)
+    report = json.loads(_run("quantize", *arguments).stdout)
+    assert made["calibration"].endswith(report["calibration"])
+    assert (tmp_path / "mini-vit" / "manifest.json").read_bytes() == before
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mini-vit").mkdir()
+    (tmp_path / "mini-vit" / "mine.txt").write_text("x")
+    done = _run("quantize", "-o", str(tmp_path), "--quiet", *TINY)
+    assert done.returncode == 2
+    assert "not a bundle" in done.stderr
+    assert os.listdir(tmp_path / "mini-vit") == ["mine.txt"]
+
+
 def test_failed_check_is_exit_code_1(own: Path) -> None:
     done = _run(
         *("quantize", "-o", str(own), "--quiet", "--dataset", "fidelity", "--set", "evaluation.min_cosine=1.0", *TINY)
