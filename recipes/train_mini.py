@@ -28,6 +28,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from d4c_onnx.models.compact import pack_token_table, unpack_token_table
+
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
@@ -89,7 +91,7 @@ def plain_attention(self, query, key=None, value=None, need_weights=False, attn_
 def build(kind: str, weights: str | None = None) -> CLIP:
     model = CLIP(**config(kind))
     if weights:
-        model.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+        model.load_state_dict({k: v.float() for k, v in unpack_token_table(load_file(weights)).items()})
     for module in model.modules():
         if isinstance(module, torch.nn.MultiheadAttention):
             module.forward = types.MethodType(plain_attention, module)
@@ -159,7 +161,7 @@ def accuracy(model: CLIP, x: torch.Tensor, y: torch.Tensor, tokenizer: SimpleTok
 
 
 def save_weights(model: CLIP, tokenizer: SimpleTokenizer, path: Path) -> None:
-    """fp16 safetensors; rows of the token table that no caption uses are zero, so the file compresses well."""
+    """fp16 safetensors; rows of the token table that no caption uses are zero, and are not stored."""
     state = {
         k: v.detach().half() if v.is_floating_point() and "num_batches" not in k else v.detach()
         for k, v in model.state_dict().items()
@@ -168,7 +170,7 @@ def save_weights(model: CLIP, tokenizer: SimpleTokenizer, path: Path) -> None:
     used = torch.zeros(TEXT["vocab_size"], dtype=torch.bool)
     used[torch.unique(tokenizer([t.format(m) for t in TEMPLATES for n in NAMES for m in n]))] = True
     state["token_embedding.weight"] = state["token_embedding.weight"] * used[:, None].half()
-    save_file({k: v.contiguous() for k, v in state.items()}, path)
+    save_file({k: v.contiguous() for k, v in pack_token_table(state).items()}, path)
 
 
 def main() -> None:

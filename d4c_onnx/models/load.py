@@ -30,6 +30,7 @@ from torch import nn
 from d4c_onnx.errors import ModelError
 from d4c_onnx.models.attention import replace_attention
 from d4c_onnx.models.catalogue import EmbeddedModel, embedded_models
+from d4c_onnx.models.compact import unpack_token_table
 from d4c_onnx.models.towers import CausalTextTower, FixedTextTower, ImageTower, text_tower
 
 _CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -112,7 +113,8 @@ def _load_embedded(entry: EmbeddedModel, pretrained: str, seed: int) -> LoadedMo
     model = CLIP(**copy.deepcopy(entry.model_cfg))
     if pretrained == "embedded":
         blob = (resources.files("d4c_onnx.models.embedded") / f"{entry.name}.safetensors").read_bytes()
-        model.load_state_dict({key: value.float() for key, value in load_safetensors(blob).items()})
+        state = unpack_token_table(load_safetensors(blob))
+        model.load_state_dict({key: value.float() for key, value in state.items()})
     size = entry.model_cfg["vision_cfg"]["image_size"]
     preprocess = _preprocess(asdict(PreprocessCfg(size=size)))
     tokenizer = SimpleTokenizer(context_length=entry.model_cfg["text_cfg"]["context_length"])

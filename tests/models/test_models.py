@@ -16,6 +16,7 @@ from torch import nn
 from d4c_onnx.errors import ModelError
 from d4c_onnx.models.attention import plain_attention, replace_attention
 from d4c_onnx.models.catalogue import embedded_models
+from d4c_onnx.models.compact import pack_token_table, unpack_token_table
 from d4c_onnx.models.load import load_model
 from d4c_onnx.models.tokenizer import write_tokenizer
 
@@ -65,6 +66,18 @@ def test_embedded_models_are_trained_and_repeatable(mini_vit) -> None:
     assert load_model("mini-vit").weights_sha256 == mini_vit.weights_sha256
     assert mini_vit.quick_gelu
     assert mini_vit.context_length == 77
+
+
+def test_token_table_packs_and_unpacks() -> None:
+    table = torch.zeros(50, 4)
+    table[[3, 7, 49]] = torch.randn(3, 4)
+    state = {"token_embedding.weight": table, "other": torch.ones(2)}
+    packed = pack_token_table(state)
+    assert packed["token_embedding.rows"].shape == (3, 4)
+    again = unpack_token_table(packed)
+    assert torch.equal(again["token_embedding.weight"], table)
+    assert torch.equal(again["other"], state["other"])
+    assert unpack_token_table(state) is state
 
 
 def test_random_weights_depend_on_the_seed() -> None:
