@@ -70,6 +70,10 @@ class QuantizationSection(_Section):
         "auto", description="how weights meet their grid; auto: nearest at 8 bits, gptaq below"
     )
     damping: float = Field(0.1, gt=0, le=10, description="gptq, gptaq: share of the mean second moment added")
+    smoothing: Literal["none", "layer_norm"] = Field(
+        "none",
+        description="layer_norm: shrink outlier channels into the weights where that helps; exact",
+    )
     bias_correction: bool = Field(False, description="biases take up the mean of what rounding changed")
     ranges: Literal["mse", "minmax"] = Field("mse", description="how activation ranges are chosen")
     headroom: float = Field(1.15, ge=1, le=4, description="how far beyond the synthetic values a range is laid out")

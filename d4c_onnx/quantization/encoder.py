@@ -22,6 +22,7 @@ from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.qdq import quantize_graph
 from d4c_onnx.quantization.ranges import collect_ranges
 from d4c_onnx.quantization.rounding import make_rounding
+from d4c_onnx.quantization.smoothing import smooth_layer_norms
 from d4c_onnx.quantization.weights import place_biases, round_weights
 from d4c_onnx.recipe import QuantizationSection
 
@@ -33,6 +34,7 @@ class EncoderReport:
     layers: tuple[LayerBits, ...]
     token_table_bits: int | None
     activations: int
+    smoothed: dict[str, float]
     minimum_onnxruntime: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -43,6 +45,7 @@ class EncoderReport:
             },
             "token_table_bits": self.token_table_bits,
             "quantized_activations": self.activations,
+            "smoothing_alpha": self.smoothed,
             "minimum_onnxruntime": self.minimum_onnxruntime,
         }
 
@@ -74,6 +77,9 @@ def quantize_encoder(
     model = load_graph(source)
     strip_notes(model)
     plan = make_plan(model.graph, section)
+    smoothed: dict[str, float] = {}
+    if section.smoothing == "layer_norm":
+        smoothed = smooth_layer_norms(model, plan, reader, section, provider=provider, threads=threads)
     ranges = collect_ranges(
         model, plan.activations, reader, section, provider=provider, threads=threads, on_step=on_step
     )
@@ -95,5 +101,5 @@ def quantize_encoder(
     save_graph(quantized, target)
     int4 = any(weight.num_bits == 4 for weight in weights.values()) or (table is not None and section.table_bits == 4)
     return EncoderReport(
-        tuple(layer_bits(quantized)), section.table_bits if table else None, len(ranges), MINIMUM_ORT[int4]
+        tuple(layer_bits(quantized)), section.table_bits if table else None, len(ranges), smoothed, MINIMUM_ORT[int4]
     )
