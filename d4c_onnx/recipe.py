@@ -71,7 +71,7 @@ class QuantizationSection(_Section):
     )
     damping: float = Field(0.1, gt=0, le=10, description="gptq, gptaq: share of the mean second moment added")
     smoothing: Literal["none", "layer_norm"] = Field(
-        "none",
+        "layer_norm",
         description="layer_norm: shrink outlier channels into the weights where that helps; exact",
     )
     bias_correction: bool = Field(False, description="biases take up the mean of what rounding changed")
