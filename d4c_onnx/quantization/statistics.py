@@ -7,7 +7,7 @@ memory does not grow with the number of samples.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,24 @@ class InputStatistics:
     total: np.ndarray
     total_quantized: np.ndarray
     count: int = 0
+    _waiting: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def add(self, rows: np.ndarray, quantized: np.ndarray) -> None:
-        """Add a batch; both float32 [groups, rows, inputs]."""
+        """Add a batch; both float32 [groups, rows, inputs]. `flush` after the last one.
+
+        Prompts come in batches of a few dozen rows; adding each to matrices of millions of entries would cost more
+        than the products themselves, so rows wait until there are as many of them as inputs.
+        """
+        self._waiting.append((rows, quantized))
+        if sum(part.shape[1] for part, _ in self._waiting) >= rows.shape[2]:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add the rows that wait."""
+        if not self._waiting:
+            return
+        rows, quantized = (np.concatenate(parts, axis=1) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
         self.gram += quantized.transpose(0, 2, 1) @ quantized
         self.cross += rows.transpose(0, 2, 1) @ quantized
         self.total += rows.sum(1, dtype=np.float64)
@@ -107,6 +122,8 @@ class StatisticsCollector:
                 if name not in found:
                     found[name] = new_statistics(rows.shape[0], rows.shape[2])
                 found[name].add(rows, quantized)
+        for statistics in found.values():
+            statistics.flush()
         return found
 
 
