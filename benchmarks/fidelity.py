@@ -38,7 +38,9 @@ ROWS: list[tuple[str, str, tuple[str, ...]]] = [
     ("w4a8", "noise", ()),
     ("w4a8", "real", ()),
     ("w6a6", "d4c", ()),
+    ("w6a6", "d4c", ("rounding=gptaq",)),
     ("w4a4", "d4c", ()),
+    ("w4a4", "d4c", ("rounding=gptaq",)),
 ]
 
 

@@ -67,7 +67,7 @@ class QuantizationSection(_Section):
 
     bits: str = Field("w4a8", description="w<weight bits>a<activation bits>")
     rounding: Literal["auto", "nearest", "gptq", "gptaq"] = Field(
-        "auto", description="how weights meet their grid; auto: nearest at 8 bits, gptaq below"
+        "auto", description="how weights meet their grid; auto: gptaq at w4a8, else nearest"
     )
     damping: float = Field(0.1, gt=0, le=10, description="gptq, gptaq: share of the mean second moment added")
     smoothing: Literal["none", "layer_norm"] = Field(
@@ -95,10 +95,14 @@ class QuantizationSection(_Section):
 
     @property
     def rounding_method(self) -> str:
-        """`rounding`, with auto resolved: at 8 bits there is less to win than synthetic data can mislead."""
+        """`rounding`, with auto resolved.
+
+        gptaq fits the synthetic data, activation noise included: with 8-bit weights there is less to win than that
+        costs, and with activations below 8 bits the noise is what it would mostly fit (docs/fidelity.md).
+        """
         if self.rounding != "auto":
             return self.rounding
-        return "nearest" if self.weight_bits == 8 else "gptaq"
+        return "gptaq" if (self.weight_bits, self.activation_bits) == (4, 8) else "nearest"
 
     @property
     def clip_factor(self) -> float:
