@@ -18,7 +18,7 @@ from d4c_onnx.bundle import (
     open_bundle,
     write_manifest,
 )
-from d4c_onnx.errors import BundleError, CheckFailed, ModelError, RecipeError
+from d4c_onnx.errors import BundleError, CheckFailed, ModelError
 from d4c_onnx.files import refuse_existing
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
@@ -368,8 +368,6 @@ def _check_dataset_name(recipe: Recipe) -> None:
         from d4c_onnx.evaluation.datasets import open_dataset
 
         open_dataset(recipe.evaluation.dataset)
-    if recipe.quantization.table_bits not in (4, 8):
-        raise RecipeError("quantization.embedding_bits: 4 or 8.")
 
 
 def _report(
