@@ -18,7 +18,7 @@ from d4c_onnx.graph.index import GraphIndex, drop_unused, set_initializer
 from d4c_onnx.quantization.rounding import QuantizedWeight
 
 INT4_OPSET = 21
-MINIMUM_ORT = {True: "1.23", False: "1.17"}  # with and without int4
+MINIMUM_ORT = {True: "1.23", False: "1.20"}  # with and without int4: the oldest that were tried
 
 
 def pack_int4(values: np.ndarray) -> bytes:
