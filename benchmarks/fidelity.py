@@ -1,52 +1,78 @@
-"""Evidence for the defaults: models x bits x calibration source x rounding x ranges, through the written files.
+"""Evidence for the defaults: models x bits x calibration source x rounding x folds, through the written files.
 
-    python benchmarks/fidelity.py --train cifar10-train.parquet -o exported --seeds 0 1 2
+    python benchmarks/fidelity.py --train cifar10-train.parquet -o exported --seeds 0 1 2 --write docs/fidelity.md
 
 Each row quantises both encoders and measures them with onnxruntime on all 10,000 test images, beside FP32. `real` are
-128 training images (the control; only this script ever opens them), `noise` is N(0, 1). Prints Markdown. Rows that are
-in the results file already are not run again.
+128 training images (the control; only this script ever opens them), `noise` is N(0, 1), `pink` is 1/f noise; stress 30
+are the same models with outlier channels inflated 30 times, FP32 output unchanged. Rows that are in the results file
+already are not run again. `--write` puts the table into the document, between its markers, and a picture beside it
+(needs matplotlib, the `benchmarks` extra).
 """
 
 import argparse
 import dataclasses
 import json
+import re
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from d4c_onnx import pipeline
-from d4c_onnx.bundle import open_bundle
-from d4c_onnx.calibration.dataset import CalibrationSet, save_calibration_set
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, open_bundle, write_manifest
+from d4c_onnx.calibration.dataset import CalibrationSet, open_calibration_set, save_calibration_set
 from d4c_onnx.evaluation.datasets import open_dataset
+from d4c_onnx.graph.files import load_graph, save_graph
+from d4c_onnx.quantization import quantize_bundle_files
+from d4c_onnx.quantization.folding.stress import inflate
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.preprocess import preprocess_image
 
 IMAGES = 128
 MODELS = ("mini-vit", "mini-rn")
-# bits, calibration source, overrides
-ROWS: list[tuple[str, str, tuple[str, ...]]] = [
-    ("w8a8", "d4c", ()),
-    ("w8a8", "d4c", ("headroom=1.0", "clip_weight=1.0")),
-    ("w8a8", "d4c", ("rounding=gptaq",)),
-    ("w8a8", "noise", ()),
-    ("w8a8", "real", ()),
-    ("w4a8", "d4c", ("rounding=nearest",)),
-    ("w4a8", "d4c", ("rounding=gptq",)),
-    ("w4a8", "d4c", ()),
-    ("w4a8", "d4c", ("bias_correction=true",)),
-    ("w4a8", "noise", ()),
-    ("w4a8", "real", ()),
-    ("w6a6", "d4c", ()),
-    ("w6a6", "d4c", ("rounding=gptaq",)),
-    ("w4a4", "d4c", ()),
-    ("w4a4", "d4c", ("rounding=gptaq",)),
+# bits, calibration source, stress factor, overrides of the quantization section
+ROWS: list[tuple[str, str, int, str]] = [
+    ("w8a8", "d4c", 1, ""),
+    ("w8a8", "noise", 1, ""),
+    ("w8a8", "pink", 1, ""),
+    ("w8a8", "real", 1, ""),
+    ("w8a8", "d4c", 1, "headroom=1.0 clip_weight=1.0"),
+    ("w8a8", "d4c", 1, "smoothing=none"),
+    ("w8a8", "d4c", 1, "rounding=gptaq"),
+    ("w8a8", "d4c", 1, "correction=bias"),
+    ("w4a8", "d4c", 1, ""),
+    ("w4a8", "noise", 1, ""),
+    ("w4a8", "pink", 1, ""),
+    ("w4a8", "real", 1, ""),
+    ("w4a8", "d4c", 1, "rounding=nearest"),
+    ("w4a8", "d4c", 1, "rounding=nearest correction=affine"),
+    ("w4a8", "d4c", 1, "rounding=gptq"),
+    ("w4a8", "d4c", 1, "smoothing=none"),
+    ("w4a8", "d4c", 1, "correction=bias"),
+    ("w4a8", "d4c", 1, "correction=affine"),
+    ("w4a8", "real", 1, "correction=affine"),
+    ("w4a8", "d4c", 1, "average_bits=4.8"),
+    ("w4a8", "d4c", 1, "rounding=adaround"),
+    ("w6a6", "d4c", 1, ""),
+    ("w6a6", "real", 1, ""),
+    ("w6a6", "d4c", 1, "smoothing=none"),
+    ("w6a6", "d4c", 1, "rounding=gptaq"),
+    ("w4a4", "d4c", 1, ""),
+    ("w4a4", "d4c", 1, "rounding=gptaq"),
+    ("w8a8", "d4c", 30, "smoothing=none"),
+    ("w8a8", "d4c", 30, ""),
+    ("w8a8", "d4c", 100, "smoothing=none"),
+    ("w8a8", "d4c", 100, ""),
+    ("w4a8", "d4c", 30, ""),
+    ("w4a8", "d4c", 100, ""),
 ]
 
 
 def calibration_set(model: str, source: str, seed: int, output: Path, train: Path | None) -> Path:
     """The folder of a set of one source and seed; made when it is not there."""
-    method = "noise" if source == "noise" else "d4c"
+    method = source if source in ("noise", "pink") else "d4c"
     recipe = load_recipe(None, [f"seed={seed}", f"synthesis.method={method}"])
     folder, made = pipeline.synthesize_calibration_set(model, recipe, output=output)
     if source != "real":
@@ -70,47 +96,81 @@ def real_images(like: CalibrationSet, model: str, seed: int, output: Path, train
     return dataclasses.replace(like, pixel_values=pixels, manifest=manifest)
 
 
-def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[tuple[str, dict]]:
-    """Every row and seed: its key and its numbers."""
-    for model in args.models:
-        pipeline_output = Path(args.output)
-        if not (pipeline_output / model / "manifest.json").exists():
-            pipeline.export_bundle(model, pipeline_output, load_recipe())
-        for bits, source, sets in ROWS:
-            if source == "real" and args.train is None:
-                continue
-            for seed in args.seeds:
-                key = "|".join((model, bits, source, " ".join(sets), str(seed)))
-                if key not in results:
-                    calibration = calibration_set(model, source, seed, pipeline_output, args.train)
-                    overrides = [
-                        f"seed={seed}",
-                        f"quantization.bits={bits}",
-                        *(f"quantization.{item}" for item in sets),
-                    ]
-                    report = pipeline.quantize_bundle(
-                        str(pipeline_output / model),
-                        load_recipe(None, overrides),
-                        output=pipeline_output,
-                        calibration=calibration,
-                        overwrite=True,
-                    )
-                    versus = report["accuracy"]["bundles"][1]["versus_first"]
-                    results[key] = {**versus, "seconds": report["seconds"]["quantize"], "top1": report["top1"]}
-                yield key, results[key]
+def stressed_bundle(bundle: Bundle, factor: int, folder: Path) -> Bundle:
+    """The FP32 bundle with inflated outlier channels in both encoders."""
+    if factor == 1:
+        return bundle
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns("calibration-*", "w*a*", ".*"))
+    for name in (IMAGE_ENCODER, TEXT_ENCODER):
+        save_graph(inflate(load_graph(folder / name), factor), folder / name)
+    content = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "versions")}
+    return write_manifest(folder, content)
+
+
+def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[None]:
+    """Fill in every row that is missing, a group of one model and seed at a time: FP32 runs once per group."""
+    output = Path(args.output)
+    for seed in args.seeds:
+        for model in args.models:
+            if not (output / model / "manifest.json").exists():
+                pipeline.export_bundle(model, output, load_recipe())
+            bundle = open_bundle(output / model)
+            missing = [row for row in ROWS if _key(model, row, seed) not in results]
+            missing = [row for row in missing if re.search(args.only, _key(model, row, seed))]
+            folder = output / "fidelity" / model
+            for start in range(0, len(missing), args.group):
+                group = missing[start : start + args.group]
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                made, seconds = [], []
+                for number, (bits, source, factor, sets) in enumerate(group):
+                    overrides = [f"quantization.{item}" for item in sets.split()]
+                    recipe = load_recipe(None, [f"seed={seed}", f"quantization.bits={bits}", *overrides])
+                    calibration = calibration_set(model, source, seed, output, args.train)
+                    origin = stressed_bundle(bundle, factor, folder / f"stress-{number}")
+                    clock = time.perf_counter()
+                    dump = recipe.model_dump(mode="json")
+                    data = open_calibration_set(calibration, verify=False)
+                    target = folder / str(number)
+                    quantize_bundle_files(origin, data, target, recipe.quantization, recipe_dump=dump)
+                    seconds.append(time.perf_counter() - clock)
+                    made.append(target)
+                report = pipeline.evaluate_bundles([bundle.path, *made], load_recipe())
+                for row, spent, measured in zip(group, seconds, report["bundles"][1:], strict=True):
+                    average = open_bundle(Path(measured["bundle"]), verify=False).manifest["weight_bits_average"]
+                    results[_key(model, row, seed)] = {
+                        **measured["versus_first"],
+                        "top1": measured["top1"],
+                        "seconds": spent,
+                        "bits": average,
+                    }
+                yield
+
+
+def _key(model: str, row: tuple[str, str, int, str], seed: int) -> str:
+    return "|".join((model, *(str(part) for part in row), str(seed)))
+
+
+def _groups(results: dict[str, dict]) -> dict[tuple[str, ...], list[dict]]:
+    """(model, bits, source, stress, overrides) -> its seeds, in the order of ROWS."""
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for model in MODELS:
+        for row in ROWS:
+            found = [value for key, value in results.items() if key.rpartition("|")[0] == _key(model, row, 0)[:-2]]
+            if found:
+                groups[(model, *(str(part) for part in row))] = found
+    return groups
 
 
 def table(results: dict[str, dict]) -> str:
-    """One line per model, bits, source and overrides: means over seeds."""
-    groups: dict[str, list[dict]] = {}
-    for key, row in results.items():
-        groups.setdefault(key.rpartition("|")[0], []).append(row)
+    """One line per model, bits, source, stress and overrides: means over seeds."""
     lines = [
-        "| model | bits | calibration | overrides | top-1 difference (each seed) | widest 95 % interval | agreement % "
-        "| cosine image | cosine text | similarity rmse | quantise s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | bits | calibration | stress | overrides | top-1 difference (each seed) | widest 95 % interval "
+        "| agreement % | cosine image | cosine text | similarity rmse | bits a weight | quantise s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, rows in groups.items():
+    for (model, bits, source, factor, sets), rows in _groups(results).items():
         points = [row["top1_difference"]["points"] for row in rows]
         low = min(row["top1_difference"]["low"] for row in rows)
         high = max(row["top1_difference"]["high"] for row in rows)
@@ -120,11 +180,47 @@ def table(results: dict[str, dict]) -> str:
 
         each = ", ".join(f"{value:+.2f}" for value in points)
         lines.append(
-            f"| {' | '.join(key.split('|'))} | **{np.mean(points):+.2f}** ({each}) | [{low:+.2f}, {high:+.2f}] "
-            f"| {mean('agreement'):.2f} | {mean('cosine_image'):.5f} | {mean('cosine_text'):.5f} "
-            f"| {mean('similarity_rmse'):.5f} | {mean('seconds'):.0f} |"
+            f"| {model} | {bits} | {source} | {factor if factor != '1' else ''} | {sets} "
+            f"| **{np.mean(points):+.2f}** ({each}) | [{low:+.2f}, {high:+.2f}] | {mean('agreement'):.2f} "
+            f"| {mean('cosine_image'):.5f} | {mean('cosine_text'):.6f} | {mean('similarity_rmse'):.5f} "
+            f"| {mean('bits'):.2f} | {mean('seconds'):.0f} |"
         )
     return "\n".join(lines)
+
+
+def picture(results: dict[str, dict], path: Path) -> None:
+    """Disagreement with FP32 of every row, both models side by side, each seed a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = {key: rows for key, rows in _groups(results).items() if key[1] != "w4a4"}
+    labels = list(dict.fromkeys(key[1:] for key in groups))
+    figure, axes = plt.subplots(figsize=(9, 0.26 * len(labels) + 1.2), layout="constrained")
+    for offset, (model, color) in enumerate(zip(MODELS, ("tab:blue", "tab:orange"), strict=True)):
+        for position, label in enumerate(labels):
+            rows = groups.get((model, *label), [])
+            values = [100 - row["agreement"] for row in rows]
+            line = position + 0.25 * offset - 0.12
+            axes.plot(values, [line] * len(values), "o", color=color, ms=4, label=model if position == 0 else None)
+    names = [
+        f"{bits} {source}{'' if factor == '1' else f' stress {factor}'} {sets}" for bits, source, factor, sets in labels
+    ]
+    axes.set(yticks=range(len(labels)), yticklabels=names, xscale="log", xlabel="answers that differ from FP32, %")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_document(path: Path, text: str) -> None:
+    """Replace what stands between the document's `<!-- table -->` markers."""
+    before, _, rest = path.read_text("utf-8").partition("<!-- table -->\n")
+    _, _, after = rest.partition("<!-- /table -->\n")
+    path.write_text(f"{before}<!-- table -->\n{text}\n<!-- /table -->\n{after}", "utf-8")
 
 
 def main() -> None:
@@ -133,13 +229,19 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help="parquet with training images, for the `real` control")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", default="", help="regular expression over model|bits|source|stress|overrides|seed")
+    parser.add_argument("--group", type=int, default=6, help="rows between two savings of the results")
     parser.add_argument("--results", type=Path, default=Path("exported/fidelity.json"))
+    parser.add_argument("--write", type=Path, help="document whose table and picture are renewed")
     args = parser.parse_args()
     results: dict[str, dict] = json.loads(args.results.read_text()) if args.results.exists() else {}
     for _ in measure(args, results):
         args.results.parent.mkdir(parents=True, exist_ok=True)
         args.results.write_text(json.dumps(results, indent=1))
     print(table(results))
+    if args.write:
+        write_document(args.write, table(results))
+        picture(results, args.write.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ class _Section(BaseModel):
 class SynthesisSection(_Section):
     """How calibration images come into being. Source of the published values: arXiv 2511.15411 and its code."""
 
-    method: Literal["d4c", "noise"] = Field(
-        "d4c", description="d4c: optimised images; noise: N(0, 1) pixels, a control"
+    method: Literal["d4c", "noise", "pink"] = Field(
+        "d4c", description="d4c: optimised images; controls: noise, N(0, 1) pixels; pink, 1/f noise"
     )
     images: int = Field(128, ge=1, le=100_000, description="calibration images")
     held_out: int = Field(16, ge=0, le=100_000, description="further images that calibration never sees, for fidelity")
@@ -66,15 +66,29 @@ class QuantizationSection(_Section):
     """How both encoders are quantised."""
 
     bits: str = Field("w4a8", description="w<weight bits>a<activation bits>")
-    rounding: Literal["auto", "nearest", "gptq", "gptaq"] = Field(
+    rounding: Literal["auto", "nearest", "gptq", "gptaq", "adaround"] = Field(
         "auto", description="how weights meet their grid; auto: gptaq at w4a8, else nearest"
     )
+    adaround_steps: int = Field(1000, ge=1, le=1_000_000, description="Adam steps per region; published: 20,000")
+    adaround_learning_rate: float = Field(0.01, gt=0, description="published: 0.001")
+    adaround_batch: int = Field(32, ge=1, le=4096, description="images or prompts per step")
     damping: float = Field(0.1, gt=0, le=10, description="gptq, gptaq: share of the mean second moment added")
-    smoothing: Literal["none", "layer_norm"] = Field(
-        "layer_norm",
-        description="layer_norm: shrink outlier channels into the weights where that helps; exact",
+    smoothing: Literal["none", "layer_norm", "all"] = Field(
+        "all",
+        description="shrink outlier channels into the weights where that helps; exact. layer_norm: only behind "
+        "LayerNorms; all: attention's values and the activation inside the MLP, too",
     )
-    bias_correction: bool = Field(False, description="biases take up the mean of what rounding changed")
+    start_token: Literal["auto", "pin", "keep"] = Field(
+        "auto",
+        description="pin: the start token's keys and values become constants of the text encoder, and its outliers "
+        "widen no range; exact for prompts that begin with it. auto: where it is an outlier",
+    )
+    correction: Literal["none", "bias", "affine"] = Field(
+        "none", description="after rounding, in closed form: bias takes up the mean error; affine a gain a channel, too"
+    )
+    average_bits: float | None = Field(
+        None, ge=4, le=8, description="spend this many bits per weight: the layers that gain most get 8"
+    )
     ranges: Literal["mse", "minmax"] = Field("mse", description="how activation ranges are chosen")
     headroom: float = Field(1.15, ge=1, le=4, description="how far beyond the synthetic values a range is laid out")
     clip_weight: float | None = Field(
@@ -183,13 +197,23 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
         key = ".".join(str(part) for part in first["loc"])
         more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise RecipeError(f"{where}, {key}: {first['msg']}, got {first['input']!r}{more}.") from error
-    parse_bits(recipe.quantization.bits)
+    _check_quantization(recipe.quantization, where)
     if recipe.synthesis.template.count("{}") != 1:
         raise RecipeError(f"{where}, synthesis.template: needs exactly one {{}}, got {recipe.synthesis.template!r}.")
     low, high = recipe.synthesis.box_area
     if not 0 < low <= high < 1:
         raise RecipeError(f"{where}, synthesis.box_area: needs 0 < low <= high < 1, got [{low}, {high}].")
     return recipe
+
+
+def _check_quantization(section: QuantizationSection, where: str) -> None:
+    weight_bits, _ = parse_bits(section.bits)
+    if section.average_bits is not None and weight_bits != 4:
+        raise RecipeError(
+            f"{where}, quantization.average_bits: buys 8-bit layers for a 4-bit encoder; bits are {section.bits}."
+        )
+    if section.correction != "none" and section.rounding == "adaround":
+        raise RecipeError(f"{where}, quantization.correction: not with adaround, which fits the outputs itself.")
 
 
 def _read(name: str) -> tuple[str, str]:

@@ -64,6 +64,15 @@ def vit_calibration(
     return target, made
 
 
+@pytest.fixture(scope="session")
+def rn_calibration(tmp_path_factory: pytest.TempPathFactory, mini_rn, tiny_recipe: Recipe) -> Path:
+    from d4c_onnx.synthesis import synthesize
+
+    target = tmp_path_factory.mktemp("sets") / "mini-rn"
+    synthesize(mini_rn, target, tiny_recipe.synthesis, tiny_recipe.text, mini_rn.embedded.nouns, seed=0)
+    return target
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

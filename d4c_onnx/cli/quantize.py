@@ -11,6 +11,11 @@ from d4c_onnx.cli import options, show
 @click.command("quantize")
 @options.model_argument
 @click.option("--bits", metavar="wNaM", help="Weight and activation bits: w4a8, w8a8, w6a6, ...  [recipe: w4a8]")
+@click.option(
+    "--average-bits",
+    type=click.FloatRange(4, 8),
+    help="Spend so many bits per weight: w4a8, and 8 bits for the layers that measure as most sensitive.",
+)
 @options.pretrained_option
 @options.output_option
 @options.prompts_option
@@ -25,6 +30,7 @@ from d4c_onnx.cli import options, show
 def command(
     model: str,
     bits: str | None,
+    average_bits: float | None,
     pretrained: str | None,
     output: Path,
     prompts: Path | None,
@@ -44,7 +50,11 @@ def command(
 
     Exports and synthesises first where that has not been done yet. No real image is used before the measuring.
     """
-    extra: dict[str, object] = {"quantization.bits": bits, "evaluation.dataset": dataset}
+    extra: dict[str, object] = {
+        "quantization.bits": bits,
+        "quantization.average_bits": average_bits,
+        "evaluation.dataset": dataset,
+    }
     recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
     from d4c_onnx import pipeline
 

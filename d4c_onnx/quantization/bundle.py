@@ -1,10 +1,12 @@
 """Both encoders of an FP32 bundle, quantised into a bundle of the same form."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, write_manifest
 from d4c_onnx.calibration.dataset import CalibrationSet
@@ -14,7 +16,9 @@ from d4c_onnx.graph.bits import average_bits
 from d4c_onnx.graph.files import load_graph
 from d4c_onnx.graph.signature import signature
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.budget import measure_costs, spend
 from d4c_onnx.quantization.encoder import quantize_encoder
+from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.golden import read_golden, write_golden
 from d4c_onnx.runtime.session import EncoderSession
@@ -45,16 +49,25 @@ def quantize_bundle_files(
     Raises:
         GraphError: an encoder cannot be quantised.
         BundleError: the folder cannot be written.
+        RecipeError: the bit budget is smaller than what the first and last layers take.
     """
     fixed = EncoderSession(bundle.text_encoder).fixed_length
     readers = {
         IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch),
         TEXT_ENCODER: PromptCalibrationDataReader(dataset, section.batch, fixed_length=fixed),
     }
+    raised = _spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
     with staged_folder(target) as stage:
         reports = {
             name: quantize_encoder(
-                bundle.path / name, stage / name, reader, section, provider=provider, threads=threads, on_step=on_step
+                bundle.path / name,
+                stage / name,
+                reader,
+                section,
+                raised=raised.get(name, frozenset()),
+                provider=provider,
+                threads=threads,
+                on_step=on_step,
             )
             for name, reader in readers.items()
         }
@@ -82,3 +95,23 @@ def quantize_bundle_files(
             },
         )
     return Bundle(target, written.manifest)
+
+
+def _spend_budget(
+    bundle: Bundle,
+    readers: Mapping[str, CalibrationDataReader],
+    section: QuantizationSection,
+    *,
+    provider: str,
+    threads: int,
+    on_step: OnStep,
+) -> Mapping[str, frozenset[str]]:
+    """Per encoder file the nodes that `average_bits` raises to 8 bits: one budget for both encoders."""
+    if section.average_bits is None:
+        return {}
+    costs = []
+    for name, reader in readers.items():
+        model = load_graph(bundle.path / name)
+        plan = make_plan(model.graph, section)
+        costs += measure_costs(name, model, plan, reader, provider=provider, threads=threads, on_step=on_step)
+    return spend(costs, section.average_bits)

@@ -1,16 +1,19 @@
 """One encoder, float file in, quantised file out."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.graph.bits import LayerBits, layer_bits
 from d4c_onnx.graph.files import load_graph, save_graph, set_metadata, strip_notes
-from d4c_onnx.graph.index import GraphIndex
+from d4c_onnx.graph.index import GraphIndex, drop_unused
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.folding import dead_start_rows, fold_batch_norms, pin_start_token, smooth
 from d4c_onnx.quantization.layout import (
     MINIMUM_ORT,
     clip_activations,
@@ -18,23 +21,32 @@ from d4c_onnx.quantization.layout import (
     store_int4,
     store_token_table,
 )
-from d4c_onnx.quantization.plan import make_plan
+from d4c_onnx.quantization.plan import Plan, make_plan
 from d4c_onnx.quantization.qdq import quantize_graph
 from d4c_onnx.quantization.ranges import collect_ranges
 from d4c_onnx.quantization.rounding import make_rounding
-from d4c_onnx.quantization.smoothing import smooth_layer_norms
 from d4c_onnx.quantization.weights import place_biases, round_weights
 from d4c_onnx.recipe import QuantizationSection
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderReport:
-    """What was written: each layer with its true bits, token-table bits, minimum onnxruntime."""
+    """What was written.
+
+    Attributes:
+        layers: each weighted layer with its true bits.
+        token_table_bits: None without a token table.
+        activations: how many are quantised.
+        smoothed: alpha per smoothed place, by the node that makes the activation.
+        start_token_pinned: whether the start token's keys and values are constants of the file.
+        minimum_onnxruntime: the oldest release that loads the file.
+    """
 
     layers: tuple[LayerBits, ...]
     token_table_bits: int | None
     activations: int
     smoothed: dict[str, float]
+    start_token_pinned: bool
     minimum_onnxruntime: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -46,6 +58,7 @@ class EncoderReport:
             "token_table_bits": self.token_table_bits,
             "quantized_activations": self.activations,
             "smoothing_alpha": self.smoothed,
+            "start_token_pinned": self.start_token_pinned,
             "minimum_onnxruntime": self.minimum_onnxruntime,
         }
 
@@ -56,6 +69,7 @@ def quantize_encoder(
     reader: CalibrationDataReader,
     section: QuantizationSection,
     *,
+    raised: Collection[str] = (),
     provider: str = "cpu",
     threads: int = 0,
     on_step: OnStep = silent,
@@ -67,6 +81,7 @@ def quantize_encoder(
         target: where the quantised one goes (a staged path).
         reader: rewindable calibration data for the encoder's input.
         section: widths, rounding, ranges.
+        raised: nodes whose weights get 8 bits whatever the recipe's width.
         provider, threads: of the calibration runs.
         on_step: told after each calibration batch.
 
@@ -76,13 +91,8 @@ def quantize_encoder(
     """
     model = load_graph(source)
     strip_notes(model)
-    plan = make_plan(model.graph, section)
-    smoothed: dict[str, float] = {}
-    if section.smoothing == "layer_norm":
-        smoothed = smooth_layer_norms(model, plan, reader, section, provider=provider, threads=threads)
-    ranges = collect_ranges(
-        model, plan.activations, reader, section, provider=provider, threads=threads, on_step=on_step
-    )
+    plan, smoothed = fold(model, reader, section, raised, provider=provider, threads=threads)
+    ranges = collect_ranges(model, plan, reader, section, provider=provider, threads=threads, on_step=on_step)
     rounded = round_weights(model, plan, ranges, reader, section, provider=provider, threads=threads, on_step=on_step)
     weights = rounded.weights
     place_biases(model, rounded.biases)
@@ -101,5 +111,33 @@ def quantize_encoder(
     save_graph(quantized, target)
     int4 = any(weight.num_bits == 4 for weight in weights.values()) or (table is not None and section.table_bits == 4)
     return EncoderReport(
-        tuple(layer_bits(quantized)), section.table_bits if table else None, len(ranges), smoothed, MINIMUM_ORT[int4]
+        tuple(layer_bits(quantized)),
+        section.table_bits if table else None,
+        len(ranges),
+        smoothed,
+        bool(plan.dead_rows),
+        MINIMUM_ORT[int4],
     )
+
+
+def fold(
+    model: onnx.ModelProto,
+    reader: CalibrationDataReader,
+    section: QuantizationSection,
+    raised: Collection[str] = (),
+    *,
+    provider: str = "cpu",
+    threads: int = 0,
+) -> tuple[Plan, dict[str, float]]:
+    """All exact rewrites, in place; returns the plan of the rewritten graph and the smoothing that was chosen."""
+    fold_batch_norms(model)
+    plan = make_plan(model.graph, section, raised)
+    plan = replace(plan, dead_rows=dead_start_rows(model, plan, reader, section))
+    smoothed = smooth(model, plan, reader, section, provider=provider, threads=threads)
+    if plan.dead_rows:
+        pin_start_token(model, plan, reader)
+    drop_unused(model.graph)  # the 1.702 that all QuickGELUs shared, say
+    # smoothing may have put a Mul behind an activation: the layer then reads another value
+    dead = {layer.weight for layer in plan.layers if layer.data in plan.dead_rows}
+    final = make_plan(model.graph, section, raised)
+    return replace(final, dead_rows=frozenset(layer.data for layer in final.layers if layer.weight in dead)), smoothed

@@ -1,7 +1,9 @@
 """Which nodes are quantised and how many bits each weight gets: decided once, from the float graph and the recipe."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
 from d4c_onnx.errors import GraphError
@@ -23,6 +25,8 @@ class Plan:
         nodes: names of all nodes to quantise.
         op_types: their operator types.
         activations: float values whose ranges are needed.
+        probabilities: those of them that a softmax makes: their range is known, [0, 1].
+        dead_rows: layer inputs whose first row along axis 1 reaches no output (the start token, once it is pinned).
     """
 
     layers: tuple[WeightedLayer, ...]
@@ -30,12 +34,24 @@ class Plan:
     nodes: tuple[str, ...]
     op_types: tuple[str, ...]
     activations: tuple[str, ...]
+    probabilities: frozenset[str] = frozenset()
+    dead_rows: frozenset[str] = frozenset()
+
+    def observed(self, name: str, values: np.ndarray) -> np.ndarray:
+        """What counts of an activation for ranges and moments: all of it, but for a dead first row."""
+        return values[:, 1:] if name in self.dead_rows else values
 
 
-def make_plan(graph: onnx.GraphProto, section: QuantizationSection) -> Plan:
+def make_plan(
+    graph: onnx.GraphProto,
+    section: QuantizationSection,
+    raised: Collection[str] = (),
+    dead_rows: frozenset[str] = frozenset(),
+) -> Plan:
     """Decide what is quantised.
 
-    The first layer and the final projection get `boundary_bits`, every other weight the recipe's width.
+    The first layer and the final projection get `boundary_bits`, the `raised` nodes 8, every other weight the
+    recipe's width.
 
     Raises:
         GraphError: the graph has no weighted layer.
@@ -47,6 +63,7 @@ def make_plan(graph: onnx.GraphProto, section: QuantizationSection) -> Plan:
     bits: dict[str, int] = {}
     for layer in layers:
         own = widest if layer.first or layer.last else section.weight_bits
+        own = 8 if layer.node in raised else own
         bits[layer.weight] = max(own, bits.get(layer.weight, 0))  # a shared weight keeps the wider grid
     chosen = {layer.node for layer in layers}
     if any(layer.op == "Conv" for layer in layers):
@@ -58,12 +75,15 @@ def make_plan(graph: onnx.GraphProto, section: QuantizationSection) -> Plan:
     names = dict.fromkeys(
         name for node in nodes for name in (*node.input, *node.output) if name and name not in constants
     )
+    makers = GraphIndex(graph).producer
     return Plan(
         layers,
         bits,
         tuple(node.name for node in nodes),
         tuple(sorted({node.op_type for node in nodes})),
         tuple(names),
+        frozenset(name for name in names if name in makers and makers[name].op_type == "Softmax"),
+        dead_rows,
     )
 
 

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 import onnx
 from onnxruntime.quantization import CalibrationDataReader
 
-from d4c_onnx.calibration.observers import QuantParams, RangeObserver
+from d4c_onnx.calibration.observers import QuantParams, RangeObserver, quant_params
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.session import EncoderSession
 
 
 def collect_ranges(
     model: onnx.ModelProto,
-    activations: Sequence[str],
+    plan: Plan,
     reader: CalibrationDataReader,
     section: QuantizationSection,
     *,
@@ -26,13 +27,14 @@ def collect_ranges(
 
     Args:
         model: the float encoder.
-        activations: value names.
+        plan: which activations, and what counts of them.
         reader: rewindable.
         section: `ranges` (mse or minmax) and the activation width.
 
     Returns:
         Per value name: scale, zero point, width.
     """
+    activations = [name for name in plan.activations if name not in plan.probabilities]
     wanted = [name for name in activations if name not in {value.name for value in model.graph.input}]
     fed = [name for name in activations if name not in wanted]
     session = EncoderSession(_with_outputs(model, wanted).SerializeToString(), provider, threads)
@@ -46,14 +48,18 @@ def collect_ranges(
             batch = next(iter(feed.values()))
             values = session.run_all(batch)
             for name, observer in observers.items():
-                seen = batch if name in fed else values[name]
+                seen = plan.observed(name, batch if name in fed else values[name])
+                if not seen.size:  # a prompt of the start token alone
+                    continue
                 observer.observe_histogram(seen) if number else observer.observe_extremes(seen)
             done += 1
             on_step("calibrate", done, total, {})
     bits, headroom = section.activation_bits, section.headroom
+    # softmax gives 0 to 1 whatever is fed: scale 1 / 255 and zero point 0 at 8 bits
+    known = {name: quant_params(0.0, 1.0, bits) for name in plan.activations if name in plan.probabilities}
     if section.ranges == "minmax":
-        return {name: observer.minmax(bits, headroom) for name, observer in observers.items()}
-    return {name: observer.mse(bits, headroom, section.clip_factor) for name, observer in observers.items()}
+        return known | {name: observer.minmax(bits, headroom) for name, observer in observers.items()}
+    return known | {name: observer.mse(bits, headroom, section.clip_factor) for name, observer in observers.items()}
 
 
 def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

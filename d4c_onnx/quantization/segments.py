@@ -71,4 +71,5 @@ class SegmentedEncoder:
             nodes, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], constants
         )
         part = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
-        return EncoderSession(part.SerializeToString(), self._provider, self._threads)
+        # literal: a float weight behind a DequantizeLinear stays the weight that was placed there
+        return EncoderSession(part.SerializeToString(), self._provider, self._threads, literal=True)

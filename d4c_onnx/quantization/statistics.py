@@ -96,6 +96,7 @@ class StatisticsCollector:
         provider: str = "cpu",
         threads: int = 0,
     ) -> None:
+        self._plan = plan
         self._index = GraphIndex(model.graph)
         self._nodes = {node.name: node for node in model.graph.node}
         self._plain = SegmentedEncoder(model, reader, provider, threads)
@@ -117,8 +118,8 @@ class StatisticsCollector:
         for plain, twin in zip(exact, rounded, strict=True):
             for name, layer in kinds.items():
                 node, shape = self._nodes[layer.node], tuple(self._index.initializers[layer.weight].dims)
-                rows = input_rows(plain[name], node, shape)
-                quantized = input_rows(twin[quantized_name(name)], node, shape)
+                rows = input_rows(self._plan.observed(name, plain[name]), node, shape)
+                quantized = input_rows(self._plan.observed(name, twin[quantized_name(name)]), node, shape)
                 if name not in found:
                     found[name] = new_statistics(rows.shape[0], rows.shape[2])
                 found[name].add(rows, quantized)

@@ -10,7 +10,9 @@ from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.graph.index import GraphIndex, set_initializer
 from d4c_onnx.graph.layers import WeightedLayer, channels_back, channels_first
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.corrections import correct_affine, correct_mean
 from d4c_onnx.quantization.plan import Plan
+from d4c_onnx.quantization.reconstruction import reconstruct_weights
 from d4c_onnx.quantization.rounding import InputMoments, QuantizedWeight, Rounding, make_rounding
 from d4c_onnx.quantization.statistics import InputStatistics, StatisticsCollector
 from d4c_onnx.recipe import QuantizationSection
@@ -42,22 +44,34 @@ def round_weights(
         ranges: of the activations, for x^.
         reader: rewindable calibration data.
     """
+    if section.rounding_method == "adaround":
+        return RoundedWeights(
+            reconstruct_weights(
+                model, plan, ranges, reader, section, provider=provider, threads=threads, on_step=on_step
+            )
+        )
     rounding = make_rounding(section.rounding_method, section.damping)
     index = GraphIndex(model.graph)
     result = RoundedWeights()
-    if not rounding.uses_data and not section.bias_correction:
+    corrects = section.correction != "none"
+    if not rounding.uses_data and not corrects:
         for layer in plan.layers:
-            _round_layer(index, layer, plan, rounding, None, section, result)
+            _round_layer(index, layer, plan, rounding, [], result)
         return result
     collector = StatisticsCollector(model, plan, ranges, reader, provider, threads)
     stages = _stages(plan) if rounding.sequential else [list(plan.layers)]
     for number, stage in enumerate(stages):
         statistics = collector.collect(stage)
+        moments: dict[tuple[str, bool], list[InputMoments]] = {}
         for layer in stage:
             found = statistics[layer.data]
-            _round_layer(index, layer, plan, rounding, found, section, result)
-            if section.bias_correction:
-                _correct_bias(index, layer, found, result)
+            if layer.weight not in result.weights:
+                key = layer.data, corrects and bias_name(index, layer) is not None
+                if key not in moments:
+                    moments[key] = _moments(found, key[1])
+                _round_layer(index, layer, plan, rounding, moments[key], result)
+                if corrects:
+                    _correct(index, layer, found, section.correction == "affine", result)
             shape = tuple(index.initializers[layer.weight].dims)
             values = channels_back(result.weights[layer.weight].dequantize(), shape, layer.channel_axis)
             collector.replace(layer.weight, values)
@@ -97,41 +111,40 @@ def _round_layer(
     layer: WeightedLayer,
     plan: Plan,
     rounding: Rounding,
-    found: InputStatistics | None,
-    section: QuantizationSection,
+    moments: list[InputMoments],
     result: RoundedWeights,
 ) -> None:
-    if layer.weight in result.weights:
-        return
     rows = _rows(index, layer)
     bits = plan.weight_bits[layer.weight]
-    if found is None or not rounding.uses_data:
+    if not rounding.uses_data:
         result.weights[layer.weight] = rounding.round(rows, bits)
         return
-    # With a bias to correct, the mean is the bias's business; without one the weights must carry it.
-    free = section.bias_correction and bias_name(index, layer) is not None
-    grams, crosses = found.covariances() if free else (found.gram / found.count, found.cross / found.count)
-    parts = [
-        rounding.round(part, bits, InputMoments(gram, cross))
-        for part, gram, cross in zip(np.split(rows, len(grams)), grams, crosses, strict=True)
-    ]
+    parts = [rounding.round(part, bits, own) for part, own in zip(np.split(rows, len(moments)), moments, strict=True)]
     result.weights[layer.weight] = QuantizedWeight(
         np.concatenate([part.integers for part in parts]), np.concatenate([part.scale for part in parts]), bits
     )
 
 
-def _correct_bias(index: GraphIndex, layer: WeightedLayer, found: InputStatistics, result: RoundedWeights) -> None:
-    """b^ = b + W E[x] - W^ E[x^]: the layer's mean output is again that of the float encoder."""
+def _moments(found: InputStatistics, free_mean: bool) -> list[InputMoments]:
+    """Per group; centred where a bias will take up the mean, which the weights then need not carry."""
+    grams, crosses = found.covariances() if free_mean else (found.gram / found.count, found.cross / found.count)
+    return [InputMoments(gram, cross) for gram, cross in zip(grams, crosses, strict=True)]
+
+
+def _correct(
+    index: GraphIndex, layer: WeightedLayer, found: InputStatistics, affine: bool, result: RoundedWeights
+) -> None:
     name = bias_name(index, layer)
-    if name is None:
-        return
-    bias = index.array(name)
-    assert bias is not None
-    mean, mean_quantized = found.means()
-    rows = np.split(_rows(index, layer).astype(np.float64), len(mean))
-    rounded = np.split(result.weights[layer.weight].dequantize().astype(np.float64), len(mean))
-    shift = [a @ x - b @ y for a, x, b, y in zip(rows, mean, rounded, mean_quantized, strict=True)]
-    result.biases[name] = (bias.astype(np.float64) + np.concatenate(shift)).astype(np.float32)
+    bias = index.array(name) if name else None
+    rows, rounded = _rows(index, layer), result.weights[layer.weight]
+    corrected = bias
+    if affine:
+        rounded, corrected = correct_affine(rows, rounded, bias, found)
+    elif bias is not None:
+        rounded, corrected = correct_mean(rows, rounded, bias, found)
+    result.weights[layer.weight] = rounded
+    if name and corrected is not None:
+        result.biases[name] = corrected
 
 
 def _rows(index: GraphIndex, layer: WeightedLayer) -> np.ndarray:

@@ -35,6 +35,7 @@ class EncoderSession:
         threads: int = 0,
         optimized_path: Path | None = None,
         optimize: bool = True,
+        literal: bool = False,
     ) -> None:
         """Load an encoder.
 
@@ -44,6 +45,8 @@ class EncoderSession:
             threads: intra-op threads; 0 lets onnxruntime choose.
             optimized_path: where onnxruntime writes the graph that it really runs.
             optimize: False turns every graph optimisation off.
+            literal: leave QuantizeLinear and DequantizeLinear where they stand. By default onnxruntime rounds float
+                weights to int8 by itself when they stand between such nodes.
 
         Raises:
             BundleError: onnxruntime cannot load the file.
@@ -53,6 +56,8 @@ class EncoderSession:
         options.log_severity_level = 3
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if literal:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
         source: Any = path if isinstance(path, bytes) else str(path)

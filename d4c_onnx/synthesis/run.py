@@ -58,8 +58,8 @@ def synthesize(
     total = section.images + section.held_out
     work = _work_folder(target, key)
     labels = draw_labels(total, len(nouns), section.labels, seed)
-    if section.method == "noise":
-        pixels = _noise(total, loaded, seed)
+    if section.method in ("noise", "pink"):
+        pixels = noise_images(section.method, (total, 3, *loaded.preprocess["size"]), seed)
         labels = labels[:0]
     else:
         pixels = _optimize(loaded, section, nouns, labels, work, seed, resolve_device(device), on_step)
@@ -94,9 +94,21 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _noise(total: int, loaded: LoadedModel, seed: int) -> np.ndarray:
-    height, width = loaded.preprocess["size"]
-    return np.random.default_rng([seed, 3]).standard_normal((total, 3, height, width), dtype=np.float32)
+def noise_images(method: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Images that know nothing of the model, float32 of `shape` in the normalised space: the controls.
+
+    Args:
+        method: noise: N(0, 1), every pixel on its own. pink: amplitude falls with 1 / f, as it does in photographs;
+            each channel with mean 0 and standard deviation 1.
+    """
+    white = np.random.default_rng([seed, 3]).standard_normal(shape, dtype=np.float32)
+    if method == "noise":
+        return white
+    height, width = shape[2:]
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf  # no mean
+    pink = np.fft.irfft2(np.fft.rfft2(white) / frequency, s=(height, width))
+    return (pink / pink.std((2, 3), keepdims=True)).astype(np.float32)
 
 
 def _optimize(

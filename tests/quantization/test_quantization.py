@@ -104,15 +104,6 @@ def test_plan_gives_the_ends_eight_bits(vit_bundle: Bundle) -> None:
         make_plan(graph, load_recipe(None).quantization)
 
 
-@pytest.fixture(scope="session")
-def rn_calibration(tmp_path_factory: pytest.TempPathFactory, mini_rn, tiny_recipe) -> Path:
-    from d4c_onnx.synthesis import synthesize
-
-    target = tmp_path_factory.mktemp("sets") / "mini-rn"
-    synthesize(mini_rn, target, tiny_recipe.synthesis, tiny_recipe.text, mini_rn.embedded.nouns, seed=0)
-    return target
-
-
 def _quantize(bundle: Bundle, tower: str, calibration: object, target: Path, *sets: str):
     section = load_recipe(None, sets).quantization
     kind = D4CCalibrationDataReader if tower == "image" else PromptCalibrationDataReader

@@ -12,6 +12,8 @@ Source: GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1, act-order); the asy
 arXiv 2504.02692), here in closed form before the rounding instead of column by column.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, grid_limits
@@ -29,21 +31,19 @@ class GptqRounding:
     def __init__(self, damping: float = 0.1) -> None:
         """`damping`: share of the mean of G's diagonal that is added to it (GPTQ's percdamp)."""
         self.damping = damping
+        self._solved: tuple[InputMoments, _Solved] | None = None
 
     def round(self, weight: np.ndarray, num_bits: int, moments: InputMoments | None = None) -> QuantizedWeight:
         """See `Rounding.round`."""
         assert moments is not None
-        inputs = weight.shape[1]
-        ridge = self.damping * max(float(np.trace(moments.gram)) / inputs, 1e-12)
-        gram = moments.gram + ridge * np.eye(inputs)
-        inverse = np.linalg.inv(gram)
-        # the same ridge on C: with no quantisation error (C = G) the target is W itself
-        target = (weight.astype(np.float64) @ (moments.cross + ridge * np.eye(inputs))) @ inverse
-        scale = search_scales(target.astype(np.float32), num_bits, np.diag(gram))
-        order = np.argsort(-np.diag(moments.gram), kind="stable")
-        factor = np.linalg.cholesky(inverse[np.ix_(order, order)]).T  # upper triangular
+        # q, k and v come one after the other with the same moments: the factors are worth keeping for the next call
+        if self._solved is None or self._solved[0] is not moments:
+            self._solved = moments, _solve(moments, self.damping)
+        solved = self._solved[1]
+        target = weight.astype(np.float64) @ solved.shift
+        scale = search_scales(target.astype(np.float32), num_bits, solved.importance)
         integers = np.empty(weight.shape, np.int8)
-        integers[:, order] = _repair(target[:, order], factor, scale.astype(np.float64), num_bits)
+        integers[:, solved.order] = _repair(target[:, solved.order], solved.factor, scale.astype(np.float64), num_bits)
         return QuantizedWeight(integers, scale, num_bits)
 
 
@@ -51,6 +51,31 @@ class GptaqRounding(GptqRounding):
     """GPTQ layer after layer, x^ carrying the errors of all layers before."""
 
     sequential = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Solved:
+    """What all weights that read one input share: C G^-1, diag(G), the act-order, and the factor of G^-1."""
+
+    shift: np.ndarray
+    importance: np.ndarray
+    order: np.ndarray
+    factor: np.ndarray
+
+
+def _solve(moments: InputMoments, damping: float) -> _Solved:
+    inputs = len(moments.gram)
+    ridge = damping * max(float(np.trace(moments.gram)) / inputs, 1e-12)
+    gram = moments.gram + ridge * np.eye(inputs)
+    inverse = np.linalg.inv(gram)
+    order = np.argsort(-np.diag(moments.gram), kind="stable")
+    # the same ridge on C: with no quantisation error (C = G) the target is W itself
+    return _Solved(
+        shift=(moments.cross + ridge * np.eye(inputs)) @ inverse,
+        importance=np.diag(gram).copy(),
+        order=order,
+        factor=np.linalg.cholesky(inverse[np.ix_(order, order)]).T,  # upper triangular
+    )
 
 
 def _repair(target: np.ndarray, factor: np.ndarray, scale: np.ndarray, num_bits: int) -> np.ndarray:

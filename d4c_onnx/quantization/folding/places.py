@@ -1,0 +1,250 @@
+"""Where a channel scale can be absorbed exactly: the rewrites that smoothing may use.
+
+A weighted layer multiplies an activation x with W. For any positive vector s, W x = (W diag(s)) (x / s): the layer's
+columns take s, and whatever makes x must take 1 / s. That is exact where x is made by
+
+- a LayerNorm: its scale and bias are divided by s. q, k and v read one LayerNorm, so they share one s;
+- attention's mix of values (out_proj): row j of v's weight and bias is divided by s_j. Softmax weights mix rows of the
+  sequence, never channels, so the channel keeps its scale through the mix;
+- QuickGELU, h sigmoid(1.702 h), after a linear layer (c_proj): row j of c_fc is divided by s_j and the constant in the
+  sigmoid becomes 1.702 s_j, since (h / s) sigmoid(1.702 s (h / s)) = QuickGELU(h) / s;
+- any other activation: an elementwise Mul by 1 / s behind it, one more pass over the values;
+- such a Mul that is there already: its constant is divided by s.
+
+Dividing the rows of a layer that is itself quantised changes nothing for it: its grid is per row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from d4c_onnx.graph.index import GraphIndex, attribute, set_initializer
+from d4c_onnx.graph.layers import WeightedLayer, channels_back, channels_first
+
+_ACTIVATIONS = ("Gelu", "QuickGelu", "Relu")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An activation whose channels can be rescaled exactly.
+
+    Attributes:
+        kind: layer_norm, value, quick_gelu, mul, or activation.
+        node: name of the node that makes the activation.
+        output: the activation.
+        width: its channels.
+        shrunk: initialisers that are divided by the scale, each with the axis of its channels.
+        gate: QuickGELU's node that multiplies by the constant inside the sigmoid.
+        consumers: the layers that read the activation.
+    """
+
+    kind: str
+    node: str
+    output: str
+    width: int
+    shrunk: tuple[tuple[str, int], ...]
+    gate: str | None
+    consumers: tuple[WeightedLayer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSource:
+    """A weighted layer and the bias added to it: what makes a value's channels."""
+
+    layer: WeightedLayer
+    bias: str | None
+
+
+def find_places(graph: onnx.GraphProto, layers: tuple[WeightedLayer, ...]) -> list[Place]:
+    """All places of a graph, in graph order.
+
+    Left out: an activation that something else than a MatMul or Gemm reads (or the graph gives out), and parameters
+    that several nodes share.
+    """
+    index = GraphIndex(graph)
+    by_node = {layer.node: layer for layer in layers}
+    found = []
+    for name in dict.fromkeys(layer.data for layer in layers):
+        readers = index.consumers.get(name, [])
+        consumers = tuple(by_node[reader.name] for reader in readers if reader.name in by_node)
+        exact = (
+            len(consumers) == len(readers)
+            and name not in index.outputs
+            and all(layer.data == name and layer.op != "Conv" for layer in consumers)
+            and all(_owned(index, layer.weight) for layer in consumers)
+        )
+        node = index.producer.get(name)
+        if exact and node is not None:
+            width = channels_first(_array(index, consumers[0].weight), consumers[0].channel_axis).shape[1]
+            place = _place(index, by_node, node, name, width, consumers)
+            if place is not None:
+                found.append(place)
+    return found
+
+
+def apply_scale(graph: onnx.GraphProto, place: Place, scale: np.ndarray) -> None:
+    """Divide the activation's channels by `scale`, float32 [width], in place; the encoder's output stays the same."""
+    index = GraphIndex(graph)
+    for name, axis in place.shrunk:
+        values = _array(index, name)
+        line = scale.reshape([-1 if position == axis % values.ndim else 1 for position in range(values.ndim)])
+        set_initializer(graph, name, (values / line).astype(np.float32))
+    if place.gate is not None:
+        _scale_gate(graph, index, place, scale)
+    if place.kind == "activation":
+        _insert_mul(graph, index, place, scale)
+    for layer in place.consumers:
+        weight = _array(index, layer.weight)
+        rows = channels_first(weight, layer.channel_axis) * scale
+        set_initializer(graph, layer.weight, channels_back(rows.astype(np.float32), weight.shape, layer.channel_axis))
+
+
+def linear_source(index: GraphIndex, by_node: dict[str, WeightedLayer], value: str) -> LinearSource | None:
+    """The weighted layer (and its bias) that makes `value`; None where something else does."""
+    node = index.producer.get(value)
+    if node is None:
+        return None
+    if node.name in by_node and node.op_type != "Conv":
+        bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else None
+        return LinearSource(by_node[node.name], bias or None)
+    if node.op_type != "Add":
+        return None
+    for position in (0, 1):
+        tensor = index.initializers.get(node.input[position])
+        inner = index.producer.get(node.input[1 - position])
+        if tensor is not None and len(tensor.dims) == 1 and inner is not None and inner.name in by_node:
+            alone = inner.op_type == "MatMul" and index.only_consumer(inner.output[0]) is node
+            return LinearSource(by_node[inner.name], tensor.name) if alone else None
+    return None
+
+
+def through_heads(index: GraphIndex, value: str) -> str | None:
+    """Back from a per-head value [batch, heads, length, d] to the [batch, length, width] it was split from.
+
+    None when something else reads a value on the way.
+    """
+    while (node := index.producer.get(value)) is not None and node.op_type in ("Transpose", "Reshape"):
+        if index.only_consumer(value) is None:
+            return None
+        value = node.input[0]
+    return value
+
+
+def _place(
+    index: GraphIndex,
+    by_node: dict[str, WeightedLayer],
+    node: onnx.NodeProto,
+    name: str,
+    width: int,
+    consumers: tuple[WeightedLayer, ...],
+) -> Place | None:
+    if node.op_type == "LayerNormalization":
+        parameters = [entry for entry in node.input[1:] if entry]
+        if all(_owned(index, entry) and _lengths(index, entry) == (width,) for entry in parameters):
+            return Place("layer_norm", node.name, name, width, tuple((e, 0) for e in parameters), None, consumers)
+        return None
+    if node.op_type == "Reshape":
+        return _value_place(index, by_node, node, name, width, consumers)
+    if node.op_type == "Mul":
+        for entry in node.input:
+            if _lengths(index, entry) == (width,) and _owned(index, entry):
+                return Place("mul", node.name, name, width, ((entry, 0),), None, consumers)
+        gate = _quick_gelu_gate(index, node)
+        if gate is None:
+            return None
+        hidden = next(entry for entry in gate.input if entry in node.input)
+        source = linear_source(index, by_node, hidden)
+        if source is None or len(index.consumers[hidden]) != 2 or not _owned_source(index, source, width):
+            return None
+        return Place("quick_gelu", node.name, name, width, _rows_of(source), gate.name, consumers)
+    if node.op_type in _ACTIVATIONS:
+        return Place("activation", node.name, name, width, (), None, consumers)
+    return None
+
+
+def _value_place(
+    index: GraphIndex,
+    by_node: dict[str, WeightedLayer],
+    node: onnx.NodeProto,
+    name: str,
+    width: int,
+    consumers: tuple[WeightedLayer, ...],
+) -> Place | None:
+    """MatMul(softmax, values) -> Transpose(0, 2, 1, 3) -> Reshape: heads side by side, in the order of v's rows."""
+    merged = index.producer.get(node.input[0])
+    if merged is None or merged.op_type != "Transpose" or attribute(merged, "perm") != [0, 2, 1, 3]:
+        return None
+    mix = index.producer.get(merged.input[0])
+    if mix is None or mix.op_type != "MatMul" or index.only_consumer(mix.output[0]) is not merged:
+        return None
+    weights, split = (index.producer.get(entry) for entry in mix.input)
+    if weights is None or weights.op_type != "Softmax" or split is None or attribute(split, "perm") != [0, 2, 1, 3]:
+        return None
+    value = through_heads(index, mix.input[1])
+    source = linear_source(index, by_node, value) if value and index.only_consumer(value) else None
+    if source is None or not _owned_source(index, source, width):
+        return None
+    return Place("value", node.name, name, width, _rows_of(source), None, consumers)
+
+
+def _quick_gelu_gate(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The `Mul(h, constant)` of h * Sigmoid(constant * h), when `node` is its outer product."""
+    for hidden, gated in (tuple(node.input), tuple(reversed(node.input))):
+        sigmoid = index.producer.get(gated)
+        if sigmoid is None or sigmoid.op_type != "Sigmoid" or index.only_consumer(gated) is not node:
+            continue
+        gate = index.producer.get(sigmoid.input[0])
+        if gate is not None and gate.op_type == "Mul" and index.only_consumer(gate.output[0]) is sigmoid:
+            constant = [entry for entry in gate.input if entry in index.initializers]
+            if len(constant) == 1 and hidden in gate.input:
+                return gate
+    return None
+
+
+def _scale_gate(graph: onnx.GraphProto, index: GraphIndex, place: Place, scale: np.ndarray) -> None:
+    gate = next(node for node in graph.node if node.name == place.gate)
+    position = next(number for number, entry in enumerate(gate.input) if entry in index.initializers)
+    constant = np.broadcast_to(_array(index, gate.input[position]), scale.shape)
+    own = f"{place.output}_gate"  # exporters share one 1.702 among all blocks
+    set_initializer(graph, own, (constant * scale).astype(np.float32))
+    gate.input[position] = own
+
+
+def _insert_mul(graph: onnx.GraphProto, index: GraphIndex, place: Place, scale: np.ndarray) -> None:
+    shrunk, constant = f"{place.output}_smoothed", f"{place.output}_smoothing"
+    set_initializer(graph, constant, (1 / scale).astype(np.float32))
+    for reader in index.consumers[place.output]:
+        for position, entry in enumerate(reader.input):
+            if entry == place.output:
+                reader.input[position] = shrunk
+    position = next(number for number, node in enumerate(graph.node) if node.name == place.node)
+    graph.node.insert(position + 1, helper.make_node("Mul", [place.output, constant], [shrunk], name=shrunk))
+
+
+def _rows_of(source: LinearSource) -> tuple[tuple[str, int], ...]:
+    weight = (source.layer.weight, source.layer.channel_axis)
+    return (weight,) if source.bias is None else (weight, (source.bias, 0))
+
+
+def _owned_source(index: GraphIndex, source: LinearSource, width: int) -> bool:
+    names = [name for name, _ in _rows_of(source)]
+    fits = source.bias is None or _lengths(index, source.bias) == (width,)
+    dims = index.initializers[source.layer.weight].dims
+    return fits and dims[source.layer.channel_axis] == width and all(_owned(index, name) for name in names)
+
+
+def _owned(index: GraphIndex, name: str) -> bool:
+    return name in index.initializers and len(index.consumers[name]) == 1
+
+
+def _lengths(index: GraphIndex, name: str) -> tuple[int, ...] | None:
+    tensor = index.initializers.get(name)
+    return None if tensor is None else tuple(tensor.dims)
+
+
+def _array(index: GraphIndex, name: str) -> np.ndarray:
+    values = index.array(name)
+    assert values is not None
+    return values

@@ -1,0 +1,36 @@
+"""Stress variants: the same function with inflated outlier channels, to prove that quantisation withstands them.
+
+The inverse of smoothing: in a share of each place's channels the activation grows by a factor and the weights that read
+it shrink by the same. In float nothing changes; a per-tensor grid has to reach `factor` times as far.
+"""
+
+import copy
+
+import numpy as np
+import onnx
+
+from d4c_onnx.graph.index import drop_unused
+from d4c_onnx.graph.layers import weighted_layers
+from d4c_onnx.quantization.folding.places import apply_scale, find_places
+
+
+def inflate(
+    model: onnx.ModelProto, factor: float, kinds: tuple[str, ...] = (), share: float = 0.04, seed: int = 0
+) -> onnx.ModelProto:
+    """A stress variant of a float encoder; the model itself stays as it is.
+
+    Args:
+        factor: how much larger the chosen channels become.
+        kinds: of `places` (layer_norm, value, quick_gelu, ...); empty: all.
+        share: of each place's channels, at least one.
+        seed: of the choice.
+    """
+    stressed = copy.deepcopy(model)
+    rng = np.random.default_rng(seed)
+    for place in find_places(stressed.graph, tuple(weighted_layers(stressed.graph))):
+        if not kinds or place.kind in kinds:
+            scale = np.ones(place.width, np.float32)
+            scale[rng.choice(place.width, max(1, round(place.width * share)), replace=False)] = 1 / factor
+            apply_scale(stressed.graph, place, scale)
+    drop_unused(stressed.graph)
+    return stressed
