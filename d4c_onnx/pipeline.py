@@ -186,6 +186,33 @@ def evaluate_bundles(
     return result
 
 
+def inspect_bundle(path: Path) -> dict[str, Any]:
+    """What a bundle's files hold, and how onnxruntime's CPU provider runs them.
+
+    Returns:
+        `model`, `bits`, `minimum_onnxruntime`, `weight_bits_average` over both files, and `encoders`: per file `layers`
+        (see `runtime.inspection.InspectedLayer`), `summary`, `weight_bits_average` and `io`.
+
+    Raises:
+        BundleError: the folder is not a bundle, or onnxruntime cannot load a file.
+    """
+    from d4c_onnx.graph.bits import average_bits, layer_bits
+    from d4c_onnx.graph.files import load_graph
+    from d4c_onnx.graph.signature import signature
+    from d4c_onnx.runtime.inspection import inspect_encoder
+
+    bundle = open_bundle(path)
+    graphs = {file.name: load_graph(file) for file in bundle.encoders.values()}
+    io = signature(graphs)
+    return {
+        "model": bundle.model_name,
+        "bits": bundle.manifest.get("bits", "fp32"),
+        "minimum_onnxruntime": bundle.manifest.get("minimum_onnxruntime"),
+        "weight_bits_average": round(average_bits([bit for graph in graphs.values() for bit in layer_bits(graph)]), 4),
+        "encoders": {name: {**inspect_encoder(path / name).as_dict(), "io": io[name]} for name in graphs},
+    }
+
+
 def evaluate(
     bundles: Sequence[Bundle],
     recipe: Recipe,

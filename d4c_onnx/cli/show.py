@@ -73,9 +73,10 @@ def size(number_bytes: int) -> str:
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """A table on stdout, in full width when it is not a terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=escape(title), title_justify="left")
     for number, name in enumerate(header):
         grid.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:

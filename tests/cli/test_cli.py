@@ -87,6 +87,13 @@ def test_quantize_json_is_one_object_with_the_promised_keys(own: Path) -> None:
     shown = _run("evaluate", *folders, "--dataset", "fidelity", "--calibration", str(sets), "--json")
     rows = json.loads(shown.stdout)["bundles"]
     assert rows[2]["versus_first"]["cosine_image"] > rows[1]["versus_first"]["cosine_image"] > 0.9
+    # inspect counts the same bits from the files, and shows the signature
+    inspected = json.loads(_run("inspect", folders[1], "--json").stdout)
+    assert inspected["weight_bits_average"] == report["weight_bits_average"]
+    assert inspected["minimum_onnxruntime"] == "1.23"
+    plain = _run("inspect", folders[1]).stdout
+    assert "pixel_values float32 [batch, 3, 48, 48]" in plain
+    assert "38 of 38 weighted products in int8, 0 of 12 attention products" in plain
 
 
 def test_synthesize_exports_first_and_quantize_uses_both(tmp_path: Path) -> None:
@@ -131,12 +138,14 @@ def test_failed_check_is_exit_code_1(own: Path) -> None:
         (("export", "ViT-B-32"), "which weights"),
         (("export", "ViT-B-32", "--pretrained", "nowhere.safetensors"), "no such file"),
         (("evaluate", "nowhere"), "not a bundle"),
+        (("inspect", "nowhere"), "not a bundle"),
+        (("quantize", "--bits", "w8a8", "--average-bits", "5"), "average_bits"),
         (("export", "--bad-option"), "--bad-option"),
         (("explode",), "explode"),
     ],
 )
 def test_bad_input_is_exit_code_2_without_traceback(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    extra = () if arguments[0] in ("evaluate", "explode") or "--bad-option" in arguments else ("-o", "out")
+    extra = () if arguments[0] in ("evaluate", "inspect", "explode") or "--bad-option" in arguments else ("-o", "out")
     done = _run(*arguments, *extra, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr

@@ -10,8 +10,12 @@ from open_clip.transform import image_transform
 from PIL import Image
 
 from d4c_onnx.bundle import Bundle
+from d4c_onnx.calibration import D4CCalibrationDataReader, PromptCalibrationDataReader
 from d4c_onnx.errors import BundleError, ModelError
+from d4c_onnx.quantization import quantize_encoder
+from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.golden import TEXT, golden_input, read_golden
+from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.kernels import count_kernels
 from d4c_onnx.runtime.preprocess import denormalize, normalize, preprocess_image
 from d4c_onnx.runtime.session import EncoderSession, resolve_provider
@@ -88,3 +92,32 @@ def test_missing_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_provider("auto") == "cpu"
     with pytest.raises(ModelError, match="onnxruntime-gpu"):
         resolve_provider("cuda")
+
+
+@pytest.mark.parametrize(("model", "tower"), [("vit", "image"), ("vit", "text"), ("rn", "image")])
+def test_inspection_agrees_with_the_census(
+    model: str, tower: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Layer by layer it must find the very kernels that are counted in the optimised graph, in float and in int8."""
+    bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
+    floating = inspect_encoder(bundle.encoders[tower])
+    assert "unknown" not in {layer.kernel for layer in floating.layers}
+    assert floating.average_bits == 32
+    assert not any(layer.int8 for layer in floating.layers)
+    calibration = (
+        request.getfixturevalue("vit_calibration")[0] if model == "vit" else request.getfixturevalue("rn_calibration")
+    )
+    reader = (D4CCalibrationDataReader if tower == "image" else PromptCalibrationDataReader)(calibration)
+    section = load_recipe(None, ["quantization.rounding=nearest"]).quantization
+    report = quantize_encoder(bundle.encoders[tower], tmp_path / "q.onnx", reader, section)
+    inspected, counted = inspect_encoder(tmp_path / "q.onnx"), count_kernels(tmp_path / "q.onnx")
+    assert sum(layer.int8 for layer in inspected.layers) == counted["int8"] == len(report.layers)
+    assert sum(not layer.int8 for layer in inspected.layers) == counted["float"]
+    assert inspected.summary.startswith(f"{len(report.layers)} of {len(report.layers)} weighted products in int8")
+    for layer in inspected.layers:
+        assert bool(layer.reason) == (not layer.int8)
+        if layer.shape:
+            assert layer.bits in (4, 8)
+            assert layer.activation == "uint8"
+            assert layer.activation_range[0] <= 0 < layer.activation_range[1]
+            assert 0 < layer.weight_scales[0] <= layer.weight_scales[1]

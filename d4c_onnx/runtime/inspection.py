@@ -1,0 +1,177 @@
+"""What is in an encoder file, layer by layer, and what onnxruntime makes of it when it loads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from d4c_onnx.graph.bits import average_bits, layer_bits
+from d4c_onnx.graph.files import load_graph
+from d4c_onnx.graph.index import GraphIndex
+from d4c_onnx.graph.layers import WEIGHTED_OPS
+from d4c_onnx.runtime.kernels import FLOAT_KERNELS, INT8_KERNELS
+from d4c_onnx.runtime.session import optimized_graph
+
+# What onnxruntime may fuse into a product's kernel: the kernel then makes a value further down.
+_FUSED = ("Add", "Relu", "Clip", "QuantizeLinear", "DequantizeLinear", "Gelu", "Mul", "Reshape", "Transpose")
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedLayer:
+    """One matrix product of a file.
+
+    Attributes:
+        node, op: as in the file.
+        shape: of the stored weight; empty for the product of two activations.
+        bits: per stored weight; None without one.
+        activation: uint8, int8 or float32: what is multiplied.
+        activation_range: the real values at the ends of the activation's grid; None in float.
+        weight_scales: least and largest scale of the weight's channels; None in float.
+        kernel: what onnxruntime's CPU provider runs, read from its optimised graph.
+        int8: whether that is an int8 kernel.
+        reason: why not, when it is not.
+    """
+
+    node: str
+    op: str
+    shape: tuple[int, ...]
+    bits: int | None
+    activation: str
+    activation_range: tuple[float, float] | None
+    weight_scales: tuple[float, float] | None
+    kernel: str
+    int8: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """One encoder file: its products and a one-line summary."""
+
+    layers: tuple[InspectedLayer, ...]
+    average_bits: float
+    summary: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        rows = [{name: getattr(layer, name) for name in InspectedLayer.__slots__} for layer in self.layers]
+        return {"layers": rows, "weight_bits_average": round(self.average_bits, 4), "summary": self.summary}
+
+
+def inspect_encoder(path: Path) -> Inspection:
+    """Read a file and the graph that onnxruntime's CPU provider makes of it.
+
+    Raises:
+        BundleError: onnxruntime cannot load the file.
+    """
+    model = load_graph(path)
+    index = GraphIndex(model.graph)
+    running = _Running(optimized_graph(path).graph)
+    weights = {layer.node: layer for layer in layer_bits(model)}
+    layers = []
+    for node in model.graph.node:
+        if node.op_type not in WEIGHTED_OPS:
+            continue
+        stored = weights.get(node.name)
+        kernel = running.kernel(index, node, stored.weight.removesuffix("_int4") if stored else None)
+        data, weight = _quantizers(index, node, stored is not None)
+        shape = tuple(index.initializers[stored.weight].dims) if stored else ()
+        int8 = kernel in INT8_KERNELS
+        layers.append(
+            InspectedLayer(
+                node.name,
+                node.op_type,
+                shape,
+                stored.bits if stored else None,
+                _dtype(index, data),
+                _range(index, data),
+                _scales(index, weight) if stored else None,
+                kernel,
+                int8,
+                "" if int8 else _reason(stored is not None, data, kernel),
+            )
+        )
+    weighted = [layer for layer in layers if layer.shape]
+    others = [layer for layer in layers if not layer.shape]
+    summary = f"{sum(layer.int8 for layer in weighted)} of {len(weighted)} weighted products in int8"
+    if others:
+        summary += f", {sum(layer.int8 for layer in others)} of {len(others)} attention products"
+    return Inspection(tuple(layers), average_bits(list(weights.values())), summary)
+
+
+class _Running:
+    """The products of an optimised graph, found again by what a fusion leaves of the original."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        products = [node for node in graph.node if node.op_type in (*INT8_KERNELS, *FLOAT_KERNELS)]
+        self._by_output = {name: node.op_type for node in products for name in node.output}
+        self._by_input = {name: node.op_type for node in products for name in node.input}
+        # channels-last and blocked convolutions keep the node's or its output's name with a mark behind it
+        self._by_name = {node.name.split("_token_")[0].removesuffix("_nchwc"): node.op_type for node in products}
+
+    def kernel(self, index: GraphIndex, node: onnx.NodeProto, weight: str | None) -> str:
+        """By the weight it reads, its name, or the value it makes (or the first one behind that survived)."""
+        for found in (self._by_input.get(weight or ""), self._by_name.get(node.name)):
+            if found is not None:
+                return str(found)
+        queue = [node.output[0]]
+        for name in queue:
+            found = self._by_output.get(name) or self._by_name.get(name)
+            if found is not None:
+                return str(found)
+            for reader in index.consumers.get(name, []):
+                if reader.op_type in _FUSED and len(queue) < 16:
+                    queue.extend(reader.output)
+        return "unknown"
+
+
+def _quantizers(
+    index: GraphIndex, node: onnx.NodeProto, weighted: bool
+) -> tuple[onnx.NodeProto | None, onnx.NodeProto | None]:
+    """The DequantizeLinear in front of the activation and of the weight; None where there is none."""
+    found: list[onnx.NodeProto | None] = []
+    for name in node.input[:2]:
+        maker = index.producer.get(name)
+        while maker is not None and maker.op_type in ("Transpose", "Reshape", "Identity"):
+            maker = index.producer.get(maker.input[0])
+        found.append(maker if maker is not None and maker.op_type == "DequantizeLinear" else None)
+    if weighted and node.op_type == "MatMul" and found[0] is not None and _is_stored(index, found[0]):
+        found.reverse()
+    return found[0], found[1]
+
+
+def _is_stored(index: GraphIndex, dequantize: onnx.NodeProto) -> bool:
+    maker = index.producer.get(dequantize.input[0])
+    return maker is None or maker.op_type == "Cast"
+
+
+def _dtype(index: GraphIndex, dequantize: onnx.NodeProto | None) -> str:
+    if dequantize is None:
+        return "float32"
+    zero = index.array(dequantize.input[2]) if len(dequantize.input) > 2 else None
+    return "uint8" if zero is None else str(zero.dtype)
+
+
+def _range(index: GraphIndex, dequantize: onnx.NodeProto | None) -> tuple[float, float] | None:
+    if dequantize is None:
+        return None
+    scale, zero = (index.array(name) for name in dequantize.input[1:3])
+    if scale is None or zero is None or scale.size != 1:
+        return None
+    limits = np.iinfo(zero.dtype)
+    ends = [(limit - int(zero)) * float(scale) for limit in (limits.min, limits.max)]
+    return ends[0], ends[1]
+
+
+def _scales(index: GraphIndex, dequantize: onnx.NodeProto | None) -> tuple[float, float] | None:
+    scale = None if dequantize is None else index.array(dequantize.input[1])
+    return None if scale is None else (float(scale.min()), float(scale.max()))
+
+
+def _reason(weighted: bool, data: onnx.NodeProto | None, kernel: str) -> str:
+    if data is None:
+        return "in float by the recipe" if not weighted else "its input is not quantised"
+    return f"quantised in the file, but onnxruntime {ort.__version__} runs {kernel} between (de)quantisers"
