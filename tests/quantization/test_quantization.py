@@ -17,9 +17,10 @@ from d4c_onnx.errors import GraphError, RecipeError
 from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex
-from d4c_onnx.quantization import quantize_encoder
+from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
 from d4c_onnx.quantization.layout import int4_initializer, pack_int4, unpack_int4
 from d4c_onnx.quantization.plan import make_plan
+from d4c_onnx.quantization.ranges import collect_ranges
 from d4c_onnx.quantization.rounding import make_rounding
 from d4c_onnx.quantization.rounding.base import grid_limits
 from d4c_onnx.quantization.rounding.nearest import round_to_grid, search_scales
@@ -231,3 +232,54 @@ def test_same_input_same_file(tmp_path: Path, vit_bundle: Bundle, vit_calibratio
     for name in "ab":
         _quantize(vit_bundle, "text", vit_calibration[0], tmp_path / f"{name}.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_a_bit_budget_is_spent_and_not_exceeded(
+    tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
+) -> None:
+    made = {}
+    for sets in ((), ("quantization.average_bits=4.8",), ("quantization.average_bits=4.05",)):
+        recipe = load_recipe(None, ["quantization.rounding=nearest", *sets])
+        target = tmp_path / f"{len(made)}"
+        arguments = (vit_bundle, vit_calibration[1], target, recipe.quantization)
+        if sets and sets[0].endswith("4.05"):  # the first and last layers alone take more
+            with pytest.raises(RecipeError, match="boundary_bits"):
+                quantize_bundle_files(*arguments, recipe_dump=recipe.model_dump(mode="json"))
+            assert not target.exists()
+            continue
+        bundle = quantize_bundle_files(*arguments, recipe_dump=recipe.model_dump(mode="json"))
+        graphs = [load_graph(path) for path in bundle.encoders.values()]
+        counted = average_bits([layer for graph in graphs for layer in layer_bits(graph)])
+        assert bundle.manifest["weight_bits_average"] == pytest.approx(counted, abs=1e-4)
+        made[sets] = counted, bundle.manifest["encoders"]
+    (base, _), (spent, encoders) = made.values()
+    assert base < 4.3
+    assert 4.7 < spent <= 4.8
+    wide = {name: sum(row["bits"] == 8 for row in report["layers"].values()) for name, report in encoders.items()}
+    assert sum(wide.values()) > 4
+
+
+def test_softmax_needs_no_calibration(vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]) -> None:
+    model = load_graph(vit_bundle.image_encoder)
+    section = load_recipe(None, ["quantization.attention=int8"]).quantization
+    plan = make_plan(model.graph, section)
+    ranges = collect_ranges(model, plan, D4CCalibrationDataReader(vit_calibration[0]), section)
+    assert len(plan.probabilities) == 6
+    for name in plan.probabilities:
+        assert (ranges[name].zero_point, ranges[name].scale) == (0, float(np.float32(1 / 255)))
+
+
+def test_levels_of_every_channel_are_at_most_sixteen(
+    tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
+) -> None:
+    """Counted in the written file, from the raw nibbles; together the weights use all sixteen."""
+    _quantize(vit_bundle, "image", vit_calibration[0], tmp_path / "q.onnx")
+    graph = load_graph(tmp_path / "q.onnx").graph
+    stored = [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.INT4]
+    assert len(stored) == 36
+    seen = set()
+    for tensor in stored:
+        values = unpack_int4(tensor.raw_data, tuple(tensor.dims))
+        assert all(len(np.unique(values[:, channel])) <= 16 for channel in range(values.shape[1]))
+        seen |= set(values.ravel().tolist())
+    assert seen == set(range(-8, 8))
