@@ -5,6 +5,7 @@ torch is imported inside the steps that need it: quantising a bundle with a cali
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -211,6 +212,67 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "weight_bits_average": round(average_bits([bit for graph in graphs.values() for bit in layer_bits(graph)]), 4),
         "encoders": {name: {**inspect_encoder(path / name).as_dict(), "io": io[name]} for name in graphs},
     }
+
+
+def benchmark_bundles(
+    paths: Sequence[Path],
+    *,
+    batches: Sequence[int] = (1, 8, 16, 32),
+    sequence: int = 16,
+    rounds: int = 15,
+    peers: bool = False,
+    machine: Machine | None = None,
+    on_step: OnStep = silent,
+) -> dict[str, Any]:
+    """Time bundles side by side in one run, the first one being the baseline.
+
+    Args:
+        batches: batch sizes.
+        sequence: token ids per text, where the text encoder takes any length.
+        rounds: timed runs of each bundle at each batch size.
+        peers: also build and time what onnxruntime's own tools make of the first bundle.
+
+    Returns:
+        `machine` (cpu, threads, provider, onnxruntime), `rounds`, `towers` (see `evaluation.latency.measure_latency`),
+        and `failed`: peers that could not be built or loaded, with the reason.
+
+    Raises:
+        BundleError: a folder is not a bundle, or onnxruntime cannot load a file.
+    """
+    from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, measure_latency
+    from d4c_onnx.evaluation.peers import build_peers, loads
+    from d4c_onnx.runtime.session import resolve_provider
+
+    machine = machine or Machine(provider="cpu")
+    provider = resolve_provider(machine.provider)
+    bundles = [open_bundle(path) for path in paths]
+    contenders = [Contender(_label(bundle), bundle.encoders) for bundle in bundles]
+    feeds = drawn_feeds(bundles[0], batches, sequence)
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        if peers:
+            found: dict[str, dict[str, Path]] = {}
+            for tower, path in bundles[0].encoders.items():
+                for name, made in build_peers(path, Path(folder), feeds[tower][min(batches)]).items():
+                    reason = made if isinstance(made, str) else loads(made, provider)
+                    if isinstance(made, Path) and not reason:
+                        found.setdefault(name, {})[tower] = made
+                    else:
+                        failed.append({"name": name, "tower": tower, "reason": reason})
+            contenders += [Contender(name, encoders) for name, encoders in found.items()]
+        towers = measure_latency(
+            contenders, feeds, rounds=rounds, provider=provider, threads=machine.threads, on_step=on_step
+        )
+    return {
+        "machine": describe_machine(provider, machine.threads),
+        "rounds": rounds,
+        "towers": towers,
+        "failed": failed,
+    }
+
+
+def _label(bundle: Bundle) -> str:
+    return f"{bundle.model_name} {bundle.manifest.get('bits', 'fp32')}"
 
 
 def evaluate(

@@ -20,6 +20,7 @@ COMMANDS = {
     "synthesize": "Make a calibration set from the model itself.",
     "quantize": "Quantise both encoders, and measure the files against FP32.",
     "evaluate": "Measure bundles side by side on a labelled set.",
+    "benchmark": "Time bundles side by side on this machine.",
     "inspect": "Show each layer's true bits, ranges and the kernel that runs it.",
     "models": "List what can be loaded.",
 }

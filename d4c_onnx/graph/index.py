@@ -30,6 +30,10 @@ class GraphIndex:
         tensor = self.initializers.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
+    def constant(self, name: str) -> np.ndarray:
+        """An initialiser's values, where the graph is known to have it."""
+        return numpy_helper.to_array(self.initializers[name])
+
     def only_consumer(self, name: str) -> onnx.NodeProto | None:
         """The one node that reads `name`, or None when there are several or it is a graph output."""
         readers = self.consumers.get(name, [])

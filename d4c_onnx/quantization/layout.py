@@ -56,8 +56,7 @@ def store_int4(model: onnx.ModelProto, names: Iterable[str]) -> int:
     index = GraphIndex(graph)
     casts = []
     for name in dict.fromkeys(names):
-        values = index.array(name)
-        assert values is not None
+        values = index.constant(name)
         stored = f"{name}_int4"
         index.initializers[name].CopyFrom(int4_initializer(stored, values))
         casts.append(helper.make_node("Cast", [stored], [name], name=f"{name}_cast", to=TensorProto.INT8))

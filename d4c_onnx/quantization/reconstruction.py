@@ -51,7 +51,7 @@ def reconstruct_weights(
         read = {name for node in region.nodes for name in node.input if name in index.initializers}
         weights = {
             layer.weight: (
-                channels_first(_array(index, layer.weight), layer.channel_axis),
+                channels_first(index.constant(layer.weight), layer.channel_axis),
                 tuple(index.initializers[layer.weight].dims),
                 layer.channel_axis,
                 plan.weight_bits[layer.weight],
@@ -61,7 +61,7 @@ def reconstruct_weights(
         }
         made = reconstruct(
             region.nodes,
-            {name: _array(index, name) for name in read - set(weights)},
+            {name: index.constant(name) for name in read - set(weights)},
             weights,
             (region.input, inputs),
             (region.output, outputs),
@@ -91,9 +91,3 @@ def _gather(batches: Iterable[dict[str, np.ndarray]], region: Region, name: str,
             values = plan.observed(first.data, values).reshape(-1, values.shape[-1])
         parts.append(values)
     return np.concatenate(parts), samples
-
-
-def _array(index: GraphIndex, name: str) -> np.ndarray:
-    values = index.array(name)
-    assert values is not None
-    return values

@@ -148,8 +148,7 @@ def _correct(
 
 
 def _rows(index: GraphIndex, layer: WeightedLayer) -> np.ndarray:
-    values = index.array(layer.weight)
-    assert values is not None
+    values = index.constant(layer.weight)
     return channels_first(np.asarray(values, np.float32), layer.channel_axis)
 
 

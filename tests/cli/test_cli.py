@@ -91,6 +91,17 @@ def test_quantize_json_is_one_object_with_the_promised_keys(own: Path) -> None:
     inspected = json.loads(_run("inspect", folders[1], "--json").stdout)
     assert inspected["weight_bits_average"] == report["weight_bits_average"]
     assert inspected["minimum_onnxruntime"] == "1.23"
+    # benchmark times both beside FP32, and the peers that onnxruntime's own tools make of it
+    timed = _run("benchmark", *folders, "--peers", "--batches", "1,2", "--rounds", "3", "--provider", "cpu", "--json")
+    assert timed.returncode == 0, timed.stderr
+    raced = json.loads(timed.stdout)
+    for rows in raced["towers"].values():
+        names = [row["name"] for row in rows]
+        assert names[:3] == ["mini-vit fp32", "mini-vit w4a8", "mini-vit w8a8"]
+        assert len(names) + sum(entry["tower"] == "image" for entry in raced["failed"]) >= 6
+        assert all(row["batches"]["1"]["median_ms"] > 0 for row in rows)
+        assert rows[0]["batches"]["2"]["speed_up"] == 1
+        assert rows[1]["size_bytes"] * 5 < rows[0]["size_bytes"]
     plain = _run("inspect", folders[1]).stdout
     assert "pixel_values float32 [batch, 3, 48, 48]" in plain
     assert "38 of 38 weighted products in int8, 0 of 12 attention products" in plain
@@ -139,13 +150,19 @@ def test_failed_check_is_exit_code_1(own: Path) -> None:
         (("export", "ViT-B-32", "--pretrained", "nowhere.safetensors"), "no such file"),
         (("evaluate", "nowhere"), "not a bundle"),
         (("inspect", "nowhere"), "not a bundle"),
+        (("benchmark", "nowhere"), "not a bundle"),
+        (("benchmark", "nowhere", "--batches", "1,x"), "--batches"),
         (("quantize", "--bits", "w8a8", "--average-bits", "5"), "average_bits"),
         (("export", "--bad-option"), "--bad-option"),
         (("explode",), "explode"),
     ],
 )
 def test_bad_input_is_exit_code_2_without_traceback(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    extra = () if arguments[0] in ("evaluate", "inspect", "explode") or "--bad-option" in arguments else ("-o", "out")
+    extra = (
+        ()
+        if arguments[0] in ("evaluate", "inspect", "benchmark", "explode") or "--bad-option" in arguments
+        else ("-o", "out")
+    )
     done = _run(*arguments, *extra, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr

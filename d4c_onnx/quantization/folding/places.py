@@ -77,7 +77,7 @@ def find_places(graph: onnx.GraphProto, layers: tuple[WeightedLayer, ...]) -> li
         )
         node = index.producer.get(name)
         if exact and node is not None:
-            width = channels_first(_array(index, consumers[0].weight), consumers[0].channel_axis).shape[1]
+            width = channels_first(index.constant(consumers[0].weight), consumers[0].channel_axis).shape[1]
             place = _place(index, by_node, node, name, width, consumers)
             if place is not None:
                 found.append(place)
@@ -88,7 +88,7 @@ def apply_scale(graph: onnx.GraphProto, place: Place, scale: np.ndarray) -> None
     """Divide the activation's channels by `scale`, float32 [width], in place; the encoder's output stays the same."""
     index = GraphIndex(graph)
     for name, axis in place.shrunk:
-        values = _array(index, name)
+        values = index.constant(name)
         line = scale.reshape([-1 if position == axis % values.ndim else 1 for position in range(values.ndim)])
         set_initializer(graph, name, (values / line).astype(np.float32))
     if place.gate is not None:
@@ -96,7 +96,7 @@ def apply_scale(graph: onnx.GraphProto, place: Place, scale: np.ndarray) -> None
     if place.kind == "activation":
         _insert_mul(graph, index, place, scale)
     for layer in place.consumers:
-        weight = _array(index, layer.weight)
+        weight = index.constant(layer.weight)
         rows = channels_first(weight, layer.channel_axis) * scale
         set_initializer(graph, layer.weight, channels_back(rows.astype(np.float32), weight.shape, layer.channel_axis))
 
@@ -206,7 +206,7 @@ def _quick_gelu_gate(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto 
 def _scale_gate(graph: onnx.GraphProto, index: GraphIndex, place: Place, scale: np.ndarray) -> None:
     gate = next(node for node in graph.node if node.name == place.gate)
     position = next(number for number, entry in enumerate(gate.input) if entry in index.initializers)
-    constant = np.broadcast_to(_array(index, gate.input[position]), scale.shape)
+    constant = np.broadcast_to(index.constant(gate.input[position]), scale.shape)
     own = f"{place.output}_gate"  # exporters share one 1.702 among all blocks
     set_initializer(graph, own, (constant * scale).astype(np.float32))
     gate.input[position] = own
@@ -242,9 +242,3 @@ def _owned(index: GraphIndex, name: str) -> bool:
 def _lengths(index: GraphIndex, name: str) -> tuple[int, ...] | None:
     tensor = index.initializers.get(name)
     return None if tensor is None else tuple(tensor.dims)
-
-
-def _array(index: GraphIndex, name: str) -> np.ndarray:
-    values = index.array(name)
-    assert values is not None
-    return values

@@ -92,8 +92,7 @@ def _search(
     index = GraphIndex(graph)
     weights = []
     for layer in place.consumers:
-        values = index.array(layer.weight)
-        assert values is not None
+        values = index.constant(layer.weight)
         weights.append((channels_first(values, layer.channel_axis), plan.weight_bits[layer.weight]))
     rows = np.concatenate(seen.rows)
     rows = rows[:: max(1, len(rows) // _ROWS)]

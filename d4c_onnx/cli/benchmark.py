@@ -1,0 +1,78 @@
+"""d4c-onnx benchmark."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from d4c_onnx.cli import options, show
+
+
+@click.command("benchmark")
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--batches", default="1,8,16,32", show_default=True, help="Batch sizes.")
+@click.option("--sequence", type=click.IntRange(2), default=16, show_default=True, help="Token ids per text.")
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Timed runs at each batch size.")
+@click.option("--peers", is_flag=True, help="Build onnxruntime's own quantisations of the first bundle and race them.")
+@options.provider_option
+@options.threads_option
+@options.output_modes
+def command(
+    bundles: tuple[Path, ...],
+    batches: str,
+    sequence: int,
+    rounds: int,
+    peers: bool,
+    provider: str,
+    threads: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Time BUNDLES side by side, the first being the baseline: interleaved medians, size, load time, memory."""
+    try:
+        sizes = [int(part) for part in batches.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise click.BadParameter(f"{batches!r} is not a list of sizes such as 1,8,16", param_hint="--batches")
+    from d4c_onnx import pipeline
+
+    with show.stdout_to_stderr(), show.progress(quiet) as on_step:
+        report = pipeline.benchmark_bundles(
+            list(bundles),
+            batches=sizes,
+            sequence=sequence,
+            rounds=rounds,
+            peers=peers,
+            machine=pipeline.Machine(provider=provider, threads=threads),
+            on_step=on_step,
+        )
+    if as_json:
+        show.print_json(report)
+        return
+    _print(report, sizes)
+
+
+def _print(report: dict[str, Any], sizes: list[int]) -> None:
+    machine = report["machine"]
+    for tower, rows in report["towers"].items():
+        title = (
+            f"{tower}: {machine['cpu']}, {machine['threads']} threads, {machine['provider']}, "
+            f"onnxruntime {machine['onnxruntime']}; medians of {report['rounds']} interleaved runs [quartiles], ms"
+        )
+        header = ["", "MB", "load ms", "RAM MB", *(f"batch {size}" for size in sizes), "per second"]
+        lines = []
+        for row in rows:
+            cells = [f"{row['size_bytes'] / 1e6:.1f}", f"{row['load_ms']:.0f}", _megabytes(row["loaded_bytes"])]
+            for size in sizes:
+                found = row["batches"][size]
+                spread = f"[{found['low_ms']:.1f}, {found['high_ms']:.1f}]"
+                cells.append(f"{found['median_ms']:.1f} {spread} {found['speed_up']:.2f}x")
+            lines.append([row["name"], *cells, f"{row['batches'][sizes[-1]]['per_second']:.0f}"])
+        show.table(title, header, lines)
+    for failure in report["failed"]:
+        click.echo(f"{failure['name']}, {failure['tower']}: not measured ({failure['reason']})")
+
+
+def _megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.0f}"

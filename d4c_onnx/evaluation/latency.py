@@ -1,0 +1,180 @@
+"""How fast encoders run, side by side in one run: interleaved, warmed up, medians with their spread.
+
+A machine's speed drifts while other work comes and goes. So no contender is timed alone: in every round each one runs
+once, one after the other, and ratios are those of medians over the same rounds.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.errors import BundleError
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.runtime.session import EncoderSession
+
+_WARM_UP, _LOADS = 2, 3
+# A session in a process of its own: what it adds to the resident memory when it loads, and the peak after one batch.
+_MEMORY_PROBE = """
+import json, resource, sys
+import numpy as np
+from pathlib import Path
+from d4c_onnx.runtime.session import EncoderSession
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+path, provider, threads, shape, dtype = sys.argv[1:]
+batch = np.ones(json.loads(shape), dtype)
+before = resident()
+session = EncoderSession(Path(path), provider, int(threads))
+loaded = resident() - before
+session.run(batch)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"loaded_bytes": loaded, "peak_bytes": peak}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A name, and the encoder file of each tower that it has."""
+
+    name: str
+    encoders: Mapping[str, Path]
+
+
+def measure_latency(
+    contenders: Sequence[Contender],
+    feeds: Mapping[str, Mapping[int, np.ndarray]],
+    *,
+    rounds: int = 15,
+    provider: str = "cpu",
+    threads: int = 0,
+    on_step: OnStep = silent,
+) -> dict[str, list[dict[str, Any]]]:
+    """Time every contender at every batch size.
+
+    Args:
+        contenders: the baseline first.
+        feeds: per tower and batch size, what is fed.
+        rounds: timed runs of each contender at each batch.
+
+    Returns:
+        Per tower one row a contender: `name`, `size_bytes`, `load_ms`, `loaded_bytes` and `peak_bytes` of a process of
+        its own (None where the system does not tell), and `batches`: per size `median_ms`, `low_ms`, `high_ms` (the
+        quartiles), `per_second` and `speed_up` over the baseline.
+
+    Raises:
+        BundleError: onnxruntime cannot load a file.
+    """
+    steps = sum(len(batches) * rounds for batches in feeds.values())
+    done = 0
+    result: dict[str, list[dict[str, Any]]] = {}
+    for tower, batches in feeds.items():
+        running = [entry for entry in contenders if tower in entry.encoders]
+        loads: dict[str, list[float]] = {entry.name: [] for entry in running}
+        sessions: dict[str, EncoderSession] = {}
+        for _ in range(_LOADS):
+            for entry in running:
+                start = time.perf_counter()
+                sessions[entry.name] = EncoderSession(entry.encoders[tower], provider, threads)
+                loads[entry.name].append(time.perf_counter() - start)
+        rows: dict[str, dict[str, Any]] = {
+            entry.name: {
+                "name": entry.name,
+                "size_bytes": _size(entry.encoders[tower]),
+                "load_ms": 1e3 * statistics.median(loads[entry.name]),
+                **_memory(entry.encoders[tower], batches[max(batches)], provider, threads),
+                "batches": {},
+            }
+            for entry in running
+        }
+        for size, feed in batches.items():
+            times: dict[str, list[float]] = {name: [] for name in sessions}
+            for _ in range(_WARM_UP):
+                for session in sessions.values():
+                    session.run(feed)
+            for _ in range(rounds):
+                for name, session in sessions.items():
+                    start = time.perf_counter()
+                    session.run(feed)
+                    times[name].append(time.perf_counter() - start)
+                done += 1
+                on_step("benchmark", done, steps, {})
+            base = statistics.median(times[running[0].name])
+            for name, seen in times.items():
+                low, median, high = (1e3 * float(value) for value in np.quantile(seen, (0.25, 0.5, 0.75)))
+                rows[name]["batches"][size] = {
+                    "median_ms": median,
+                    "low_ms": low,
+                    "high_ms": high,
+                    "per_second": 1e3 * size / median,
+                    "speed_up": 1e3 * base / median,
+                }
+        result[tower] = list(rows.values())
+    return result
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
+
+
+def _memory(path: Path, feed: np.ndarray, provider: str, threads: int) -> dict[str, int | None]:
+    if not Path("/proc/self/statm").exists():
+        return {"loaded_bytes": None, "peak_bytes": None}
+    arguments = [str(path), provider, str(threads), json.dumps(feed.shape), str(feed.dtype)]
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY_PROBE, *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise BundleError(f"{path}: cannot be run in a process of its own ({done.stderr.strip()[-300:]}).")
+    found: dict[str, int | None] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def drawn_feeds(bundle: Bundle, batches: Sequence[int], sequence: int) -> dict[str, dict[int, np.ndarray]]:
+    """Noise images and random token ids of the bundle's own shapes, per tower and batch size.
+
+    Args:
+        sequence: ids per text; a text encoder of fixed length gets its own length.
+    """
+    rng = np.random.default_rng(0)
+    height, width = bundle.manifest["preprocess"]["size"]
+    tokenizer = bundle.manifest["tokenizer"]
+    fixed = EncoderSession(bundle.text_encoder).fixed_length
+    length = fixed or min(sequence, tokenizer.get("context_length", sequence))
+    end = tokenizer.get("eot_id") or 1
+    feeds: dict[str, dict[int, np.ndarray]] = {"image": {}, "text": {}}
+    for size in batches:
+        feeds["image"][size] = rng.standard_normal((size, 3, height, width), dtype=np.float32)
+        ids = rng.integers(1, max(2, min(end, 1000)), (size, length), np.int64)
+        ids[:, 0], ids[:, -1] = tokenizer.get("sot_id") or 0, end
+        feeds["text"][size] = ids
+    return feeds
+
+
+def describe_machine(provider: str, threads: int) -> dict[str, Any]:
+    """What a latency means nothing without."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": threads or os.cpu_count() or 1,
+        "provider": provider,
+        "onnxruntime": ort.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
