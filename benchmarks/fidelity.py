@@ -54,7 +54,7 @@ ROWS: list[tuple[str, str, int, str]] = [
     ("w4a8", "d4c", 1, "correction=affine"),
     ("w4a8", "real", 1, "correction=affine"),
     ("w4a8", "d4c", 1, "average_bits=4.8"),
-    ("w4a8", "d4c", 1, "rounding=adaround"),
+    ("w4a8", "d4c", 1, "rounding=adaround adaround_steps=300"),
     ("w6a6", "d4c", 1, ""),
     ("w6a6", "real", 1, ""),
     ("w6a6", "d4c", 1, "smoothing=none"),
