@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
+from d4c_onnx import measure as measuring
 from d4c_onnx import pipeline
-from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, open_bundle, write_manifest
+from d4c_onnx.bundle import open_bundle
 from d4c_onnx.calibration.dataset import CalibrationSet, open_calibration_set, save_calibration_set
 from d4c_onnx.evaluation.datasets import open_dataset
-from d4c_onnx.graph.files import load_graph, save_graph
 from d4c_onnx.quantization import quantize_bundle_files
-from d4c_onnx.quantization.folding.stress import inflate
+from d4c_onnx.quantization.folding.stress import stress_bundle
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.preprocess import preprocess_image
 
@@ -40,6 +40,7 @@ ROWS: list[tuple[str, str, int, str]] = [
     ("w8a8", "real", 1, ""),
     ("w8a8", "d4c", 1, "headroom=1.0 clip_weight=1.0"),
     ("w8a8", "d4c", 1, "smoothing=none"),
+    ("w8a8", "d4c", 1, "smoothing_threshold=0.8"),
     ("w8a8", "d4c", 1, "rounding=gptaq"),
     ("w8a8", "d4c", 1, "correction=bias"),
     ("w4a8", "d4c", 1, ""),
@@ -96,18 +97,6 @@ def real_images(like: CalibrationSet, model: str, seed: int, output: Path, train
     return dataclasses.replace(like, pixel_values=pixels, manifest=manifest)
 
 
-def stressed_bundle(bundle: Bundle, factor: int, folder: Path) -> Bundle:
-    """The FP32 bundle with inflated outlier channels in both encoders."""
-    if factor == 1:
-        return bundle
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns("calibration-*", "w*a*", ".*"))
-    for name in (IMAGE_ENCODER, TEXT_ENCODER):
-        save_graph(inflate(load_graph(folder / name), factor), folder / name)
-    content = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "versions")}
-    return write_manifest(folder, content)
-
-
 def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[None]:
     """Fill in every row that is missing, a group of one model and seed at a time: FP32 runs once per group."""
     output = Path(args.output)
@@ -128,7 +117,7 @@ def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[None
                     overrides = [f"quantization.{item}" for item in sets.split()]
                     recipe = load_recipe(None, [f"seed={seed}", f"quantization.bits={bits}", *overrides])
                     calibration = calibration_set(model, source, seed, output, args.train)
-                    origin = stressed_bundle(bundle, factor, folder / f"stress-{number}")
+                    origin = stress_bundle(bundle, factor, folder / f"stress-{number}") if factor > 1 else bundle
                     clock = time.perf_counter()
                     dump = recipe.model_dump(mode="json")
                     data = open_calibration_set(calibration, verify=False)
@@ -136,7 +125,7 @@ def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[None
                     quantize_bundle_files(origin, data, target, recipe.quantization, recipe_dump=dump)
                     seconds.append(time.perf_counter() - clock)
                     made.append(target)
-                report = pipeline.evaluate_bundles([bundle.path, *made], load_recipe())
+                report = measuring.evaluate_bundles([bundle.path, *made], load_recipe())
                 for row, spent, measured in zip(group, seconds, report["bundles"][1:], strict=True):
                     average = open_bundle(Path(measured["bundle"]), verify=False).manifest["weight_bits_average"]
                     results[_key(model, row, seed)] = {

@@ -15,7 +15,7 @@ _PUBLIC = {
     "D4CError": "d4c_onnx.errors",
     "PromptCalibrationDataReader": "d4c_onnx.calibration",
     "Recipe": "d4c_onnx.recipe",
-    "evaluate_bundles": "d4c_onnx.pipeline",
+    "evaluate_bundles": "d4c_onnx.measure",
     "export_bundle": "d4c_onnx.pipeline",
     "load_recipe": "d4c_onnx.recipe",
     "quantize_bundle": "d4c_onnx.pipeline",

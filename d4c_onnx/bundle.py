@@ -57,6 +57,11 @@ class Bundle:
         return str(self.manifest["model"]["name"])
 
     @property
+    def content(self) -> dict[str, Any]:
+        """What `write_manifest` was given: the manifest without what it adds itself."""
+        return {key: value for key, value in self.manifest.items() if key not in ("format", "files", "versions")}
+
+    @property
     def quantized(self) -> bool:
         return self.manifest["kind"] == "quantized"
 
@@ -115,12 +120,14 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> Bundle:
     return Bundle(folder, manifest)
 
 
+def file_size_bytes(path: Path) -> int:
+    """Bytes on disk of one encoder, external data included."""
+    return sum(file.stat().st_size for file in (path, path.with_name(path.name + ".data")) if file.exists())
+
+
 def encoder_size_bytes(bundle: Bundle) -> dict[str, int]:
     """Bytes on disk per tower and in total, external data included."""
-    sizes = {
-        tower: sum(file.stat().st_size for file in (path, path.with_name(path.name + ".data")) if file.exists())
-        for tower, path in bundle.encoders.items()
-    }
+    sizes = {tower: file_size_bytes(path) for tower, path in bundle.encoders.items()}
     return {**sizes, "total": sum(sizes.values())}
 
 

@@ -5,9 +5,7 @@ torch is imported inside the steps that need it: quantising a bundle with a cali
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +17,9 @@ from d4c_onnx.bundle import (
     open_bundle,
     write_manifest,
 )
-from d4c_onnx.errors import BundleError, CheckFailed, ModelError
+from d4c_onnx.errors import BundleError, ModelError
 from d4c_onnx.files import refuse_existing
+from d4c_onnx.measure import Machine, check_dataset_name, check_limits, evaluate
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import generic_nouns, read_nouns
@@ -28,15 +27,6 @@ from d4c_onnx.vocabulary import generic_nouns, read_nouns
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
     from d4c_onnx.models.load import LoadedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Where things run: onnxruntime's provider, torch's device, threads (0: each engine's own choice)."""
-
-    provider: str = "auto"
-    device: str = "auto"
-    threads: int = 0
 
 
 def bundle_folder(output: Path, model: str) -> Path:
@@ -132,7 +122,7 @@ def quantize_bundle(
     folder = Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
     target = folder / recipe.quantization.bits.lower()
     refuse_existing(target, overwrite)
-    _check_dataset_name(recipe)
+    check_dataset_name(recipe)
     dataset = open_calibration_set(calibration) if calibration else None
     if dataset is None:
         _use_threads(machine)
@@ -156,180 +146,10 @@ def quantize_bundle(
     clock.lap("quantize")
     accuracy = evaluate([bundle, quantized], recipe, dataset, machine, on_step)
     clock.lap("evaluate")
-    content = {key: value for key, value in quantized.manifest.items() if key not in ("format", "files", "versions")}
-    content["accuracy"] = _relative(accuracy, folder)
-    quantized = write_manifest(quantized.path, content)
+    quantized = write_manifest(quantized.path, {**quantized.content, "accuracy": _relative(accuracy, folder)})
     report = _report(bundle, quantized, recipe, accuracy, clock.seconds)
     check_limits(accuracy, recipe)
     return report
-
-
-def evaluate_bundles(
-    paths: Sequence[Path],
-    recipe: Recipe,
-    *,
-    calibration: Path | None = None,
-    machine: Machine | None = None,
-    on_step: OnStep = silent,
-) -> dict[str, Any]:
-    """Measure bundles side by side, the first one being the baseline.
-
-    Args:
-        calibration: the set whose held-out part label-free fidelity uses.
-    """
-    from d4c_onnx.calibration.dataset import open_calibration_set
-
-    _check_dataset_name(recipe)
-    bundles = [open_bundle(path) for path in paths]
-    dataset = open_calibration_set(calibration) if calibration else None
-    result = evaluate(bundles, recipe, dataset, machine or Machine(), on_step)
-    check_limits(result, recipe)
-    return result
-
-
-def inspect_bundle(path: Path) -> dict[str, Any]:
-    """What a bundle's files hold, and how onnxruntime's CPU provider runs them.
-
-    Returns:
-        `model`, `bits`, `minimum_onnxruntime`, `weight_bits_average` over both files, and `encoders`: per file `layers`
-        (see `runtime.inspection.InspectedLayer`), `summary`, `weight_bits_average` and `io`.
-
-    Raises:
-        BundleError: the folder is not a bundle, or onnxruntime cannot load a file.
-    """
-    from d4c_onnx.graph.bits import average_bits, layer_bits
-    from d4c_onnx.graph.files import load_graph
-    from d4c_onnx.graph.signature import signature
-    from d4c_onnx.runtime.inspection import inspect_encoder
-
-    bundle = open_bundle(path)
-    graphs = {file.name: load_graph(file) for file in bundle.encoders.values()}
-    io = signature(graphs)
-    return {
-        "model": bundle.model_name,
-        "bits": bundle.manifest.get("bits", "fp32"),
-        "minimum_onnxruntime": bundle.manifest.get("minimum_onnxruntime"),
-        "weight_bits_average": round(average_bits([bit for graph in graphs.values() for bit in layer_bits(graph)]), 4),
-        "encoders": {name: {**inspect_encoder(path / name).as_dict(), "io": io[name]} for name in graphs},
-    }
-
-
-def benchmark_bundles(
-    paths: Sequence[Path],
-    *,
-    batches: Sequence[int] = (1, 8, 16, 32),
-    sequence: int = 16,
-    rounds: int = 15,
-    peers: bool = False,
-    machine: Machine | None = None,
-    on_step: OnStep = silent,
-) -> dict[str, Any]:
-    """Time bundles side by side in one run, the first one being the baseline.
-
-    Args:
-        batches: batch sizes.
-        sequence: token ids per text, where the text encoder takes any length.
-        rounds: timed runs of each bundle at each batch size.
-        peers: also build and time what onnxruntime's own tools make of the first bundle.
-
-    Returns:
-        `machine` (cpu, threads, provider, onnxruntime), `rounds`, `towers` (see `evaluation.latency.measure_latency`),
-        and `failed`: peers that could not be built or loaded, with the reason.
-
-    Raises:
-        BundleError: a folder is not a bundle, or onnxruntime cannot load a file.
-    """
-    from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, measure_latency
-    from d4c_onnx.evaluation.peers import build_peers, loads
-    from d4c_onnx.runtime.session import resolve_provider
-
-    machine = machine or Machine(provider="cpu")
-    provider = resolve_provider(machine.provider)
-    bundles = [open_bundle(path) for path in paths]
-    contenders = [Contender(_label(bundle), bundle.encoders) for bundle in bundles]
-    feeds = drawn_feeds(bundles[0], batches, sequence)
-    failed = []
-    with tempfile.TemporaryDirectory() as folder:
-        if peers:
-            found: dict[str, dict[str, Path]] = {}
-            for tower, path in bundles[0].encoders.items():
-                for name, made in build_peers(path, Path(folder), feeds[tower][min(batches)]).items():
-                    reason = made if isinstance(made, str) else loads(made, provider)
-                    if isinstance(made, Path) and not reason:
-                        found.setdefault(name, {})[tower] = made
-                    else:
-                        failed.append({"name": name, "tower": tower, "reason": reason})
-            contenders += [Contender(name, encoders) for name, encoders in found.items()]
-        towers = measure_latency(
-            contenders, feeds, rounds=rounds, provider=provider, threads=machine.threads, on_step=on_step
-        )
-    return {
-        "machine": describe_machine(provider, machine.threads),
-        "rounds": rounds,
-        "towers": towers,
-        "failed": failed,
-    }
-
-
-def _label(bundle: Bundle) -> str:
-    return f"{bundle.model_name} {bundle.manifest.get('bits', 'fp32')}"
-
-
-def evaluate(
-    bundles: Sequence[Bundle],
-    recipe: Recipe,
-    calibration: CalibrationSet | None,
-    machine: Machine,
-    on_step: OnStep = silent,
-) -> dict[str, Any]:
-    """Zero-shot accuracy where there are labels; fidelity on held-out synthetic input otherwise."""
-    from d4c_onnx.evaluation.datasets import open_dataset
-    from d4c_onnx.evaluation.fidelity import evaluate_fidelity
-    from d4c_onnx.evaluation.zero_shot import evaluate_zero_shot
-    from d4c_onnx.runtime.session import resolve_provider
-
-    provider = resolve_provider(machine.provider)
-    name = recipe.evaluation.dataset
-    if name == "auto":
-        name = bundles[0].manifest["model"].get("dataset") or "fidelity"
-    if name != "fidelity":
-        return evaluate_zero_shot(
-            bundles,
-            open_dataset(name),
-            batch=recipe.evaluation.batch,
-            provider=provider,
-            threads=machine.threads,
-            on_step=on_step,
-        )
-    if calibration is None:
-        raise BundleError(
-            f"{bundles[0].model_name}: has no labelled set. "
-            "Add --dataset FILE.parquet, or --calibration DIR for fidelity."
-        )
-    return evaluate_fidelity(
-        bundles, calibration, batch=16, provider=provider, threads=machine.threads, on_step=on_step
-    )
-
-
-def check_limits(accuracy: dict[str, Any], recipe: Recipe) -> None:
-    """Compare every bundle after the first with the recipe's limits.
-
-    Raises:
-        CheckFailed: a limit is passed.
-    """
-    drop, cosine = recipe.evaluation.max_drop, recipe.evaluation.min_cosine
-    for row in accuracy["bundles"][1:]:
-        versus = row["versus_first"]
-        lost = -versus.get("top1_difference", {}).get("points", 0.0)
-        if drop is not None and lost > drop:
-            raise CheckFailed(
-                f"{row['bundle']}: top-1 fell by {lost:.2f} points, allowed {drop} (evaluation.max_drop)."
-            )
-        least = min(versus["cosine_image"], versus["cosine_text"])
-        if cosine is not None and least < cosine:
-            raise CheckFailed(
-                f"{row['bundle']}: cosine to FP32 is {least:.4f}, asked {cosine} (evaluation.min_cosine)."
-            )
 
 
 @dataclass(slots=True)
@@ -449,14 +269,6 @@ def _check_belongs(dataset: CalibrationSet, bundle: Bundle) -> None:
     if tuple(dataset.pixel_values.shape[2:]) != (height, width):
         found = "x".join(str(size) for size in dataset.pixel_values.shape[2:])
         raise CalibrationError(f"the calibration images are {found}, {bundle.model_name} needs {height}x{width}.")
-
-
-def _check_dataset_name(recipe: Recipe) -> None:
-    """Bad input is refused before work starts: a data set that cannot be opened, say."""
-    if recipe.evaluation.dataset not in ("auto", "fidelity"):
-        from d4c_onnx.evaluation.datasets import open_dataset
-
-        open_dataset(recipe.evaluation.dataset)
 
 
 def _report(

@@ -78,6 +78,9 @@ class QuantizationSection(_Section):
         description="shrink outlier channels into the weights where that helps; exact. layer_norm: only behind "
         "LayerNorms; all: attention's values and the activation inside the MLP, too",
     )
+    smoothing_threshold: float = Field(
+        0.5, gt=0, le=1, description="smooth where at most this share of the error after rounding remains"
+    )
     start_token: Literal["auto", "pin", "keep"] = Field(
         "auto",
         description="pin: the start token's keys and values become constants of the text encoder, and its outliers "

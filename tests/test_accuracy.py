@@ -1,14 +1,12 @@
 """The project's bars, on the written files, on all 10,000 test images: both minis, both widths."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from d4c_onnx import pipeline
-from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, write_manifest
-from d4c_onnx.graph.files import load_graph, save_graph
-from d4c_onnx.quantization.folding.stress import inflate
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.quantization.folding.stress import stress_bundle
 from d4c_onnx.recipe import load_recipe
 
 # A short schedule keeps the suite fast; the README's table is made with the default one.
@@ -33,12 +31,7 @@ def test_bars(tower: str, bits: str, request: pytest.FixtureRequest) -> None:
 
 def test_a_stress_variant_answers_as_the_model_does(vit_bundle: Bundle, tmp_path: Path) -> None:
     """Channels a hundred times larger in every LayerNorm, value and MLP of both encoders: W4A8 within a point."""
-    folder = tmp_path / "stressed"
-    shutil.copytree(vit_bundle.path, folder, ignore=shutil.ignore_patterns("calibration-*", "w*a*", ".*"))
-    for path in (folder / IMAGE_ENCODER, folder / TEXT_ENCODER):
-        save_graph(inflate(load_graph(path), 100), path)
-    content = {key: value for key, value in vit_bundle.manifest.items() if key not in ("format", "files", "versions")}
-    write_manifest(folder, content)
+    folder = stress_bundle(vit_bundle, 100, tmp_path / "stressed").path
     recipe = load_recipe(None, [*SHORT, "quantization.bits=w4a8"])
     report = pipeline.quantize_bundle(str(folder), recipe, output=Path("unused"))
     assert report["top1"]["fp32"] > 60

@@ -35,16 +35,16 @@ def command(
         sizes = []
     if not sizes or min(sizes) < 1:
         raise click.BadParameter(f"{batches!r} is not a list of sizes such as 1,8,16", param_hint="--batches")
-    from d4c_onnx import pipeline
+    from d4c_onnx import measure
 
     with show.stdout_to_stderr(), show.progress(quiet) as on_step:
-        report = pipeline.benchmark_bundles(
+        report = measure.benchmark_bundles(
             list(bundles),
             batches=sizes,
             sequence=sequence,
             rounds=rounds,
             peers=peers,
-            machine=pipeline.Machine(provider=provider, threads=threads),
+            machine=measure.Machine(provider=provider, threads=threads),
             on_step=on_step,
         )
     if as_json:

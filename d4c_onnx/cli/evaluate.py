@@ -32,11 +32,11 @@ def command(
     Zero-shot on a labelled set; with --dataset fidelity and --calibration DIR, agreement on held-out synthetic input.
     """
     recipe = options.resolve_recipe(recipe_name, overrides, seed, {"evaluation.dataset": dataset})
-    from d4c_onnx import pipeline
+    from d4c_onnx import measure
 
     with show.stdout_to_stderr(), show.progress(quiet) as on_step:
-        machine = pipeline.Machine(provider=provider, threads=threads)
-        result = pipeline.evaluate_bundles(
+        machine = measure.Machine(provider=provider, threads=threads)
+        result = measure.evaluate_bundles(
             list(bundles), recipe, calibration=calibration, machine=machine, on_step=on_step
         )
     if as_json:

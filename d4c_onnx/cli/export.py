@@ -34,10 +34,10 @@ def command(
     MODEL is an embedded mini (the default), an open_clip architecture, or hf-hub:org/repo.
     """
     recipe = options.resolve_recipe(recipe_name, overrides, seed)
-    from d4c_onnx import pipeline
+    from d4c_onnx import measure, pipeline
 
     with show.stdout_to_stderr(), show.waiting(f"exporting {model}", quiet or as_json):
-        machine = pipeline.Machine(threads=threads)
+        machine = measure.Machine(threads=threads)
         bundle = pipeline.export_bundle(
             model, output, recipe, pretrained=pretrained, raw=raw, overwrite=overwrite, machine=machine
         )

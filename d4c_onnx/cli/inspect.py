@@ -13,10 +13,10 @@ from d4c_onnx.cli import options, show
 @options.output_modes
 def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     """Show what BUNDLE holds: each layer's true bits and ranges, and the kernel that onnxruntime runs on a CPU."""
-    from d4c_onnx import pipeline
+    from d4c_onnx import measure
 
     with show.stdout_to_stderr(), show.waiting("loading both encoders", quiet or as_json):
-        report = pipeline.inspect_bundle(bundle)
+        report = measure.inspect_bundle(bundle)
     if as_json:
         show.print_json(report)
         return
@@ -27,7 +27,9 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
             count = sum(layer["reason"] == reason for layer in encoder["layers"])
             click.echo(f"  {count} not in int8: {reason}")
     click.echo(f"{report['weight_bits_average']:.2f} bits per MatMul, Gemm and Conv weight over both files")
-    click.echo(f"needs onnxruntime {report['minimum_onnxruntime'] or 'of any recent version'} or newer")
+    if report["minimum_onnxruntime"] is None:  # in FP32
+        return
+    click.echo(f"needs onnxruntime {report['minimum_onnxruntime']} or newer")
     click.echo("CUDA's provider runs quantised products as float products between (de)quantisers: correct, not faster.")
 
 

@@ -56,7 +56,7 @@ def command(
         "evaluation.dataset": dataset,
     }
     recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
-    from d4c_onnx import pipeline
+    from d4c_onnx import measure, pipeline
 
     with show.stdout_to_stderr(), show.progress(quiet) as on_step:
         report = pipeline.quantize_bundle(
@@ -67,7 +67,7 @@ def command(
             prompts=prompts,
             calibration=calibration,
             overwrite=overwrite,
-            machine=pipeline.Machine(provider, device, threads),
+            machine=measure.Machine(provider, device, threads),
             on_step=on_step,
         )
     if as_json:

@@ -40,7 +40,7 @@ def command(
     """
     extra: dict[str, object] = {"synthesis.method": method, "synthesis.images": images}
     recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
-    from d4c_onnx import pipeline
+    from d4c_onnx import measure, pipeline
 
     start = time.perf_counter()
     with show.stdout_to_stderr(), show.progress(quiet) as on_step:
@@ -50,7 +50,7 @@ def command(
             output=output,
             pretrained=pretrained,
             prompts=prompts,
-            machine=pipeline.Machine(device=device, threads=threads),
+            machine=measure.Machine(device=device, threads=threads),
             on_step=on_step,
         )
     seconds = round(time.perf_counter() - start, 2)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from d4c_onnx.bundle import Bundle
+from d4c_onnx.bundle import Bundle, file_size_bytes
 from d4c_onnx.errors import BundleError
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.runtime.session import EncoderSession
@@ -92,7 +92,7 @@ def measure_latency(
         rows: dict[str, dict[str, Any]] = {
             entry.name: {
                 "name": entry.name,
-                "size_bytes": _size(entry.encoders[tower]),
+                "size_bytes": file_size_bytes(entry.encoders[tower]),
                 "load_ms": 1e3 * statistics.median(loads[entry.name]),
                 **_memory(entry.encoders[tower], batches[max(batches)], provider, threads),
                 "batches": {},
@@ -125,10 +125,6 @@ def measure_latency(
     return result
 
 
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
-
-
 def _memory(path: Path, feed: np.ndarray, provider: str, threads: int) -> dict[str, int | None]:
     if not Path("/proc/self/statm").exists():
         return {"loaded_bytes": None, "peak_bytes": None}
@@ -151,8 +147,8 @@ def drawn_feeds(bundle: Bundle, batches: Sequence[int], sequence: int) -> dict[s
     rng = np.random.default_rng(0)
     height, width = bundle.manifest["preprocess"]["size"]
     tokenizer = bundle.manifest["tokenizer"]
-    fixed = EncoderSession(bundle.text_encoder).fixed_length
-    length = fixed or min(sequence, tokenizer.get("context_length", sequence))
+    context = tokenizer["context_length"]
+    length = min(sequence, context) if tokenizer["dynamic_sequence"] else context
     end = tokenizer.get("eot_id") or 1
     feeds: dict[str, dict[int, np.ndarray]] = {"image": {}, "text": {}}
     for size in batches:

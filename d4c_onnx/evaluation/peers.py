@@ -23,24 +23,23 @@ class _OneBatch(CalibrationDataReader):
         return next(self._left, None)
 
 
-def build_peers(source: Path, folder: Path, feed: np.ndarray) -> dict[str, Path | str]:
+def build_peers(source: Path, folder: Path, input_name: str, feed: np.ndarray) -> dict[str, Path | str]:
     """Quantise one FP32 encoder with each of onnxruntime's tools, at their defaults for int8 or int4.
 
     Args:
         source: the encoder.
         folder: where the files go.
-        feed: a batch for calibration.
+        input_name, feed: a batch for calibration.
 
     Returns:
         Per tool the file, or the message it failed with.
     """
-    name = onnx.load(source, load_external_data=False).graph.input[0].name
 
     def static(target: Path, weights: QuantType) -> None:
         quantize_static(
             source,
             target,
-            _OneBatch(name, feed),
+            _OneBatch(input_name, feed),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,

@@ -48,6 +48,18 @@ def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object
     return default
 
 
+def integers_attribute(node: onnx.NodeProto, name: str, count: int, default: int = 1) -> list[int]:
+    """An attribute that is a list of `count` integers; all `default` where the node does not say."""
+    found = attribute(node, name)
+    return [int(value) for value in found] if isinstance(found, (list, tuple)) else [default] * count
+
+
+def integer_attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    """An integer attribute."""
+    found = attribute(node, name)
+    return found if isinstance(found, int) else default
+
+
 def set_initializer(graph: onnx.GraphProto, name: str, values: np.ndarray) -> None:
     """Replace (or add) an initialiser."""
     tensor = numpy_helper.from_array(np.ascontiguousarray(values), name)

@@ -2,8 +2,7 @@
 
 `average_bits: 4.8` buys 8-bit weights until the average over every MatMul, Gemm and Conv weight of both encoders would
 pass 4.8. What a layer is worth is measured: round its weight alone, run the encoder, and take the mean square error
-of the embeddings. Layers are bought in the order of error per weight, greedily; errors of single layers nearly add up,
-and for items this small beside the budget the greedy choice is as good as the best one.
+of the embeddings. Layers are bought greedily, in the order of error per weight.
 """
 
 import copy
@@ -59,8 +58,7 @@ def measure_costs(
     nearest = make_rounding("nearest")
     costs = []
     for number, layer in enumerate(plan.layers):
-        values, bits = index.array(layer.weight), plan.weight_bits[layer.weight]
-        assert values is not None
+        values, bits = index.constant(layer.weight), plan.weight_bits[layer.weight]
         error = 0.0
         if bits < 8:
             rounded = nearest.round(channels_first(values, layer.channel_axis), bits).dequantize()

@@ -24,28 +24,26 @@ from d4c_onnx.quantization.statistics import InputStatistics
 _GAINS = (0.5, 2.0)  # a regression on a channel that hardly moves must not run away
 
 
-def correct_mean(
-    weight: np.ndarray, rounded: QuantizedWeight, bias: np.ndarray, found: InputStatistics
-) -> tuple[QuantizedWeight, np.ndarray]:
-    """The bias that restores the mean output.
+def correct_mean(weight: np.ndarray, rounded: QuantizedWeight, bias: np.ndarray, found: InputStatistics) -> np.ndarray:
+    """The bias that restores the mean output, float32 [channels].
 
     Args:
         weight: float32 [channels, inputs].
         rounded: the same on its grid.
         bias: float32 [channels].
-
-    Returns:
-        The weight as it was, and the new bias.
     """
     mean, mean_quantized = found.means()
-    return rounded, _bias(weight, rounded, bias, mean, mean_quantized)
+    rows = np.split(weight.astype(np.float64), len(mean))
+    grid = np.split(rounded.dequantize().astype(np.float64), len(mean))
+    shift = [a @ x - b @ y for a, x, b, y in zip(rows, mean, grid, mean_quantized, strict=True)]
+    return (bias.astype(np.float64) + np.concatenate(shift)).astype(np.float32)
 
 
 def correct_affine(
     weight: np.ndarray, rounded: QuantizedWeight, bias: np.ndarray | None, found: InputStatistics
 ) -> tuple[QuantizedWeight, np.ndarray | None]:
     """The channel-wise affine of least square error; without a bias, the gain alone."""
-    grams, crosses = found.covariances() if bias is not None else (found.gram / found.count, found.cross / found.count)
+    grams, crosses = found.moments(centred=bias is not None)
     gains = []
     for rows, grid, gram, cross in zip(
         np.split(weight.astype(np.float64), len(grams)),
@@ -59,15 +57,4 @@ def correct_affine(
         gains.append(np.where(power > 1e-12, shared / np.maximum(power, 1e-12), 1.0))
     gain = np.clip(np.concatenate(gains), *_GAINS)
     scaled = replace(rounded, scale=(rounded.scale * gain).astype(np.float32))
-    if bias is None:
-        return scaled, None
-    return scaled, _bias(weight, scaled, bias, *found.means())
-
-
-def _bias(
-    weight: np.ndarray, rounded: QuantizedWeight, bias: np.ndarray, mean: np.ndarray, mean_quantized: np.ndarray
-) -> np.ndarray:
-    rows = np.split(weight.astype(np.float64), len(mean))
-    grid = np.split(rounded.dequantize().astype(np.float64), len(mean))
-    shift = [a @ x - b @ y for a, x, b, y in zip(rows, mean, grid, mean_quantized, strict=True)]
-    return (bias.astype(np.float64) + np.concatenate(shift)).astype(np.float32)
+    return scaled, None if bias is None else correct_mean(weight, scaled, bias, found)

@@ -103,8 +103,7 @@ def quantize_encoder(
     table = find_token_table(quantized.graph)
     if table is not None:
         gather, name = table
-        rows = GraphIndex(quantized.graph).array(name)
-        assert rows is not None
+        rows = GraphIndex(quantized.graph).constant(name)
         table_rows = make_rounding("nearest").round(np.asarray(rows, np.float32), section.table_bits)
         store_token_table(quantized, gather, name, table_rows)
     set_metadata(quantized, {entry.key: entry.value for entry in model.metadata_props} | {"quantization": section.bits})
@@ -132,10 +131,11 @@ def fold(
     """All exact rewrites, in place; returns the plan of the rewritten graph and the smoothing that was chosen."""
     fold_batch_norms(model)
     plan = make_plan(model.graph, section, raised)
-    plan = replace(plan, dead_rows=dead_start_rows(model, plan, reader, section))
+    dead_rows = dead_start_rows(model, plan, reader, section, provider=provider, threads=threads)
+    plan = replace(plan, dead_rows=dead_rows)
     smoothed = smooth(model, plan, reader, section, provider=provider, threads=threads)
     if plan.dead_rows:
-        pin_start_token(model, plan, reader)
+        pin_start_token(model, plan, reader, provider=provider, threads=threads)
     drop_unused(model.graph)  # the 1.702 that all QuickGELUs shared, say
     # smoothing may have put a Mul behind an activation: the layer then reads another value
     dead = {layer.weight for layer in plan.layers if layer.data in plan.dead_rows}

@@ -42,12 +42,7 @@ class Plan:
         return values[:, 1:] if name in self.dead_rows else values
 
 
-def make_plan(
-    graph: onnx.GraphProto,
-    section: QuantizationSection,
-    raised: Collection[str] = (),
-    dead_rows: frozenset[str] = frozenset(),
-) -> Plan:
+def make_plan(graph: onnx.GraphProto, section: QuantizationSection, raised: Collection[str] = ()) -> Plan:
     """Decide what is quantised.
 
     The first layer and the final projection get `boundary_bits`, the `raised` nodes 8, every other weight the
@@ -83,7 +78,6 @@ def make_plan(
         tuple(sorted({node.op_type for node in nodes})),
         tuple(names),
         frozenset(name for name in names if name in makers and makers[name].op_type == "Softmax"),
-        dead_rows,
     )
 
 

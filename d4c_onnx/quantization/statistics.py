@@ -16,7 +16,7 @@ from onnx import helper
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams
-from d4c_onnx.graph.index import GraphIndex, attribute, set_initializer
+from d4c_onnx.graph.index import GraphIndex, attribute, integer_attribute, integers_attribute, set_initializer
 from d4c_onnx.graph.layers import WeightedLayer
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.segments import SegmentedEncoder
@@ -72,6 +72,10 @@ class InputStatistics:
         gram = self.gram / self.count - mean_quantized[:, :, None] * mean_quantized[:, None, :]
         cross = self.cross / self.count - mean[:, :, None] * mean_quantized[:, None, :]
         return gram, cross
+
+    def moments(self, centred: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(E[x^ x^T], E[x x^T]), or the covariances when a bias takes up the means."""
+        return self.covariances() if centred else (self.gram / self.count, self.cross / self.count)
 
 
 def new_statistics(groups: int, inputs: int) -> InputStatistics:
@@ -178,10 +182,13 @@ def input_rows(values: np.ndarray, node: onnx.NodeProto, weight_shape: tuple[int
     if node.op_type != "Conv":
         flat = values if not attribute(node, "transA", 0) else values.swapaxes(-1, -2)
         return flat.reshape(1, -1, flat.shape[-1])
-    groups = _integer(node, "group", 1)
+    groups = integer_attribute(node, "group", 1)
     kernel = weight_shape[2:]
-    strides, dilations = _integers(node, "strides", len(kernel)), _integers(node, "dilations", len(kernel))
-    pads = _integers(node, "pads", 2 * len(kernel), 0)
+    strides, dilations = (
+        integers_attribute(node, "strides", len(kernel)),
+        integers_attribute(node, "dilations", len(kernel)),
+    )
+    pads = integers_attribute(node, "pads", 2 * len(kernel), 0)
     edges = [(0, 0), (0, 0), *zip(pads[: len(kernel)], pads[len(kernel) :], strict=True)]
     padded = np.pad(values, edges)
     spans = tuple((size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True))
@@ -195,13 +202,3 @@ def input_rows(values: np.ndarray, node: onnx.NodeProto, weight_shape: tuple[int
     split = windows.reshape(batch, groups, channels // groups, *space, *kernel)
     order = (1, 0, *range(3, 3 + len(kernel)), 2, *range(3 + len(kernel), 3 + 2 * len(kernel)))
     return np.ascontiguousarray(split.transpose(order).reshape(groups, batch * int(np.prod(space)), -1))
-
-
-def _integers(node: onnx.NodeProto, name: str, count: int, default: int = 1) -> list[int]:
-    found = attribute(node, name)
-    return [int(value) for value in found] if isinstance(found, (list, tuple)) else [default] * count
-
-
-def _integer(node: onnx.NodeProto, name: str, default: int) -> int:
-    found = attribute(node, name)
-    return found if isinstance(found, int) else default

@@ -65,13 +65,14 @@ def round_weights(
         moments: dict[tuple[str, bool], list[InputMoments]] = {}
         for layer in stage:
             found = statistics[layer.data]
-            if layer.weight not in result.weights:
+            fresh = layer.weight not in result.weights
+            if fresh:
                 key = layer.data, corrects and bias_name(index, layer) is not None
                 if key not in moments:
                     moments[key] = _moments(found, key[1])
                 _round_layer(index, layer, plan, rounding, moments[key], result)
-                if corrects:
-                    _correct(index, layer, found, section.correction == "affine", result)
+            if corrects:  # a weight that two layers share has its gain from the first; every bias is its layer's own
+                _correct(index, layer, found, fresh and section.correction == "affine", result)
             shape = tuple(index.initializers[layer.weight].dims)
             values = channels_back(result.weights[layer.weight].dequantize(), shape, layer.channel_axis)
             collector.replace(layer.weight, values)
@@ -127,8 +128,7 @@ def _round_layer(
 
 def _moments(found: InputStatistics, free_mean: bool) -> list[InputMoments]:
     """Per group; centred where a bias will take up the mean, which the weights then need not carry."""
-    grams, crosses = found.covariances() if free_mean else (found.gram / found.count, found.cross / found.count)
-    return [InputMoments(gram, cross) for gram, cross in zip(grams, crosses, strict=True)]
+    return [InputMoments(gram, cross) for gram, cross in zip(*found.moments(free_mean), strict=True)]
 
 
 def _correct(
@@ -136,15 +136,13 @@ def _correct(
 ) -> None:
     name = bias_name(index, layer)
     bias = index.array(name) if name else None
-    rows, rounded = _rows(index, layer), result.weights[layer.weight]
-    corrected = bias
+    rows = _rows(index, layer)
     if affine:
-        rounded, corrected = correct_affine(rows, rounded, bias, found)
+        result.weights[layer.weight], bias = correct_affine(rows, result.weights[layer.weight], bias, found)
     elif bias is not None:
-        rounded, corrected = correct_mean(rows, rounded, bias, found)
-    result.weights[layer.weight] = rounded
-    if name and corrected is not None:
-        result.biases[name] = corrected
+        bias = correct_mean(rows, result.weights[layer.weight], bias, found)
+    if name and bias is not None:
+        result.biases[name] = bias
 
 
 def _rows(index: GraphIndex, layer: WeightedLayer) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What is in an encoder file, layer by layer, and what onnxruntime makes of it when it loads."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from d4c_onnx.graph.bits import average_bits, layer_bits
+from d4c_onnx.graph.bits import LayerBits, average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph
 from d4c_onnx.graph.index import GraphIndex
 from d4c_onnx.graph.layers import WEIGHTED_OPS
+from d4c_onnx.graph.signature import signature
 from d4c_onnx.runtime.kernels import FLOAT_KERNELS, INT8_KERNELS
 from d4c_onnx.runtime.session import optimized_graph
 
@@ -49,16 +50,21 @@ class InspectedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """One encoder file: its products and a one-line summary."""
+    """One encoder file: its products, its stored weights, inputs and outputs, and a one-line summary."""
 
     layers: tuple[InspectedLayer, ...]
-    average_bits: float
+    stored: tuple[LayerBits, ...]
+    io: dict[str, Any]
     summary: str
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        rows = [{name: getattr(layer, name) for name in InspectedLayer.__slots__} for layer in self.layers]
-        return {"layers": rows, "weight_bits_average": round(self.average_bits, 4), "summary": self.summary}
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "weight_bits_average": round(average_bits(list(self.stored)), 4),
+            "summary": self.summary,
+            "io": self.io,
+        }
 
 
 def inspect_encoder(path: Path) -> Inspection:
@@ -91,7 +97,7 @@ def inspect_encoder(path: Path) -> Inspection:
                 _scales(index, weight) if stored else None,
                 kernel,
                 int8,
-                "" if int8 else _reason(stored is not None, data, kernel),
+                "" if int8 else _reason(data, kernel),
             )
         )
     weighted = [layer for layer in layers if layer.shape]
@@ -99,7 +105,7 @@ def inspect_encoder(path: Path) -> Inspection:
     summary = f"{sum(layer.int8 for layer in weighted)} of {len(weighted)} weighted products in int8"
     if others:
         summary += f", {sum(layer.int8 for layer in others)} of {len(others)} attention products"
-    return Inspection(tuple(layers), average_bits(list(weights.values())), summary)
+    return Inspection(tuple(layers), tuple(weights.values()), signature({path.name: model})[path.name], summary)
 
 
 class _Running:
@@ -171,7 +177,7 @@ def _scales(index: GraphIndex, dequantize: onnx.NodeProto | None) -> tuple[float
     return None if scale is None else (float(scale.min()), float(scale.max()))
 
 
-def _reason(weighted: bool, data: onnx.NodeProto | None, kernel: str) -> str:
+def _reason(data: onnx.NodeProto | None, kernel: str) -> str:
     if data is None:
-        return "in float by the recipe" if not weighted else "its input is not quantised"
+        return "in float in the file"
     return f"quantised in the file, but onnxruntime {ort.__version__} runs {kernel} between (de)quantisers"

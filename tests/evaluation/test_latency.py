@@ -45,7 +45,7 @@ def test_a_broken_contender_is_an_error_of_ours(vit_bundle: Bundle, tmp_path: Pa
 
 def test_peers_are_real_files_that_answer(vit_bundle: Bundle, tmp_path: Path) -> None:
     feed = drawn_feeds(vit_bundle, [2], 8)["image"][2]
-    made = build_peers(vit_bundle.image_encoder, tmp_path, feed)
+    made = build_peers(vit_bundle.image_encoder, tmp_path, "pixel_values", feed)
     assert set(made) == {"quantize_dynamic int8", "quantize_static W8A8", "quantize_static QInt4", "MatMulNBits 4 bit"}
     expected = EncoderSession(vit_bundle.image_encoder).run(feed)
     for name, path in made.items():

@@ -69,6 +69,24 @@ def test_a_weight_that_two_nodes_share_is_no_place(vit_bundle: Bundle) -> None:
     assert len(_places(model)) == len(before) - 2
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (2, 8, 3)], ids=["weight on the left", "batched weight"])
+def test_products_whose_channels_lie_elsewhere_are_no_place(shape: tuple[int, ...]) -> None:
+    inputs = ["w", "x"] if len(shape) == 2 else ["x", "w"]
+    nodes = [
+        helper.make_node("LayerNormalization", ["u", "g", "b"], ["x"], name="norm"),
+        helper.make_node("MatMul", inputs, ["y"], name="product"),
+    ]
+    constants = {"g": np.ones(8, np.float32), "b": np.zeros(8, np.float32), "w": np.ones(shape, np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("u", TensorProto.FLOAT, [2, 5, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    assert find_places(graph, tuple(weighted_layers(graph))) == []
+
+
 @given(st.integers(0, 1000), st.floats(0.02, 50))
 @settings(max_examples=6, deadline=None)
 def test_any_positive_scale_is_exact_in_float(vit_bundle: Bundle, seed: int, spread: float) -> None:

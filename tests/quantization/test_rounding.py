@@ -240,7 +240,7 @@ def test_affine_correction_is_the_best_gain_and_offset(seed: int, with_bias: boo
     best = error(affine, offset if offset is not None else zero)
     assert (best <= error(rounded, own) + 1e-5).all()
     if bias is not None:
-        _, shifted = correct_mean(weight, rounded, bias, found)
+        shifted = correct_mean(weight, rounded, bias, found)
         assert (best <= error(rounded, shifted) + 1e-5).all()
         assert (error(rounded, shifted) <= error(rounded, own) + 1e-5).all()
 

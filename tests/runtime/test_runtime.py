@@ -102,7 +102,7 @@ def test_inspection_agrees_with_the_census(
     bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
     floating = inspect_encoder(bundle.encoders[tower])
     assert "unknown" not in {layer.kernel for layer in floating.layers}
-    assert floating.average_bits == 32
+    assert floating.as_dict()["weight_bits_average"] == 32
     assert not any(layer.int8 for layer in floating.layers)
     calibration = (
         request.getfixturevalue("vit_calibration")[0] if model == "vit" else request.getfixturevalue("rn_calibration")

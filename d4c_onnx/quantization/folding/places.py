@@ -72,15 +72,15 @@ def find_places(graph: onnx.GraphProto, layers: tuple[WeightedLayer, ...]) -> li
         exact = (
             len(consumers) == len(readers)
             and name not in index.outputs
-            and all(layer.data == name and layer.op != "Conv" for layer in consumers)
-            and all(_owned(index, layer.weight) for layer in consumers)
+            and all(_plain(index, layer) and _owned(index, layer.weight) for layer in consumers)
         )
         node = index.producer.get(name)
         if exact and node is not None:
-            width = channels_first(index.constant(consumers[0].weight), consumers[0].channel_axis).shape[1]
-            place = _place(index, by_node, node, name, width, consumers)
-            if place is not None:
-                found.append(place)
+            width = index.initializers[consumers[0].weight].dims[1 - consumers[0].channel_axis]
+            absorber = _absorber(index, by_node, node, width)
+            if absorber is not None:
+                kind, shrunk, gate = absorber
+                found.append(Place(kind, node.name, name, width, shrunk, gate, consumers))
     return found
 
 
@@ -106,7 +106,7 @@ def linear_source(index: GraphIndex, by_node: dict[str, WeightedLayer], value: s
     node = index.producer.get(value)
     if node is None:
         return None
-    if node.name in by_node and node.op_type != "Conv":
+    if node.name in by_node and _plain(index, by_node[node.name]):
         bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else None
         return LinearSource(by_node[node.name], bias or None)
     if node.op_type != "Add":
@@ -115,8 +115,9 @@ def linear_source(index: GraphIndex, by_node: dict[str, WeightedLayer], value: s
         tensor = index.initializers.get(node.input[position])
         inner = index.producer.get(node.input[1 - position])
         if tensor is not None and len(tensor.dims) == 1 and inner is not None and inner.name in by_node:
+            layer = by_node[inner.name]
             alone = inner.op_type == "MatMul" and index.only_consumer(inner.output[0]) is node
-            return LinearSource(by_node[inner.name], tensor.name) if alone else None
+            return LinearSource(layer, tensor.name) if alone and _plain(index, layer) else None
     return None
 
 
@@ -132,47 +133,38 @@ def through_heads(index: GraphIndex, value: str) -> str | None:
     return value
 
 
-def _place(
-    index: GraphIndex,
-    by_node: dict[str, WeightedLayer],
-    node: onnx.NodeProto,
-    name: str,
-    width: int,
-    consumers: tuple[WeightedLayer, ...],
-) -> Place | None:
+# kind, shrunk, gate: see `Place`
+_Absorber = tuple[str, tuple[tuple[str, int], ...], str | None]
+
+
+def _absorber(
+    index: GraphIndex, by_node: dict[str, WeightedLayer], node: onnx.NodeProto, width: int
+) -> _Absorber | None:
+    """How the activation that `node` makes takes 1 / s."""
     if node.op_type == "LayerNormalization":
         parameters = [entry for entry in node.input[1:] if entry]
         if all(_owned(index, entry) and _lengths(index, entry) == (width,) for entry in parameters):
-            return Place("layer_norm", node.name, name, width, tuple((e, 0) for e in parameters), None, consumers)
-        return None
-    if node.op_type == "Reshape":
-        return _value_place(index, by_node, node, name, width, consumers)
-    if node.op_type == "Mul":
+            return "layer_norm", tuple((entry, 0) for entry in parameters), None
+    elif node.op_type == "Reshape":
+        source = _value_source(index, by_node, node)
+        if source is not None and _owned_source(index, source, width):
+            return "value", _rows_of(source), None
+    elif node.op_type == "Mul":
         for entry in node.input:
             if _lengths(index, entry) == (width,) and _owned(index, entry):
-                return Place("mul", node.name, name, width, ((entry, 0),), None, consumers)
+                return "mul", ((entry, 0),), None
         gate = _quick_gelu_gate(index, node)
-        if gate is None:
-            return None
-        hidden = next(entry for entry in gate.input if entry in node.input)
+        hidden = next((entry for entry in gate.input if entry in node.input), "") if gate is not None else ""
         source = linear_source(index, by_node, hidden)
-        if source is None or len(index.consumers[hidden]) != 2 or not _owned_source(index, source, width):
-            return None
-        return Place("quick_gelu", node.name, name, width, _rows_of(source), gate.name, consumers)
-    if node.op_type in _ACTIVATIONS:
-        return Place("activation", node.name, name, width, (), None, consumers)
+        if gate is not None and source is not None and len(index.consumers[hidden]) == 2:
+            return ("quick_gelu", _rows_of(source), gate.name) if _owned_source(index, source, width) else None
+    elif node.op_type in _ACTIVATIONS:
+        return "activation", (), None
     return None
 
 
-def _value_place(
-    index: GraphIndex,
-    by_node: dict[str, WeightedLayer],
-    node: onnx.NodeProto,
-    name: str,
-    width: int,
-    consumers: tuple[WeightedLayer, ...],
-) -> Place | None:
-    """MatMul(softmax, values) -> Transpose(0, 2, 1, 3) -> Reshape: heads side by side, in the order of v's rows."""
+def _value_source(index: GraphIndex, by_node: dict[str, WeightedLayer], node: onnx.NodeProto) -> LinearSource | None:
+    """v of MatMul(softmax, v) -> Transpose(0, 2, 1, 3) -> Reshape: heads side by side, in the order of v's rows."""
     merged = index.producer.get(node.input[0])
     if merged is None or merged.op_type != "Transpose" or attribute(merged, "perm") != [0, 2, 1, 3]:
         return None
@@ -183,10 +175,7 @@ def _value_place(
     if weights is None or weights.op_type != "Softmax" or split is None or attribute(split, "perm") != [0, 2, 1, 3]:
         return None
     value = through_heads(index, mix.input[1])
-    source = linear_source(index, by_node, value) if value and index.only_consumer(value) else None
-    if source is None or not _owned_source(index, source, width):
-        return None
-    return Place("value", node.name, name, width, _rows_of(source), None, consumers)
+    return linear_source(index, by_node, value) if value and index.only_consumer(value) else None
 
 
 def _quick_gelu_gate(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto | None:
@@ -221,6 +210,13 @@ def _insert_mul(graph: onnx.GraphProto, index: GraphIndex, place: Place, scale: 
                 reader.input[position] = shrunk
     position = next(number for number, node in enumerate(graph.node) if node.name == place.node)
     graph.node.insert(position + 1, helper.make_node("Mul", [place.output, constant], [shrunk], name=shrunk))
+
+
+def _plain(index: GraphIndex, layer: WeightedLayer) -> bool:
+    """x W with one matrix W on the right: the last axis of what goes in and out are the channels."""
+    node = index.producer[layer.output]
+    matrix = len(index.initializers[layer.weight].dims) == 2
+    return layer.op != "Conv" and node.input[0] == layer.data and matrix and not attribute(node, "transA", 0)
 
 
 def _rows_of(source: LinearSource) -> tuple[tuple[str, int], ...]:

@@ -6,7 +6,8 @@ scale s from the activation into the weights (`places` says where that is exact)
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)
 
 alpha is searched by the output error *after* activation and weights were rounded, separately for every place; where no
-alpha halves the error, nothing is changed.
+alpha brings the error below the recipe's `smoothing_threshold`, nothing is changed. The threshold is strict because
+calibration rows are synthetic: small gains on them need not carry over to real images, outliers gain far more.
 
 Source: SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4); the search after rounding, and the places beyond the
 LayerNorm, are ours.
@@ -29,9 +30,6 @@ from d4c_onnx.quantization.segments import SegmentedEncoder
 from d4c_onnx.recipe import QuantizationSection
 
 _ALPHAS = (0.25, 0.5, 0.75, 1.0)
-# An alpha must halve the error to be taken. Calibration rows are synthetic: smaller gains on them did not carry over to
-# real images (mini-vit at W8A8 lost similarity under a threshold of 0.8, docs/fidelity.md), outliers gain far more.
-_GAIN = 0.5
 _ROWS = 512  # rows of the error search per place
 # Where a weight's grid ends, as a share of its maximum, when alphas are compared; the rounding searches it later.
 _TOP = {4: 0.75, 6: 0.95, 8: 1.0}
@@ -99,7 +97,7 @@ def _search(
     largest = np.maximum(np.abs(seen.low), np.abs(seen.high))
     peak = np.max([np.abs(weight).max(0) for weight, _ in weights], axis=0)
     none = np.ones_like(largest)
-    best, least, winner = 0.0, _GAIN * _error(rows, seen, weights, none, section), none
+    best, least, winner = 0.0, section.smoothing_threshold * _error(rows, seen, weights, none, section), none
     for alpha in _ALPHAS:
         scale = np.maximum(largest, 1e-6) ** alpha / np.maximum(peak, 1e-6) ** (1 - alpha)
         scale = (scale / np.exp(np.log(scale).mean())).astype(np.float32)

@@ -30,7 +30,13 @@ _WIDER = 1.25  # `auto` pins when the start token widens some layer's input rang
 
 
 def dead_start_rows(
-    model: onnx.ModelProto, plan: Plan, reader: CalibrationDataReader, section: QuantizationSection
+    model: onnx.ModelProto,
+    plan: Plan,
+    reader: CalibrationDataReader,
+    section: QuantizationSection,
+    *,
+    provider: str = "cpu",
+    threads: int = 0,
 ) -> frozenset[str]:
     """Inputs of weighted layers whose first row (of axis 1) may be ignored once `pin_start_token` has been applied.
 
@@ -44,7 +50,8 @@ def dead_start_rows(
     first: dict[str, np.ndarray] = {}
     rest: dict[str, list[float]] = {}
     dropped: set[str] = set()
-    for ids, values in zip(prompts, SegmentedEncoder(model, reader).advance(names), strict=True):
+    batches = SegmentedEncoder(model, reader, provider, threads).advance(names)
+    for ids, values in zip(prompts, batches, strict=True):
         for name in names:
             value = values[name]
             if value.ndim != 3 or value.shape[:2] != ids.shape:
@@ -60,12 +67,15 @@ def dead_start_rows(
     if not constant or (section.start_token == "auto" and not any(_wider(first[n], rest[n]) for n in constant)):
         return frozenset()
     trial = copy.deepcopy(model)
-    if not pin_start_token(trial, plan, reader) or not _is_dead(trial, prompts[0]):
+    pinned = pin_start_token(trial, plan, reader, provider=provider, threads=threads)
+    if not pinned or not _is_dead(trial, prompts[0]):
         return frozenset()
     return frozenset(constant)
 
 
-def pin_start_token(model: onnx.ModelProto, plan: Plan, reader: CalibrationDataReader) -> int:
+def pin_start_token(
+    model: onnx.ModelProto, plan: Plan, reader: CalibrationDataReader, *, provider: str = "cpu", threads: int = 0
+) -> int:
     """Write the start token's keys and values into the graph as constants, in place; returns how many."""
     graph = model.graph
     values = _keys_and_values(graph, plan)
@@ -73,7 +83,7 @@ def pin_start_token(model: onnx.ModelProto, plan: Plan, reader: CalibrationDataR
     if not values or not prompts or len({int(first) for ids in prompts for first in ids[:, 0]}) != 1:
         return 0
     rows: dict[str, np.ndarray] = {}
-    for batch in SegmentedEncoder(model, reader).advance(values):
+    for batch in SegmentedEncoder(model, reader, provider, threads).advance(values):
         for name in values:
             rows.setdefault(name, batch[name][0, 0])
     input_name = graph.input[0].name

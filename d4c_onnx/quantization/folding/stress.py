@@ -5,10 +5,14 @@ it shrink by the same. In float nothing changes; a per-tensor grid has to reach 
 """
 
 import copy
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
 
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, write_manifest
+from d4c_onnx.graph.files import load_graph, save_graph
 from d4c_onnx.graph.index import drop_unused
 from d4c_onnx.graph.layers import weighted_layers
 from d4c_onnx.quantization.folding.places import apply_scale, find_places
@@ -34,3 +38,14 @@ def inflate(
             apply_scale(stressed.graph, place, scale)
     drop_unused(stressed.graph)
     return stressed
+
+
+def stress_bundle(bundle: Bundle, factor: float, folder: Path) -> Bundle:
+    """A copy of an FP32 bundle in a new `folder` with both encoders inflated; calibration sets stay behind.
+
+    The golden vectors still hold: the function is the same.
+    """
+    shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns("calibration-*", "w*a*", ".*"))
+    for path in (folder / IMAGE_ENCODER, folder / TEXT_ENCODER):
+        save_graph(inflate(load_graph(path), factor), path)
+    return write_manifest(folder, bundle.content)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.index import attribute
+from d4c_onnx.graph.index import attribute, integer_attribute, integers_attribute
 from d4c_onnx.quantization.rounding.base import QuantizedWeight, grid_limits
 from d4c_onnx.quantization.rounding.nearest import search_scales
 
@@ -138,7 +138,7 @@ def _run(node: onnx.NodeProto, given: list[torch.Tensor | None]) -> torch.Tensor
         strides, dilations = _pair(node, "strides"), _pair(node, "dilations")
         padded = F.pad(x, _pads(node))
         bias = rest[1] if len(rest) > 1 else None
-        return F.conv2d(padded, rest[0], bias, strides, 0, dilations, int(_number(node, "group", 1)))
+        return F.conv2d(padded, rest[0], bias, strides, 0, dilations, integer_attribute(node, "group", 1))
     if node.op_type == "Relu":
         return x.relu()
     if node.op_type == "Add":
@@ -159,17 +159,11 @@ def _run(node: onnx.NodeProto, given: list[torch.Tensor | None]) -> torch.Tensor
 
 
 def _pair(node: onnx.NodeProto, name: str) -> tuple[int, int]:
-    found = attribute(node, name)
-    return (int(found[0]), int(found[1])) if isinstance(found, (list, tuple)) else (1, 1)
+    first, second = integers_attribute(node, name, 2)
+    return first, second
 
 
 def _pads(node: onnx.NodeProto) -> list[int]:
     """torch's order: last axis first."""
-    found = attribute(node, "pads")
-    top, left, bottom, right = (int(value) for value in found) if isinstance(found, (list, tuple)) else (0, 0, 0, 0)
+    top, left, bottom, right = integers_attribute(node, "pads", 4, 0)
     return [left, right, top, bottom]
-
-
-def _number(node: onnx.NodeProto, name: str, default: float) -> float:
-    found = attribute(node, name)
-    return found if isinstance(found, (int, float)) else default

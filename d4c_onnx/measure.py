@@ -1,0 +1,202 @@
+"""What can be asked of finished bundles: accuracy, speed, and what is inside. None of it needs torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.errors import BundleError, CheckFailed
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.recipe import Recipe
+
+if TYPE_CHECKING:
+    from d4c_onnx.calibration.dataset import CalibrationSet
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where things run: onnxruntime's provider, torch's device, threads (0: each engine's own choice)."""
+
+    provider: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+
+
+def evaluate_bundles(
+    paths: Sequence[Path],
+    recipe: Recipe,
+    *,
+    calibration: Path | None = None,
+    machine: Machine | None = None,
+    on_step: OnStep = silent,
+) -> dict[str, Any]:
+    """Measure bundles side by side, the first one being the baseline.
+
+    Args:
+        calibration: the set whose held-out part label-free fidelity uses.
+    """
+    from d4c_onnx.calibration.dataset import open_calibration_set
+
+    check_dataset_name(recipe)
+    bundles = [open_bundle(path) for path in paths]
+    dataset = open_calibration_set(calibration) if calibration else None
+    result = evaluate(bundles, recipe, dataset, machine or Machine(), on_step)
+    check_limits(result, recipe)
+    return result
+
+
+def inspect_bundle(path: Path) -> dict[str, Any]:
+    """What a bundle's files hold, and how onnxruntime's CPU provider runs them.
+
+    Returns:
+        `model`, `bits`, `minimum_onnxruntime`, `weight_bits_average` over both files, and `encoders`: per file `layers`
+        (see `runtime.inspection.InspectedLayer`), `summary`, `weight_bits_average` and `io`.
+
+    Raises:
+        BundleError: the folder is not a bundle, or onnxruntime cannot load a file.
+    """
+    from d4c_onnx.graph.bits import average_bits
+    from d4c_onnx.runtime.inspection import inspect_encoder
+
+    bundle = open_bundle(path)
+    found = {file.name: inspect_encoder(file) for file in bundle.encoders.values()}
+    return {
+        "model": bundle.model_name,
+        "bits": bundle.manifest.get("bits", "fp32"),
+        "minimum_onnxruntime": bundle.manifest.get("minimum_onnxruntime"),
+        "weight_bits_average": round(average_bits([row for entry in found.values() for row in entry.stored]), 4),
+        "encoders": {name: entry.as_dict() for name, entry in found.items()},
+    }
+
+
+def benchmark_bundles(
+    paths: Sequence[Path],
+    *,
+    batches: Sequence[int] = (1, 8, 16, 32),
+    sequence: int = 16,
+    rounds: int = 15,
+    peers: bool = False,
+    machine: Machine | None = None,
+    on_step: OnStep = silent,
+) -> dict[str, Any]:
+    """Time bundles side by side in one run, the first one being the baseline.
+
+    Args:
+        batches: batch sizes.
+        sequence: token ids per text, where the text encoder takes any length.
+        rounds: timed runs of each bundle at each batch size.
+        peers: also build and time what onnxruntime's own tools make of the first bundle.
+
+    Returns:
+        `machine` (cpu, threads, provider, onnxruntime), `rounds`, `towers` (see `evaluation.latency.measure_latency`),
+        and `failed`: peers that could not be built or loaded, with the reason.
+
+    Raises:
+        BundleError: a folder is not a bundle, or onnxruntime cannot load a file.
+    """
+    from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, measure_latency
+    from d4c_onnx.evaluation.peers import build_peers, loads
+    from d4c_onnx.runtime.session import resolve_provider
+
+    machine = machine or Machine(provider="cpu")
+    provider = resolve_provider(machine.provider)
+    bundles = [open_bundle(path) for path in paths]
+    contenders = [Contender(_label(bundle), bundle.encoders) for bundle in bundles]
+    feeds = drawn_feeds(bundles[0], batches, sequence)
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        if peers:
+            found: dict[str, dict[str, Path]] = {}
+            name_of = {file: io["inputs"][0]["name"] for file, io in bundles[0].manifest["io"].items()}
+            for tower, path in bundles[0].encoders.items():
+                for name, made in build_peers(
+                    path, Path(folder), name_of[path.name], feeds[tower][min(batches)]
+                ).items():
+                    reason = made if isinstance(made, str) else loads(made, provider)
+                    if isinstance(made, Path) and not reason:
+                        found.setdefault(name, {})[tower] = made
+                    else:
+                        failed.append({"name": name, "tower": tower, "reason": reason})
+            contenders += [Contender(name, encoders) for name, encoders in found.items()]
+        towers = measure_latency(
+            contenders, feeds, rounds=rounds, provider=provider, threads=machine.threads, on_step=on_step
+        )
+    return {
+        "machine": describe_machine(provider, machine.threads),
+        "rounds": rounds,
+        "towers": towers,
+        "failed": failed,
+    }
+
+
+def _label(bundle: Bundle) -> str:
+    return f"{bundle.model_name} {bundle.manifest.get('bits', 'fp32')}"
+
+
+def evaluate(
+    bundles: Sequence[Bundle],
+    recipe: Recipe,
+    calibration: CalibrationSet | None,
+    machine: Machine,
+    on_step: OnStep = silent,
+) -> dict[str, Any]:
+    """Zero-shot accuracy where there are labels; fidelity on held-out synthetic input otherwise."""
+    from d4c_onnx.evaluation.datasets import open_dataset
+    from d4c_onnx.evaluation.fidelity import evaluate_fidelity
+    from d4c_onnx.evaluation.zero_shot import evaluate_zero_shot
+    from d4c_onnx.runtime.session import resolve_provider
+
+    provider = resolve_provider(machine.provider)
+    name = recipe.evaluation.dataset
+    if name == "auto":
+        name = bundles[0].manifest["model"].get("dataset") or "fidelity"
+    if name != "fidelity":
+        return evaluate_zero_shot(
+            bundles,
+            open_dataset(name),
+            batch=recipe.evaluation.batch,
+            provider=provider,
+            threads=machine.threads,
+            on_step=on_step,
+        )
+    if calibration is None:
+        raise BundleError(
+            f"{bundles[0].model_name}: has no labelled set. "
+            "Add --dataset FILE.parquet, or --calibration DIR for fidelity."
+        )
+    return evaluate_fidelity(
+        bundles, calibration, batch=16, provider=provider, threads=machine.threads, on_step=on_step
+    )
+
+
+def check_limits(accuracy: dict[str, Any], recipe: Recipe) -> None:
+    """Compare every bundle after the first with the recipe's limits.
+
+    Raises:
+        CheckFailed: a limit is passed.
+    """
+    drop, cosine = recipe.evaluation.max_drop, recipe.evaluation.min_cosine
+    for row in accuracy["bundles"][1:]:
+        versus = row["versus_first"]
+        lost = -versus.get("top1_difference", {}).get("points", 0.0)
+        if drop is not None and lost > drop:
+            raise CheckFailed(
+                f"{row['bundle']}: top-1 fell by {lost:.2f} points, allowed {drop} (evaluation.max_drop)."
+            )
+        least = min(versus["cosine_image"], versus["cosine_text"])
+        if cosine is not None and least < cosine:
+            raise CheckFailed(
+                f"{row['bundle']}: cosine to FP32 is {least:.4f}, asked {cosine} (evaluation.min_cosine)."
+            )
+
+
+def check_dataset_name(recipe: Recipe) -> None:
+    """Bad input is refused before work starts: a data set that cannot be opened, say."""
+    if recipe.evaluation.dataset not in ("auto", "fidelity"):
+        from d4c_onnx.evaluation.datasets import open_dataset
+
+        open_dataset(recipe.evaluation.dataset)
