@@ -66,7 +66,7 @@ class RangeObserver:
         if not len(self.counts):
             self.counts = np.zeros(BINS, np.int64)
         width = (self.high - self.low) / BINS
-        if width <= 0:
+        if width < np.finfo(np.float32).tiny:  # constant, as far as float32 can tell: 1 / width would overflow
             self.counts[0] += values.size
             return
         index = ((values.ravel() - np.float32(self.low)) * np.float32(1 / width)).astype(np.int32)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
@@ -86,6 +86,7 @@ def test_grid_holds_zero_and_covers_the_range(a: float, b: float, num_bits: int)
     assert top >= high - params.scale
 
 
+@example(np.array([1e-45, 0], np.float32), 4)
 @given(
     hnp.arrays(np.float32, st.integers(2, 200), elements=st.floats(-50, 50, width=32)),
     st.sampled_from([4, 6, 8]),
