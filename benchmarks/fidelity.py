@@ -10,7 +10,6 @@ already are not run again. `--write` puts the table into the document, between i
 """
 
 import argparse
-import dataclasses
 import json
 import re
 import shutil
@@ -23,14 +22,11 @@ import numpy as np
 from d4c_onnx import measure as measuring
 from d4c_onnx import pipeline
 from d4c_onnx.bundle import open_bundle
-from d4c_onnx.calibration.dataset import CalibrationSet, open_calibration_set, save_calibration_set
-from d4c_onnx.evaluation.datasets import open_dataset
+from d4c_onnx.calibration.dataset import open_calibration_set
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.quantization.folding.stress import stress_bundle
 from d4c_onnx.recipe import load_recipe
-from d4c_onnx.runtime.preprocess import preprocess_image
 
-IMAGES = 128
 MODELS = ("mini-vit", "mini-rn")
 # bits, calibration source, stress factor, overrides of the quantization section
 ROWS: list[tuple[str, str, int, str]] = [
@@ -73,28 +69,12 @@ ROWS: list[tuple[str, str, int, str]] = [
 
 def calibration_set(model: str, source: str, seed: int, output: Path, train: Path | None) -> Path:
     """The folder of a set of one source and seed; made when it is not there."""
-    method = source if source in ("noise", "pink") else "d4c"
-    recipe = load_recipe(None, [f"seed={seed}", f"synthesis.method={method}"])
-    folder, made = pipeline.synthesize_calibration_set(model, recipe, output=output)
-    if source != "real":
-        return folder
-    target = output / model / f"calibration-real-{seed}"
-    if not target.exists():
-        save_calibration_set(target, real_images(made, model, seed, output, train), np.zeros((1, 3, 8, 8)))
-    return target
-
-
-def real_images(like: CalibrationSet, model: str, seed: int, output: Path, train: Path | None) -> CalibrationSet:
-    """`like` with its images replaced by real training images."""
-    if train is None:
-        raise SystemExit("the control needs --train FILE.parquet (with FILE.parquet.classes.txt beside it)")
-    config = open_bundle(output / model, verify=False).manifest["preprocess"]
-    dataset = open_dataset(str(train))
-    chosen = np.random.default_rng([seed, 9]).choice(len(dataset), IMAGES, replace=False)
-    part = dataclasses.replace(dataset, labels=dataset.labels[chosen], encoded=[dataset.encoded[i] for i in chosen])
-    pixels = np.stack([preprocess_image(image, config) for image in next(part.batches(IMAGES))])
-    manifest = {"model": model, "key": {"id": f"real-{seed}"}}
-    return dataclasses.replace(like, pixel_values=pixels, manifest=manifest)
+    keys = [f"seed={seed}", f"synthesis.method={source}"]
+    if source == "real":
+        if train is None:
+            raise SystemExit("the control needs --train FILE.parquet")
+        keys.append(f"synthesis.source={train}")
+    return pipeline.synthesize_calibration_set(model, load_recipe(None, keys), output=output)[0]
 
 
 def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[None]:

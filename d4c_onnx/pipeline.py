@@ -6,9 +6,11 @@ torch is imported inside the steps that need it: quantising a bundle with a cali
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from d4c_onnx.bundle import (
     Bundle,
@@ -17,7 +19,7 @@ from d4c_onnx.bundle import (
     open_bundle,
     write_manifest,
 )
-from d4c_onnx.errors import BundleError, ModelError
+from d4c_onnx.errors import BundleError, DatasetError, ModelError
 from d4c_onnx.files import refuse_existing
 from d4c_onnx.measure import Machine, check_dataset_name, check_limits, evaluate
 from d4c_onnx.progress import OnStep, silent
@@ -239,27 +241,49 @@ def _calibration_set(
 ) -> tuple[Path, CalibrationSet]:
     from d4c_onnx.calibration.dataset import open_calibration_set
     from d4c_onnx.calibration.key import calibration_key
+    from d4c_onnx.evaluation.datasets import content_sha256
     from d4c_onnx.models.catalogue import embedded_models
 
     shipped = embedded_models().get(origin.name)
     nouns = nouns or (shipped.nouns if shipped else generic_nouns())
-    key = calibration_key(origin.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed)
+    source = Path(recipe.synthesis.source) if recipe.synthesis.source else None
+    digest = content_sha256(source) if source else None
+    key = calibration_key(origin.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed, digest)
     target = folder / f"calibration-{key['id']}"
     if target.exists():
         return target, open_calibration_set(target)
     from d4c_onnx.synthesis import synthesize
 
+    loaded = origin.load()
     made = synthesize(
-        origin.load(),
+        loaded,
         target,
         recipe.synthesis,
         recipe.text,
         nouns,
         seed=recipe.seed,
         device=machine.device,
+        given=_real_images(source, recipe, loaded.preprocess) if source else None,
+        source_sha256=digest,
         on_step=on_step,
     )
     return target, made
+
+
+def _real_images(source: Path, recipe: Recipe, preprocess: dict[str, Any]) -> np.ndarray:
+    """The control: pixel_values float32 [images + held_out, 3, H, W] of randomly drawn images, none twice."""
+    from d4c_onnx.evaluation.datasets import open_images
+    from d4c_onnx.runtime.preprocess import preprocess_image
+
+    found = open_images(source)
+    count = recipe.synthesis.images + recipe.synthesis.held_out
+    if len(found) < count:
+        raise DatasetError(
+            f"{source}: holds {len(found)} images; images + held_out are {count}. Lower synthesis.images."
+        )
+    chosen = np.random.default_rng([recipe.seed, 9]).choice(len(found), count, replace=False)
+    part = replace(found, labels=found.labels[chosen], encoded=[found.encoded[index] for index in chosen])
+    return np.stack([preprocess_image(image, preprocess) for images in part.batches(64) for image in images])
 
 
 def _check_belongs(dataset: CalibrationSet, bundle: Bundle) -> None:

@@ -25,8 +25,13 @@ class _Section(BaseModel):
 class SynthesisSection(_Section):
     """How calibration images come into being. Source of the published values: arXiv 2511.15411 and its code."""
 
-    method: Literal["d4c", "noise", "pink"] = Field(
-        "d4c", description="d4c: optimised images; controls: noise, N(0, 1) pixels; pink, 1/f noise"
+    method: Literal["d4c", "bns", "pse", "noise", "pink", "real"] = Field(
+        "d4c",
+        description="d4c: optimised images; bns, pse: published baselines, BatchNorm statistics (ResNets) and patch "
+        "similarity entropy (ViTs); controls: noise, N(0, 1) pixels; pink, 1/f noise; real, images from `source`",
+    )
+    source: str | None = Field(
+        None, description="method real only: a folder of images, or a .parquet file in the Hugging Face layout"
     )
     images: int = Field(128, ge=1, le=100_000, description="calibration images")
     held_out: int = Field(16, ge=0, le=100_000, description="further images that calibration never sees, for fidelity")
@@ -41,8 +46,20 @@ class SynthesisSection(_Section):
     whole_image_weight: float = Field(
         1.0, ge=0, description="weight of PGSI on the whole image beside SCG's box; calibration sees whole images"
     )
-    image: Literal["bounded", "pixel"] = Field(
-        "bounded", description="bounded: sigmoid pixels that cannot leave [0, 1]; pixel: free values, as published"
+    background_temperature: float | None = Field(
+        None, gt=0, description="tau of SCG's backgrounds; none: that of the prompts, as published"
+    )
+    bns_weight: float = Field(0.0, ge=0, description="d4c: weight of the BatchNorm statistics' distance (ResNets)")
+    pse_weight: float = Field(0.0, ge=0, description="d4c: weight of the patch similarity entropy (ViTs)")
+    diversity_weight: float = Field(
+        0.0, ge=0, description="weight of the mean similarity to the batch's other and to all earlier images"
+    )
+    second_class: float = Field(0.0, ge=0, le=0.5, description="share of a second noun in what an image is made for")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that is spread over all nouns")
+    image: Literal["bounded", "pixel", "pyramid", "fourier"] = Field(
+        "bounded",
+        description="bounded: sigmoid pixels that cannot leave [0, 1]; pixel: free values, as published; pyramid, "
+        "fourier: the same bound over several resolutions or over coefficients scaled with 1/f",
     )
     redraw_boxes: bool = Field(True, description="draw SCG's boxes at every step, not once")
     box_area: tuple[float, float] = Field((0.4, 0.7), strict=False, description="range of the box's share of the image")
@@ -52,6 +69,9 @@ class SynthesisSection(_Section):
     )
     labels: Literal["stratified", "random"] = Field("stratified", description="how classes are dealt to images")
     template: str = Field("a photo of a {}.", description="the prompt of a class")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the tower's products; auto: bfloat16 where CPU or GPU multiply it, else float32"
+    )
     checkpoint_steps: int = Field(200, ge=1, description="steps between checkpoints inside one unit of work")
 
 
@@ -203,6 +223,10 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
     _check_quantization(recipe.quantization, where)
     if recipe.synthesis.template.count("{}") != 1:
         raise RecipeError(f"{where}, synthesis.template: needs exactly one {{}}, got {recipe.synthesis.template!r}.")
+    if (recipe.synthesis.method == "real") != (recipe.synthesis.source is not None):
+        raise RecipeError(
+            f"{where}, synthesis.source: belongs to synthesis.method real, and only to it: a folder or .parquet file."
+        )
     low, high = recipe.synthesis.box_area
     if not 0 < low <= high < 1:
         raise RecipeError(f"{where}, synthesis.box_area: needs 0 < low <= high < 1, got [{low}, {high}].")

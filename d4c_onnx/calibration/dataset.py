@@ -3,6 +3,7 @@
 <set>/
   pixel_values.npy      float32 [N, 3, H, W], normalised: exactly what the image encoder is fed
   held_out.npy          float32 [M, 3, H, W]: never calibrated on, for label-free fidelity
+  losses.json           loss terms by name, one value per pass, a list for each unit that was optimised together
   prompts.json          texts, their input_ids cut to the end token, held-out texts, image labels
   contact_sheet.png     all images, for a person to look at
   manifest.json         key (model weights, recipe, seed), versions, SHA-256 of each file
@@ -20,9 +21,10 @@ from PIL import Image
 from d4c_onnx.errors import CalibrationError
 from d4c_onnx.files import sha256, staged_folder, write_json
 
-PIXELS, HELD_OUT, PROMPTS, SHEET, MANIFEST = (
+PIXELS, HELD_OUT, LOSSES, PROMPTS, SHEET, MANIFEST = (
     "pixel_values.npy",
     "held_out.npy",
+    "losses.json",
     "prompts.json",
     "contact_sheet.png",
     "manifest.json",
@@ -36,11 +38,12 @@ class CalibrationSet:
     Attributes:
         pixel_values: float32 [N, 3, H, W]; memory-mapped when read from disk.
         held_out: float32 [M, 3, H, W].
-        labels: the noun each image was made for, N + M entries; empty for noise.
+        labels: the noun each image was made for, N + M entries; empty where they were made for none.
         texts: calibration prompts.
         input_ids: one list of ids per prompt, cut to the end token (or at fixed length).
         held_out_texts: further prompts.
         manifest: key, versions and seeds.
+        losses: for each unit of synthesis its loss terms by name, one value per pass; empty where none fell.
     """
 
     pixel_values: np.ndarray
@@ -50,6 +53,7 @@ class CalibrationSet:
     input_ids: tuple[tuple[int, ...], ...]
     held_out_texts: tuple[str, ...]
     manifest: dict[str, Any]
+    losses: tuple[dict[str, list[float]], ...] = ()
 
 
 def save_calibration_set(target: Path, content: CalibrationSet, preview: np.ndarray) -> CalibrationSet:
@@ -77,6 +81,7 @@ def save_calibration_set(target: Path, content: CalibrationSet, preview: np.ndar
             "image_labels": content.labels,
         }
         write_json(stage / PROMPTS, prompts)
+        write_json(stage / LOSSES, content.losses)
         contact_sheet(preview).save(stage / SHEET)
         files = {file.name: sha256(file) for file in sorted(stage.iterdir())}
         write_json(stage / MANIFEST, {**content.manifest, "files": files})
@@ -92,6 +97,7 @@ def open_calibration_set(path: Path, verify: bool = True) -> CalibrationSet:
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         prompts = json.loads((path / PROMPTS).read_text("utf-8"))
+        losses = tuple(json.loads((path / LOSSES).read_text("utf-8"))) if (path / LOSSES).exists() else ()
         pixels, held_out = (np.load(path / name, mmap_mode="r") for name in (PIXELS, HELD_OUT))
         changed = [name for name, digest in manifest["files"].items() if verify and sha256(path / name) != digest]
         texts, ids = tuple(prompts["texts"]), tuple(tuple(row) for row in prompts["input_ids"])
@@ -104,7 +110,7 @@ def open_calibration_set(path: Path, verify: bool = True) -> CalibrationSet:
         raise CalibrationError(f"{path / changed[0]}: differs from the manifest's SHA-256. Synthesise again.")
     if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != np.float32:
         raise CalibrationError(f"{path / PIXELS}: is {pixels.dtype} {pixels.shape}, not float32 [N, 3, H, W].")
-    return CalibrationSet(pixels, held_out, labels, texts, ids, held_out_texts, manifest)
+    return CalibrationSet(pixels, held_out, labels, texts, ids, held_out_texts, manifest, losses)
 
 
 def cut_to_end(input_ids: np.ndarray, end_id: int) -> tuple[tuple[int, ...], ...]:

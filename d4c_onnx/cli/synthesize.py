@@ -13,7 +13,16 @@ from d4c_onnx.cli import options, show
 @options.pretrained_option
 @options.output_option
 @options.prompts_option
-@click.option("--method", type=click.Choice(["d4c", "noise"]), help="How images come into being.  [recipe: d4c]")
+@click.option(
+    "--method",
+    type=click.Choice(["d4c", "bns", "pse", "noise", "pink", "real"]),
+    help="How images come into being; noise, pink and real are controls.  [recipe: d4c]",
+)
+@click.option(
+    "--source",
+    type=click.Path(exists=True, path_type=str),
+    help="With --method real: a folder of images, or a .parquet file.",
+)
 @click.option("--images", type=click.IntRange(1), help="Number of calibration images.  [recipe: 128]")
 @options.recipe_options
 @options.device_option
@@ -25,6 +34,7 @@ def command(
     output: Path,
     prompts: Path | None,
     method: str | None,
+    source: str | None,
     images: int | None,
     recipe_name: str,
     overrides: tuple[str, ...],
@@ -34,11 +44,13 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Make a calibration set from MODEL (a name, or the path of an FP32 bundle) itself; no real image is touched.
+    """Make a calibration set from MODEL (a name, or the path of an FP32 bundle) itself.
+
+    No real image is touched, unless --method real asks for that control.
 
     An interrupted run resumes; the same seed gives the same files.
     """
-    extra: dict[str, object] = {"synthesis.method": method, "synthesis.images": images}
+    extra: dict[str, object] = {"synthesis.method": method, "synthesis.source": source, "synthesis.images": images}
     recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
     from d4c_onnx import measure, pipeline
 

@@ -1,5 +1,6 @@
 """Labelled image sets: the embedded CIFAR-10 test set, or the user's parquet in the Hugging Face layout."""
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from d4c_onnx.errors import DatasetError
+from d4c_onnx.files import sha256
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EMBEDDED = ("cifar10",)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +71,71 @@ def open_dataset(name: str) -> LabelledImages:
     path = Path(name)
     if path.suffix != ".parquet" or not path.is_file():
         raise DatasetError(f"--dataset {name}: neither an embedded set ({', '.join(EMBEDDED)}) nor a .parquet file.")
+    table = _read_table(path)
+    return _from_table(str(path), table, _class_names(path, table))
+
+
+def open_images(path: Path) -> LabelledImages:
+    """Images without labels: every image below a folder, in name order, or a .parquet file with `image{bytes}`.
+
+    Returns:
+        A set whose labels are all 0.
+
+    Raises:
+        DatasetError: nothing there, or the file has another layout.
+    """
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not files:
+            raise DatasetError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+        encoded = [file.read_bytes() for file in files]
+    else:
+        table = _read_table(path)
+        encoded = _encoded(path.name, table)
+    return LabelledImages(path.name, ("",), np.zeros(len(encoded), np.int64), encoded)
+
+
+def content_sha256(path: Path) -> str:
+    """One digest of a file, or of all images below a folder with their relative names.
+
+    Raises:
+        DatasetError: nothing there.
+    """
+    if path.is_file():
+        return sha256(path)
+    if not path.is_dir():
+        raise DatasetError(f"{path}: no such folder or file.")
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_table(path: Path) -> Any:
     try:
-        table = pq.read_table(path)
+        return pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path}: not a parquet file ({error}).") from error
-    return _from_table(str(path), table, _class_names(path, table))
+
+
+def _encoded(name: str, table: Any) -> list[bytes]:
+    if "image" not in table.column_names:
+        raise DatasetError(f"{name}: has no column 'image'; expected image{{bytes}}.")
+    if not len(table):
+        raise DatasetError(f"{name}: holds no row.")
+    try:
+        return [row["bytes"] for row in table["image"].to_pylist()]
+    except (KeyError, TypeError) as error:
+        raise DatasetError(f"{name}: expected image{{bytes}} in every row ({error}).") from error
 
 
 def _from_table(name: str, table: Any, classes: tuple[str, ...]) -> LabelledImages:
     columns = {"image", "label"} - set(table.column_names)
     if columns:
         raise DatasetError(f"{name}: has no column {sorted(columns)[0]!r}; expected image{{bytes}} and label.")
-    if not len(table):
-        raise DatasetError(f"{name}: holds no row.")
+    encoded = _encoded(name, table)
     try:
-        encoded = [row["bytes"] for row in table["image"].to_pylist()]
         labels = np.array(table["label"].to_pylist(), np.int64)
     except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{name}: expected image{{bytes}} and an integer label in every row ({error}).") from error

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from d4c_onnx.recipe import SynthesisSection
-from d4c_onnx.synthesis.objectives import Objective, Seen, guidance, structure, total_variation
+from d4c_onnx.synthesis.objectives import Objective, Seen, diversity, guidance, inside, structure, total_variation
 from d4c_onnx.synthesis.param import Images
 from d4c_onnx.synthesis.perturb import Perturbation, perturb
+from d4c_onnx.synthesis.taps import INSIDE, Taps
 from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 
 StepReport = Callable[[int, dict[str, float]], None]
@@ -33,6 +34,8 @@ class Guide:
         objective: the weighted sum of losses.
         perturbations: PAE's list; empty without PAE.
         perturbed_view: the view PAE acts on.
+        taps: what the objective asks of the tower's inside.
+        earlier: unit vectors [M, D] of finished images, for diversity.
     """
 
     encode: Callable[[torch.Tensor], torch.Tensor]
@@ -40,59 +43,71 @@ class Guide:
     objective: Objective
     perturbations: tuple[Perturbation, ...]
     perturbed_view: str
+    taps: Taps
+    earlier: torch.Tensor | None = None
 
 
 def build_objective(section: SynthesisSection) -> Objective:
-    """The published sum, plus the whole-image term of the default recipe."""
-    objective = section.tv_weight * total_variation()
-    if not section.scg:
-        return guidance("whole", section.temperature) + objective
-    objective = structure(section.temperature) + objective
-    if section.whole_image_weight:
-        objective = objective + section.whole_image_weight * guidance("whole", section.temperature)
-    return objective
+    """The published sum, plus the terms that a recipe adds; for the baselines, their one term and total variation."""
+    smooth = section.tv_weight * total_variation()
+    if section.method in INSIDE:
+        return inside(section.method) + smooth
+    objective = guidance("whole", section.temperature)
+    if section.scg:
+        objective = structure(section.temperature, section.background_temperature) + (
+            section.whole_image_weight * objective if section.whole_image_weight else Objective()
+        )
+    if section.diversity_weight:
+        objective = objective + section.diversity_weight * diversity()
+    for name, weight in (("bns", section.bns_weight), ("pse", section.pse_weight)):
+        if weight:
+            objective = objective + weight * inside(name)
+    return objective + smooth
 
 
 def optimize_unit(
     images: Images,
-    labels: torch.Tensor,
+    targets: torch.Tensor,
     guide: Guide,
     section: SynthesisSection,
     generator: torch.Generator,
     checkpoint: Path,
     on_step: StepReport,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, dict[str, list[float]]]:
     """Optimise one unit, resuming from `checkpoint` when it exists.
 
     Args:
-        images: the unit's leaf and its renderer; float32 [N, 3, H, W].
-        labels: int64 [N].
+        images: the unit's leaf and its renderer.
+        targets: float32 [N, K], what each image is made for.
         generator: CPU generator, freshly seeded for this unit.
         checkpoint: state file, written every `checkpoint_steps` passes and removed by the caller.
         on_step: called after each pass with the pass's number and its loss terms.
 
     Returns:
-        The rendered images, float32 [N, 3, H, W], on the CPU.
+        The rendered images, float32 [N, 3, H, W], on the CPU, and the loss terms by name, one value per pass.
     """
     values = images.values.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([values], lr=section.learning_rate)
     boxes = draw_boxes(len(values), section.box_area, generator).to(values.device)
-    first = _resume(checkpoint, values, optimizer, generator)
+    first, history = _resume(checkpoint, values, optimizer, generator)
     for step in range(first, section.steps):
         for chosen in _minibatches(len(values), section.batch, generator):
             current = boxes[chosen]
             if section.redraw_boxes:
                 current = draw_boxes(len(chosen), section.box_area, generator).to(values.device)
-            seen = _look(images.render(values[chosen]), current, labels[chosen], guide, section, generator)
+            seen = _look(images.render(values[chosen]), current, targets[chosen], guide, section, generator)
             loss, shown = guide.objective(seen)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        on_step(step + 1, {"loss": float(loss.detach()), **shown})
+        shown = {"loss": float(loss.detach()), **shown}
+        for name, value in shown.items():
+            history.setdefault(name, []).append(value)
+        on_step(step + 1, shown)
         if (step + 1) % section.checkpoint_steps == 0 and step + 1 < section.steps:
-            _save(checkpoint, step + 1, values, optimizer, generator)
+            _save(checkpoint, step + 1, values, optimizer, generator, history)
     with torch.no_grad():
-        return images.render(values).detach().float().cpu()
+        return images.render(values).detach().float().cpu(), history
 
 
 def _minibatches(count: int, batch: int, generator: torch.Generator) -> list[torch.Tensor]:
@@ -105,7 +120,7 @@ def _minibatches(count: int, batch: int, generator: torch.Generator) -> list[tor
 def _look(
     pixels: torch.Tensor,
     boxes: torch.Tensor,
-    labels: torch.Tensor,
+    targets: torch.Tensor,
     guide: Guide,
     section: SynthesisSection,
     generator: torch.Generator,
@@ -123,18 +138,33 @@ def _look(
             views[name] = pixels
         if name == guide.perturbed_view:
             views[name] = perturb(views[name], guide.perturbations, generator)
+    count = len(pixels)
     embeds = F.normalize(guide.encode(torch.cat([views[name] for name in wanted])), dim=-1)
-    return Seen(pixels, dict(zip(wanted, embeds.split(len(pixels)), strict=True)), guide.texts, labels)
+    whole = wanted.index("whole") * count if "whole" in wanted else 0
+    return Seen(
+        pixels,
+        dict(zip(wanted, embeds.split(count), strict=True)),
+        guide.texts,
+        targets,
+        guide.taps.read(slice(whole, whole + count)),
+        guide.earlier,
+    )
 
 
 def _save(
-    path: Path, step: int, values: torch.Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    path: Path,
+    step: int,
+    values: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    history: dict[str, list[float]],
 ) -> None:
     state = {
         "step": step,
         "values": values.detach().cpu(),
         "optimizer": optimizer.state_dict(),
         "generator": generator.get_state(),
+        "history": history,
     }
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
@@ -144,12 +174,14 @@ def _save(
     temporary.rename(path)
 
 
-def _resume(path: Path, values: torch.Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+def _resume(
+    path: Path, values: torch.Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> tuple[int, dict[str, list[float]]]:
     if not path.exists():
-        return 0
+        return 0, {}
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     with torch.no_grad():
         values.copy_(state["values"])
     optimizer.load_state_dict(state["optimizer"])
     generator.set_state(state["generator"])
-    return int(state["step"])
+    return int(state["step"]), state["history"]

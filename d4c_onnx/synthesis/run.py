@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,18 @@ import torch.nn.functional as F
 from d4c_onnx.bundle import versions
 from d4c_onnx.calibration.dataset import CalibrationSet, cut_to_end, save_calibration_set
 from d4c_onnx.calibration.key import calibration_key
-from d4c_onnx.errors import ModelError, RecipeError
+from d4c_onnx.errors import RecipeError
 from d4c_onnx.files import translate_os_error, write_json
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import PromptSection, SynthesisSection
+from d4c_onnx.synthesis.compute import prepare_tower, resolve_device, resolve_precision
+from d4c_onnx.synthesis.controls import noise_images
 from d4c_onnx.synthesis.loop import Guide, build_objective, optimize_unit
 from d4c_onnx.synthesis.param import start_images
 from d4c_onnx.synthesis.perturb import published
-from d4c_onnx.synthesis.prompts import draw_labels, draw_texts
+from d4c_onnx.synthesis.prompts import draw_labels, draw_targets, draw_texts
+from d4c_onnx.synthesis.taps import INSIDE, Taps
 from d4c_onnx.vocabulary import templates
 
 
@@ -34,6 +40,8 @@ def synthesize(
     *,
     seed: int,
     device: str = "cpu",
+    given: np.ndarray | None = None,
+    source_sha256: str | None = None,
     on_step: OnStep = silent,
 ) -> CalibrationSet:
     """Make a calibration set for a model from the model itself.
@@ -45,6 +53,8 @@ def synthesize(
         nouns: the vocabulary; one prompt each.
         seed: of every draw.
         device: cpu, cuda or auto.
+        given: method real only: float32 [images + held_out, 3, H, W], ready pixel_values.
+        source_sha256: method real only: of what they were read from.
         on_step: told after each optimiser pass.
 
     Raises:
@@ -54,15 +64,24 @@ def synthesize(
     """
     if section.method == "d4c" and not section.pgsi:
         raise RecipeError("synthesis.pgsi: false leaves nothing to aim at. Use synthesis.method: noise, or pgsi: true.")
-    key = calibration_key(loaded.weights_sha256, section, text, nouns, seed)
+    key = calibration_key(loaded.weights_sha256, section, text, nouns, seed, source_sha256)
     total = section.images + section.held_out
-    work = _work_folder(target, key)
+    where = resolve_device(device)
+    precision = resolve_precision(section.precision, where)
+    compute = {"device": where.type, "precision": str(precision).removeprefix("torch.")}
+    work = _work_folder(target, key, compute)
     labels = draw_labels(total, len(nouns), section.labels, seed)
-    if section.method in ("noise", "pink"):
-        pixels = noise_images(section.method, (total, 3, *loaded.preprocess["size"]), seed)
-        labels = labels[:0]
+    losses: list[dict[str, list[float]]] = []
+    if section.method in ("d4c", *INSIDE):
+        made = _optimize(loaded, section, nouns, labels, work, seed, where, precision, on_step)
+        pixels = np.concatenate([images for images, _ in made])
+        losses = [history for _, history in made]
+    elif given is not None:
+        pixels = given
     else:
-        pixels = _optimize(loaded, section, nouns, labels, work, seed, resolve_device(device), on_step)
+        pixels = noise_images(section.method, (total, 3, *loaded.preprocess["size"]), seed)
+    if section.method != "d4c":
+        labels = labels[:0]  # made for no noun
     texts, held_out_texts = draw_texts(nouns, templates(), text.prompts, text.held_out, seed)
     ids = loaded.tokenize(texts)
     dynamic = loaded.deployed_towers()[1].dynamic_sequence
@@ -76,39 +95,12 @@ def synthesize(
         texts=tuple(texts),
         input_ids=rows,
         held_out_texts=tuple(held_out_texts),
-        manifest={"model": loaded.name, "key": key, "versions": versions()},
+        losses=tuple(losses),
+        manifest={"model": loaded.name, "key": key, "compute": compute, "versions": versions()},
     )
     saved = save_calibration_set(target, content, pixels * std + mean)
     shutil.rmtree(work, ignore_errors=True)
     return saved
-
-
-def resolve_device(device: str) -> torch.device:
-    """cpu, cuda or auto to a torch device.
-
-    Raises:
-        ModelError: cuda was asked for and torch sees none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("--device cuda: torch sees no CUDA device. Use --device cpu.")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def noise_images(method: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Images that know nothing of the model, float32 of `shape` in the normalised space: the controls.
-
-    Args:
-        method: noise: N(0, 1), every pixel on its own. pink: amplitude falls with 1 / f, as it does in photographs;
-            each channel with mean 0 and standard deviation 1.
-    """
-    white = np.random.default_rng([seed, 3]).standard_normal(shape, dtype=np.float32)
-    if method == "noise":
-        return white
-    height, width = shape[2:]
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = np.inf  # no mean
-    pink = np.fft.irfft2(np.fft.rfft2(white) / frequency, s=(height, width))
-    return (pink / pink.std((2, 3), keepdims=True)).astype(np.float32)
 
 
 def _optimize(
@@ -119,32 +111,60 @@ def _optimize(
     work: Path,
     seed: int,
     device: torch.device,
+    precision: torch.dtype,
     on_step: OnStep,
-) -> np.ndarray:
+) -> list[tuple[np.ndarray, dict[str, list[float]]]]:
+    """Every unit's images and loss terms, in order; finished units are read back."""
     mean, std = (torch.tensor(loaded.preprocess[name]).view(3, 1, 1).to(device) for name in ("mean", "std"))
-    guide = _guide(loaded, section, nouns, mean, std, device)
+    guide = _guide(loaded, section, nouns, mean, std, device, precision)
+    targets = torch.from_numpy(draw_targets(labels, len(nouns), section.second_class, section.label_smoothing, seed))
     size = len(labels) if section.shared_optimizer else section.batch
-    parts: list[np.ndarray] = []
+    parts: list[tuple[np.ndarray, dict[str, list[float]]]] = []
     for number, start in enumerate(range(0, len(labels), size)):
-        own = labels[start : start + size]
-        done_file, state_file = work / f"unit-{number:04d}.npy", work / f"unit-{number:04d}.pt"
+        own = targets[start : start + size].to(device)
+        done_file, state_file = work / f"unit-{number:04d}.npz", work / f"unit-{number:04d}.pt"
         if not done_file.exists():
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             shape = (len(own), 3, *loaded.preprocess["size"])
             images = start_images(section.image, shape, mean, std, generator)
-
-            def report(step: int, shown: dict[str, float], base: int = start, width: int = len(own)) -> None:
-                on_step("synthesize", base * section.steps + width * step, len(labels) * section.steps, shown)
-
+            if section.diversity_weight:
+                guide = replace(guide, earlier=_embed([part for part, _ in parts], guide, device))
+            report = _reporter(start, len(own), len(labels), section.steps, on_step)
             try:
-                labels_here = torch.from_numpy(own).to(device)
-                made = optimize_unit(images, labels_here, guide, section, generator, state_file, report)
-                _save_unit(done_file, made.numpy())
+                made, history = optimize_unit(images, own, guide, section, generator, state_file, report)
+                _save_unit(done_file, made.numpy(), history)
             except OSError as error:
                 raise translate_os_error(error, work) from error
             state_file.unlink(missing_ok=True)
-        parts.append(np.load(done_file))
-    return np.concatenate(parts)
+        parts.append(_load_unit(done_file))
+    return parts
+
+
+def _reporter(
+    first: int, count: int, total: int, steps: int, on_step: OnStep
+) -> Callable[[int, dict[str, float]], None]:
+    """Progress in images times steps; shown are the finished images, image steps per second, and the loss terms."""
+    begun = time.perf_counter()
+    passes = 0
+
+    def report(step: int, shown: dict[str, float]) -> None:
+        nonlocal passes
+        passes += 1  # of this process: a resumed unit's first step is not 1
+        rate = passes * count / (time.perf_counter() - begun)
+        done = first + (count if step == steps else 0)
+        values = {"images": done, "image steps/s": rate, **shown}
+        on_step("synthesize", first * steps + count * step, total * steps, values)
+
+    return report
+
+
+def _embed(parts: list[np.ndarray], guide: Guide, device: torch.device) -> torch.Tensor | None:
+    if not parts:
+        return None
+    with torch.no_grad():
+        embeds = torch.cat([F.normalize(guide.encode(torch.from_numpy(part).to(device)), dim=-1) for part in parts])
+    guide.taps.read(slice(0))
+    return embeds
 
 
 def _guide(
@@ -154,6 +174,7 @@ def _guide(
     mean: torch.Tensor,
     std: torch.Tensor,
     device: torch.device,
+    precision: torch.dtype,
 ) -> Guide:
     # The deployed form of the tower: the same numbers, and on CPUs its backward pass is about three times faster
     # than torch's fused attention.
@@ -161,17 +182,23 @@ def _guide(
     ids = torch.from_numpy(loaded.tokenize([section.template.format(noun) for noun in nouns]))
     with torch.no_grad():
         texts = torch.cat([F.normalize(loaded.model.encode_text(part), dim=-1) for part in ids.split(64)])
-    perturbations = published(mean, std) if section.pae else ()
-    view = "box" if section.scg else "whole"
-    return Guide(image.to(device), texts.to(device), build_objective(section), perturbations, view)
+    objective = build_objective(section)
+    return Guide(
+        encode=prepare_tower(image, device, precision),
+        texts=texts.to(device),
+        objective=objective,
+        perturbations=published(mean, std) if section.pae and section.method == "d4c" else (),
+        perturbed_view="box" if section.scg else "whole",
+        taps=Taps(image, objective.inside),
+    )
 
 
-def _work_folder(target: Path, key: dict[str, Any]) -> Path:
+def _work_folder(target: Path, key: dict[str, Any], compute: dict[str, str]) -> Path:
     """Finished units of an earlier, interrupted run of the very same key are kept; anything else is dropped."""
     work = target.with_name(f".work-{target.name}")
     note = work / "key.json"
     # torch and thread count decide the last bits of every sum, so they belong to the state of a half-done run
-    state = {"key": key["id"], "versions": versions(), "threads": torch.get_num_threads()}
+    state = {"key": key["id"], "versions": versions(), "threads": torch.get_num_threads(), **compute}
     if not note.exists() or json.loads(note.read_text("utf-8")) != state:
         shutil.rmtree(work, ignore_errors=True)
         try:
@@ -182,10 +209,15 @@ def _work_folder(target: Path, key: dict[str, Any]) -> Path:
     return work
 
 
-def _save_unit(path: Path, images: np.ndarray) -> None:
+def _save_unit(path: Path, images: np.ndarray, history: dict[str, list[float]]) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        np.save(file, images)
+        np.savez(file, images=images, names=np.array(list(history)), losses=np.array(list(history.values())))
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
+
+
+def _load_unit(path: Path) -> tuple[np.ndarray, dict[str, list[float]]]:
+    with np.load(path) as unit:
+        return unit["images"], dict(zip(unit["names"].tolist(), unit["losses"].tolist(), strict=True))

@@ -18,9 +18,11 @@ from d4c_onnx.files import sha256
 from d4c_onnx.recipe import Recipe, load_recipe
 from d4c_onnx.synthesis import synthesize
 from d4c_onnx.synthesis.loop import build_objective
-from d4c_onnx.synthesis.objectives import Seen, guidance, structure, total_variation
+from d4c_onnx.synthesis.objectives import Seen, diversity, guidance, structure, total_variation
+from d4c_onnx.synthesis.param import fourier_scale, start_images
 from d4c_onnx.synthesis.perturb import affine, blur, color_jitter, erase, perturb, published
-from d4c_onnx.synthesis.prompts import draw_labels, draw_texts
+from d4c_onnx.synthesis.prompts import draw_labels, draw_targets, draw_texts
+from d4c_onnx.synthesis.taps import norm_distance, patch_entropy
 from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 
 MEAN, STD = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
@@ -40,7 +42,7 @@ def _descends(objective, mini_vit) -> None:
     for _ in range(6):
         views = {"whole": values, "box": crop_boxes(values, boxes), "background": cut_boxes(values, boxes, values * 0)}
         embeds = {name: F.normalize(image(view), dim=-1) for name, view in views.items()}
-        loss, shown = objective(Seen(values, embeds, texts, torch.arange(4)))
+        loss, shown = objective(Seen(values, embeds, texts, F.one_hot(torch.arange(4), len(texts)).float()))
         assert all(np.isfinite(value) for value in shown.values())
         optimizer.zero_grad()
         loss.backward()
@@ -64,7 +66,7 @@ def test_objectives_descend(name: str, mini_vit) -> None:
 def test_objectives_add_and_weigh() -> None:
     x = torch.randn(2, 3, 8, 8)
     seen = Seen(
-        x, {"whole": F.normalize(torch.randn(2, 4), dim=1)}, F.normalize(torch.randn(3, 4), dim=1), torch.arange(2)
+        x, {"whole": F.normalize(torch.randn(2, 4), dim=1)}, F.normalize(torch.randn(3, 4), dim=1), torch.eye(3)[:2]
     )
     both = guidance("whole", 0.1) + 0.5 * total_variation()
     assert both.views == {"whole"}
@@ -242,3 +244,117 @@ def test_damaged_set_is_refused(vit_calibration: tuple[Path, CalibrationSet], tm
 
 def test_published_perturbations_are_complete() -> None:
     assert len(published(MEAN, STD)) == 4
+
+
+@pytest.mark.parametrize("kind", ["bounded", "pyramid", "fourier"])
+def test_bounded_kinds_stay_inside_whatever_the_optimiser_does(kind: str) -> None:
+    images = start_images(kind, (2, 3, 25, 48), MEAN, STD, torch.Generator().manual_seed(0))
+    for factor in (1.0, 100.0):
+        shown = images.render(images.values * factor) * STD + MEAN
+        assert shown.shape == (2, 3, 25, 48)
+        assert float(shown.min()) >= 0
+        assert float(shown.max()) <= 1
+    part = images.render(images.values[1:])
+    assert torch.allclose(part, images.render(images.values)[1:], atol=1e-6)
+
+
+@given(st.integers(4, 40), st.integers(4, 40))
+@settings(max_examples=25, deadline=None)
+def test_fourier_coefficients_of_unit_variance_render_unit_variance(height: int, width: int) -> None:
+    noise = torch.randn(400, height, width // 2 + 1, 2, generator=torch.Generator().manual_seed(0))
+    pixels = torch.fft.irfft2(
+        torch.view_as_complex(noise) * fourier_scale(height, width), s=(height, width), norm="ortho"
+    )
+    assert 0.9 < float(pixels.var()) < 1.1
+
+
+def test_batch_norm_distance_is_zero_for_matching_statistics_and_grows_away_from_them() -> None:
+    norm = torch.nn.BatchNorm2d(3)
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    norm.running_mean, norm.running_var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    near = norm_distance(norm, x)
+    assert float(near) == pytest.approx(0, abs=1e-8)
+    assert float(norm_distance(norm, x + 0.5)) == pytest.approx(0.25 / 1.01, rel=0.02)
+    assert float(norm_distance(norm, x + 1)) > float(norm_distance(norm, x + 0.5))
+
+
+def test_patch_entropy_tells_pictures_from_uniform_patches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    same = torch.ones(2, 36, 16) + 0.01 * torch.randn(2, 36, 16, generator=generator)
+    halves = same * torch.where(torch.arange(36)[None, :, None] < 18, 1.0, -1.0)
+    spread = torch.randn(2, 36, 4, generator=generator)
+    assert float(patch_entropy(same)) < float(patch_entropy(halves)) < float(patch_entropy(spread))
+    still = torch.ones(1, 9, 4, requires_grad=True)
+    patch_entropy(still).backward()
+    assert still.grad is not None
+    assert bool(still.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(("model", "name"), [("mini_vit", "pse"), ("mini_rn", "bns")])
+def test_baselines_lower_their_own_loss(tmp_path: Path, model: str, name: str, request) -> None:
+    loaded = request.getfixturevalue(model)
+    keys = (f"method={name}", "images=4", "held_out=0", "batch=4", "steps=12")
+    recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
+    made = synthesize(loaded, tmp_path / "set", recipe.synthesis, recipe.text, loaded.embedded.nouns, seed=0)
+    [losses] = made.losses
+    assert sorted(losses) == sorted(["loss", name, "tv"])
+    assert len(losses[name]) == 12
+    assert losses[name][-1] < losses[name][0]
+    assert made.labels == ()
+
+
+@pytest.mark.parametrize(("model", "name"), [("mini_vit", "bns"), ("mini_rn", "pse")])
+def test_baselines_refuse_towers_without_what_they_match(tmp_path: Path, model: str, name: str, request) -> None:
+    loaded = request.getfixturevalue(model)
+    recipe = load_recipe(None, [f"synthesis.method={name}"])
+    with pytest.raises(RecipeError, match=f"synthesis, {name}: this image tower"):
+        synthesize(loaded, tmp_path / "set", recipe.synthesis, recipe.text, ("a", "b"), seed=0)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "image=pyramid",
+        "image=fourier",
+        "pse_weight=0.1",
+        "diversity_weight=1.0",
+        "second_class=0.3",
+        "label_smoothing=0.1",
+        "background_temperature=0.5",
+        "precision=float32",
+    ],
+)
+def test_every_key_changes_the_images_and_they_still_learn(tmp_path: Path, key: str, mini_vit) -> None:
+    nouns = mini_vit.embedded.nouns
+
+    def run(name: str, *extra: str) -> CalibrationSet:
+        keys = ("images=4", "held_out=0", "batch=2", "steps=10", "precision=bfloat16", *extra)
+        recipe = load_recipe(None, [f"synthesis.{item}" for item in keys] + ["text.prompts=4"])
+        return synthesize(mini_vit, tmp_path / name, recipe.synthesis, recipe.text, nouns, seed=0)
+
+    plain, changed = run("plain"), run("changed", key)
+    assert not np.array_equal(plain.pixel_values, changed.pixel_values)
+    assert len(changed.losses) == 2
+    for losses in changed.losses:
+        assert np.mean(losses["loss"][-3:]) < np.mean(losses["loss"][:3])
+
+
+@given(st.integers(2, 9), st.floats(0, 0.5), st.floats(0, 0.9))
+@settings(max_examples=30, deadline=None)
+def test_targets_are_shares_led_by_the_label(classes: int, second: float, smoothing: float) -> None:
+    labels = np.arange(20) % classes
+    targets = draw_targets(labels, classes, second, smoothing, 0)
+    assert np.allclose(targets.sum(1), 1, atol=1e-5)
+    assert (targets[np.arange(20), labels] >= targets.max(1) - 1e-6).all()
+    assert np.array_equal(draw_targets(labels, classes, 0, 0, 0), np.eye(classes, dtype=np.float32)[labels])
+
+
+def test_diversity_counts_earlier_images() -> None:
+    own, text = F.normalize(torch.randn(3, 8), dim=1), torch.eye(8)[:2]
+    seen = Seen(torch.zeros(3, 3, 4, 4), {"whole": own}, text, torch.eye(2)[[0, 1, 0]])
+    alone, _ = diversity()(seen)
+    pairs = own @ own.T
+    assert float(alone) == pytest.approx(float((pairs.sum() - 3) / 6), abs=1e-6)
+    [term] = diversity().terms
+    again = Seen(seen.pixels, seen.embeds, text, seen.targets, {}, own)
+    assert float(term.value(again)) == pytest.approx(float((2 * pairs.sum() - 3) / 15), abs=1e-6)

@@ -1,0 +1,57 @@
+"""How the tower is computed during synthesis: device, precision, memory layout; not what is asked of images."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from d4c_onnx.errors import ModelError
+
+
+def resolve_device(device: str) -> torch.device:
+    """cpu, cuda or auto to a torch device.
+
+    Raises:
+        ModelError: cuda was asked for and torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: torch sees no CUDA device. Use --device cpu.")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """`synthesis.precision` to a dtype; auto is bfloat16 where the hardware multiplies it, else float32.
+
+    CPUs without AVX512-BF16 or AMX emulate bfloat16, which is slower than float32.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    # torch has no public question for this; a release without these names answers no
+    asks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.bfloat16 if any(ask is not None and ask() for ask in asks) else torch.float32
+
+
+def prepare_tower(
+    tower: nn.Module, device: torch.device, precision: torch.dtype
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The tower as a frozen function: pixel_values float32 [B, 3, H, W] -> embeds float32 [B, D].
+
+    Weights get no gradient (only images are optimised), convolutional towers work channels-last, and products run in
+    `precision` under autocast; LayerNorms, softmax and losses stay in float32.
+    """
+    tower = tower.to(device).requires_grad_(False)
+    # A ViT's single patch convolution gains nothing from the layout; a stack of convolutions does.
+    convolutional = sum(isinstance(module, nn.Conv2d) for module in tower.modules()) > 1
+    if convolutional:
+        tower = tower.to(memory_format=torch.channels_last)
+
+    def encode(pixel_values: torch.Tensor) -> torch.Tensor:
+        if convolutional:
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            embeds: torch.Tensor = tower(pixel_values)
+        return embeds.float()
+
+    return encode

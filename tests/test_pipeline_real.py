@@ -1,0 +1,47 @@
+"""The real-image control: a folder or a parquet file becomes a calibration set, and its place stays private."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d4c_onnx import pipeline
+from d4c_onnx.errors import DatasetError, RecipeError
+from d4c_onnx.recipe import load_recipe
+
+
+def _recipe(source: Path, images: int = 3):
+    keys = ("method=real", f"source={source}", f"images={images}", "held_out=1")
+    return load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
+
+
+def test_folder_becomes_a_set(tmp_path: Path) -> None:
+    photos = tmp_path / "my photos"
+    photos.mkdir()
+    for number in range(5):
+        Image.new("RGB", (60, 50), (50 * number, 0, 0)).save(photos / f"{number}.png")
+    folder, made = pipeline.synthesize_calibration_set("mini-vit", _recipe(photos), output=tmp_path / "out")
+    assert made.pixel_values.shape == (3, 3, 48, 48)
+    assert made.labels == ()
+    reds = np.unique(np.round(np.concatenate([made.pixel_values, made.held_out])[:, 0, 0, 0], 3))
+    assert len(reds) == 4  # four of five, none twice
+    assert "my photos" not in json.dumps(made.manifest)
+    again, _ = pipeline.synthesize_calibration_set("mini-vit", _recipe(photos), output=tmp_path / "out")
+    assert again == folder
+    Image.new("RGB", (60, 50), (0, 9, 9)).save(photos / "3.png")
+    changed, _ = pipeline.synthesize_calibration_set("mini-vit", _recipe(photos), output=tmp_path / "out")
+    assert changed != folder
+    with pytest.raises(DatasetError, match=r"holds 5 images; images \+ held_out are 10"):
+        pipeline.synthesize_calibration_set("mini-vit", _recipe(photos, 9), output=tmp_path / "out")
+
+
+def test_source_and_method_belong_together(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"synthesis\.source"):
+        load_recipe(None, ["synthesis.method=real"])
+    with pytest.raises(RecipeError, match=r"synthesis\.source"):
+        load_recipe(None, [f"synthesis.source={tmp_path}"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="holds no image"):
+        pipeline.synthesize_calibration_set("mini-vit", _recipe(tmp_path / "empty"), output=tmp_path / "out")
