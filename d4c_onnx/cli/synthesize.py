@@ -24,6 +24,13 @@ from d4c_onnx.cli import options, show
     help="With --method real: a folder of images, or a .parquet file.",
 )
 @click.option("--images", type=click.IntRange(1), help="Number of calibration images.  [recipe: 128]")
+@click.option("--report", is_flag=True, help="Also write one HTML page: images, losses, ranges and ranks per layer.")
+@click.option(
+    "--against",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="With --report: another calibration set to show beside it, real images for example.",
+)
 @options.recipe_options
 @options.device_option
 @options.threads_option
@@ -36,6 +43,8 @@ def command(
     method: str | None,
     source: str | None,
     images: int | None,
+    report: bool,
+    against: tuple[Path, ...],
     recipe_name: str,
     overrides: tuple[str, ...],
     seed: int | None,
@@ -50,6 +59,8 @@ def command(
 
     An interrupted run resumes; the same seed gives the same files.
     """
+    if against and not report:
+        raise click.UsageError("--against belongs to --report.")
     extra: dict[str, object] = {"synthesis.method": method, "synthesis.source": source, "synthesis.images": images}
     recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
     from d4c_onnx import measure, pipeline
@@ -65,6 +76,7 @@ def command(
             machine=measure.Machine(device=device, threads=threads),
             on_step=on_step,
         )
+        page = pipeline.report_calibration_set(folder, against=against, on_step=on_step) if report else None
     seconds = round(time.perf_counter() - start, 2)
     result = {
         "model": model,
@@ -73,10 +85,11 @@ def command(
         "held_out": len(made.held_out),
         "prompts": len(made.texts),
         "contact_sheet": str(folder / "contact_sheet.png"),
+        "report": str(page) if page else None,
         "seconds": seconds,
     }
     if as_json:
         show.print_json(result)
         return
     click.echo(f"{result['images']} images and {result['prompts']} prompts in {folder} ({seconds:.0f} s)")
-    click.echo(f"look at {result['contact_sheet']}")
+    click.echo(f"look at {result['report'] or result['contact_sheet']}")

@@ -1,7 +1,8 @@
 """Who makes a value, who reads it, what constant it is: one index per graph, made anew after a rewrite."""
 
+import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -97,3 +98,12 @@ def _captured(node: onnx.NodeProto) -> Iterator[str]:
             for inner in entry.g.node:
                 yield from inner.input
                 yield from _captured(inner)
+
+
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy whose graph outputs are the named float values."""
+    opened = copy.deepcopy(model)
+    del opened.graph.output[:]
+    for name in names:
+        opened.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    return opened

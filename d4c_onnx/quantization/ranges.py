@@ -1,12 +1,10 @@
 """Activation ranges: two passes of the float encoder over all calibration samples."""
 
-import copy
-from collections.abc import Sequence
-
 import onnx
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams, RangeObserver, quant_params
+from d4c_onnx.graph.index import with_outputs
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.recipe import QuantizationSection
@@ -37,7 +35,7 @@ def collect_ranges(
     activations = [name for name in plan.activations if name not in plan.probabilities]
     wanted = [name for name in activations if name not in {value.name for value in model.graph.input}]
     fed = [name for name in activations if name not in wanted]
-    session = EncoderSession(_with_outputs(model, wanted).SerializeToString(), provider, threads)
+    session = EncoderSession(with_outputs(model, wanted).SerializeToString(), provider, threads)
     observers = {name: RangeObserver() for name in activations}
     passes = 2 if section.ranges == "mse" else 1
     total = _count(reader) * passes
@@ -60,14 +58,6 @@ def collect_ranges(
     if section.ranges == "minmax":
         return known | {name: observer.minmax(bits, headroom) for name, observer in observers.items()}
     return known | {name: observer.mse(bits, headroom, section.clip_factor) for name, observer in observers.items()}
-
-
-def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    opened = copy.deepcopy(model)
-    del opened.graph.output[:]
-    for name in names:
-        opened.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    return opened
 
 
 def _count(reader: CalibrationDataReader) -> int:

@@ -212,3 +212,19 @@ def test_models_lists_both_kinds() -> None:
     assert "openai" in listed["open_clip"]["ViT-B-32"]
     result = CliRunner().invoke(group, ["models", "mini", "--json"])
     assert set(json.loads(result.stdout)["embedded"]) == {"mini-rn", "mini-vit"}
+
+
+def test_synthesize_report_shows_a_set_beside_others(tmp_path: Path) -> None:
+    keys = ["--set", "synthesis.held_out=1", "--set", "synthesis.steps=2", "--set", "text.prompts=4"]
+    common = ["synthesize", "mini-vit", "-o", str(tmp_path), "--images", "3", "--quiet", "--json", *keys]
+    pink = json.loads(CliRunner().invoke(group, [*common, "--method", "pink"]).stdout)
+    assert pink["report"] is None
+    result = CliRunner().invoke(group, [*common, "--report", "--against", pink["calibration"]])
+    assert result.exit_code == 0, result.output
+    page = Path(json.loads(result.stdout)["report"]).read_text("utf-8")
+    for expected in (Path(pink["calibration"]).name, "Gaussian noise", "a photo of a airplane.", "effective rank"):
+        assert expected in page
+    assert page.count("<figure>") == 3
+    refused = CliRunner().invoke(group, [*common, "--against", pink["calibration"]])
+    assert refused.exit_code == 2
+    assert "--report" in refused.output

@@ -1,0 +1,206 @@
+"""What each part of the generator is worth, and what it costs: W4A8 and W6A6 answers against seconds.
+
+    python benchmarks/synthesis.py --train cifar10-train.parquet -o exported --seeds 0 1 2 --write docs/synthesis.md
+
+Each row synthesises a calibration set, quantises both encoders twice, and measures the written files with onnxruntime
+on all 10,000 test images, beside FP32. Rows that are in the results file already are not run again. `real` opens
+training images (a control; nothing else does). `--write` puts the table between the markers and a picture beside it
+(needs matplotlib, the `benchmarks` extra).
+"""
+
+import argparse
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from d4c_onnx import measure as measuring
+from d4c_onnx import pipeline
+from d4c_onnx.bundle import open_bundle
+from d4c_onnx.quantization import quantize_bundle_files
+from d4c_onnx.recipe import load_recipe
+
+MODELS = ("mini-vit", "mini-rn")
+BITS = ("w4a8", "w6a6")
+# name -> recipe, overrides of the synthesis section, the models it applies to
+ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "default": ("default", "", MODELS),
+    "published, 500 of 3,000 passes": ("paper", "steps=500", MODELS),
+    "published": ("paper", "", MODELS),
+    "noise": ("default", "method=noise", MODELS),
+    "pink": ("default", "method=pink", MODELS),
+    "real": ("default", "method=real", MODELS),
+    "bns": ("default", "method=bns", ("mini-rn",)),
+    "pse": ("default", "method=pse", ("mini-vit",)),
+    "PGSI": ("default", "scg=false pae=false", MODELS),
+    "PGSI + SCG": ("default", "pae=false", MODELS),
+    "PGSI + PAE": ("default", "scg=false", MODELS),
+    "no whole-image view": ("default", "whole_image_weight=0.0", MODELS),
+    "boxes drawn once": ("default", "redraw_boxes=false", MODELS),
+    "random labels": ("default", "labels=random", MODELS),
+    "free pixels": ("default", "image=pixel", MODELS),
+    "one Adam for all": ("default", "shared_optimizer=true", MODELS),
+    "pyramid": ("default", "image=pyramid", MODELS),
+    "fourier": ("default", "image=fourier", MODELS),
+    "background temperature 0.5": ("default", "background_temperature=0.5", MODELS),
+    "d4c + bns 1": ("default", "bns_weight=1.0", ("mini-rn",)),
+    "pyramid + bns 1": ("default", "bns_weight=1.0 image=pyramid", ("mini-rn",)),
+    "d4c + pse 1": ("default", "pse_weight=1.0", ("mini-vit",)),
+    "diversity 1": ("default", "diversity_weight=1.0", MODELS),
+    "second class 0.3": ("default", "second_class=0.3", MODELS),
+    "label smoothing 0.1": ("default", "label_smoothing=0.1", MODELS),
+    "float32": ("default", "precision=float32", MODELS),
+    "20 steps": ("default", "steps=20", MODELS),
+    "200 steps": ("default", "steps=200", MODELS),
+    "8 images": ("default", "images=8", MODELS),
+    "32 images": ("default", "images=32", MODELS),
+    "512 images": ("default", "images=512", MODELS),
+}
+
+
+def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[None]:
+    """Fill in every row that is missing, some of one model and seed at a time: FP32 runs once for them."""
+    output = Path(args.output)
+    for seed in args.seeds:
+        for model in args.models:
+            if not (output / model / "manifest.json").exists():
+                pipeline.export_bundle(model, output, load_recipe())
+            rows = [name for name, (_, _, models) in ROWS.items() if model in models and re.search(args.only, name)]
+            missing = [name for name in rows if _key(model, name, seed) not in results]
+            for start in range(0, len(missing), args.group):
+                _measure_group(args, results, model, missing[start : start + args.group], seed)
+                yield
+
+
+def _measure_group(args: argparse.Namespace, results: dict[str, dict], model: str, names: list[str], seed: int) -> None:
+    output = Path(args.output)
+    bundle = open_bundle(output / model)
+    folder = output / "synthesis" / model
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    made, seconds = [], {}
+    for number, name in enumerate(names):
+        recipe_name, keys, _ = ROWS[name]
+        overrides = [f"seed={seed}", *(f"synthesis.{item}" for item in keys.split())]
+        if "method=real" in keys:
+            if args.train is None:
+                raise SystemExit("the control `real` needs --train FILE.parquet; or leave it out with --only")
+            overrides.append(f"synthesis.source={args.train}")
+        clock = time.perf_counter()
+        recipe = load_recipe(recipe_name, overrides)
+        _, data = pipeline.synthesize_calibration_set(model, recipe, output=output)
+        seconds[name] = time.perf_counter() - clock
+        for bits in BITS:
+            # The quantisation is the default recipe's for every row: only the images differ.
+            quantization = load_recipe(None, [f"quantization.bits={bits}"])
+            target = folder / f"{number}-{bits}"
+            dump = quantization.model_dump(mode="json")
+            quantize_bundle_files(bundle, data, target, quantization.quantization, recipe_dump=dump)
+            made.append(target)
+    report = measuring.evaluate_bundles([bundle.path, *made], load_recipe())
+    measured = iter(report["bundles"][1:])
+    for name in names:
+        found = {bits: next(measured)["versus_first"] for bits in BITS}
+        results[_key(model, name, seed)] = {"seconds": seconds[name], **found}
+
+
+def _key(model: str, name: str, seed: int) -> str:
+    return f"{model}|{name}|{seed}"
+
+
+def _groups(results: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
+    """(model, row's name) -> its seeds, in the order of ROWS."""
+    groups = {}
+    for model in MODELS:
+        for name in ROWS:
+            found = [value for key, value in results.items() if key.rpartition("|")[0] == f"{model}|{name}"]
+            if found:
+                groups[model, name] = found
+    return groups
+
+
+def table(results: dict[str, dict]) -> str:
+    """One line per model and row: means over seeds, each seed in brackets."""
+    lines = [
+        "| model | images | s | W4A8 top-1 difference (each seed) | agreement % | similarity rmse "
+        "| W6A6 top-1 difference (each seed) | agreement % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (model, name), rows in _groups(results).items():
+        cells = [model, name, f"{np.median([row['seconds'] for row in rows]):.0f}"]
+        for bits in BITS:
+            points = [row[bits]["top1_difference"]["points"] for row in rows]
+            each = ", ".join(f"{value:+.2f}" for value in points)
+            cells += [f"**{np.mean(points):+.2f}** ({each})", f"{_mean(rows, bits, 'agreement'):.2f}"]
+            if bits == BITS[0]:
+                cells.append(f"{_mean(rows, bits, 'similarity_rmse'):.5f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(rows: list[dict], bits: str, name: str) -> float:
+    return float(np.mean([row[bits][name] for row in rows]))
+
+
+def picture(results: dict[str, dict], path: Path) -> None:
+    """W4A8 disagreement with FP32 against seconds, one panel a model, each row named."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 7), layout="constrained")
+    for panel, model in zip(axes, MODELS, strict=True):
+        for (owner, name), rows in _groups(results).items():
+            if owner != model:
+                continue
+            seconds = max(1.0, float(np.median([row["seconds"] for row in rows])))
+            values = [100 - row[BITS[0]]["agreement"] for row in rows]
+            color = "tab:red" if name == "default" else "tab:green" if name in ("real", "noise", "pink") else "tab:blue"
+            panel.plot([seconds] * len(values), values, "o", color=color, ms=4)
+            panel.annotate(
+                name, (seconds, float(np.mean(values))), fontsize=7, xytext=(5, -2), textcoords="offset points"
+            )
+        panel.set(
+            xscale="log", title=model, xlabel="seconds of synthesis", ylabel="W4A8 answers that differ from FP32, %"
+        )
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def write_document(path: Path, text: str) -> None:
+    """Replace what stands between the document's `<!-- table -->` markers."""
+    before, _, rest = path.read_text("utf-8").partition("<!-- table -->\n")
+    _, _, after = rest.partition("<!-- /table -->\n")
+    path.write_text(f"{before}<!-- table -->\n{text}\n<!-- /table -->\n{after}", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", default="exported")
+    parser.add_argument("--train", type=Path, help="parquet with training images, for the `real` control")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", default="", help="regular expression over the rows' names")
+    parser.add_argument("--group", type=int, default=6, help="rows between two savings of the results")
+    parser.add_argument("--results", type=Path, default=Path("exported/synthesis.json"))
+    parser.add_argument("--write", type=Path, help="document whose table and picture are renewed")
+    parser.add_argument("--table-only", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    results: dict[str, dict] = json.loads(args.results.read_text()) if args.results.exists() else {}
+    for _ in [] if args.table_only else measure(args, results):
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(json.dumps(results, indent=1))
+    print(table(results))
+    if args.write:
+        write_document(args.write, table(results))
+        picture(results, args.write.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
