@@ -95,12 +95,8 @@ def optimize_unit(
             current = boxes[chosen]
             if section.redraw_boxes:
                 current = draw_boxes(len(chosen), section.box_area, generator).to(values.device)
-            seen = _look(images.render(values[chosen]), current, targets[chosen], guide, section, generator)
-            loss, shown = guide.objective(seen)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        shown = {"loss": float(loss.detach()), **shown}
+            pixels = images.render(values[chosen])
+            shown = optimize_step(pixels, current, targets[chosen], guide, section, optimizer, generator)
         for name, value in shown.items():
             history.setdefault(name, []).append(value)
         on_step(step + 1, shown)
@@ -108,6 +104,23 @@ def optimize_unit(
             _save(checkpoint, step + 1, values, optimizer, generator, history)
     with torch.no_grad():
         return images.render(values).detach().float().cpu(), history
+
+
+def optimize_step(
+    pixels: torch.Tensor,
+    boxes: torch.Tensor,
+    targets: torch.Tensor,
+    guide: Guide,
+    section: SynthesisSection,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """One step of Adam on rendered pixels [B, 3, H, W]; the loss and its terms."""
+    loss, shown = guide.objective(_look(pixels, boxes, targets, guide, section, generator))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {"loss": float(loss.detach()), **shown}
 
 
 def _minibatches(count: int, batch: int, generator: torch.Generator) -> list[torch.Tensor]:
