@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from document import write_document
 
 from d4c_onnx import measure as measuring
 from d4c_onnx import pipeline
@@ -171,13 +172,6 @@ def picture(results: dict[str, dict], path: Path) -> None:
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def write_document(path: Path, text: str) -> None:
-    """Replace what stands between the document's `<!-- table -->` markers."""
-    before, _, rest = path.read_text("utf-8").partition("<!-- table -->\n")
-    _, _, after = rest.partition("<!-- /table -->\n")
-    path.write_text(f"{before}<!-- table -->\n{text}\n<!-- /table -->\n{after}", "utf-8")
 
 
 def main() -> None:
