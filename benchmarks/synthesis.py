@@ -9,7 +9,6 @@ training images (a control; nothing else does). `--write` puts the table between
 """
 
 import argparse
-import json
 import re
 import shutil
 import time
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from document import write_document
+from document import run
 
 from d4c_onnx import measure as measuring
 from d4c_onnx import pipeline
@@ -174,27 +173,5 @@ def picture(results: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", default="exported")
-    parser.add_argument("--train", type=Path, help="parquet with training images, for the `real` control")
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="regular expression over the rows' names")
-    parser.add_argument("--group", type=int, default=6, help="rows between two savings of the results")
-    parser.add_argument("--results", type=Path, default=Path("exported/synthesis.json"))
-    parser.add_argument("--write", type=Path, help="document whose table and picture are renewed")
-    parser.add_argument("--table-only", action="store_true", help="measure nothing")
-    args = parser.parse_args()
-    results: dict[str, dict] = json.loads(args.results.read_text()) if args.results.exists() else {}
-    for _ in [] if args.table_only else measure(args, results):
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(json.dumps(results, indent=1))
-    print(table(results))
-    if args.write:
-        write_document(args.write, table(results))
-        picture(results, args.write.with_suffix(".png"))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__.splitlines()[0], "exported/synthesis.json", MODELS, measure, table, picture)
