@@ -35,7 +35,9 @@ def progress(quiet: bool) -> Iterator[OnStep]:
         def on_step(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
             if stage not in tasks or bar.tasks[tasks[stage]].finished:
                 tasks[stage] = bar.add_task(stage, total=total, values="")
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+            shown = "  ".join(
+                f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in values.items()
+            )
             bar.update(tasks[stage], completed=done, total=total, values=shown)
 
         yield on_step
