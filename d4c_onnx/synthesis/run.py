@@ -163,7 +163,7 @@ def _embed(parts: list[np.ndarray], guide: Guide, device: torch.device) -> torch
         return None
     with torch.no_grad():
         embeds = torch.cat([F.normalize(guide.encode(torch.from_numpy(part).to(device)), dim=-1) for part in parts])
-    guide.taps.read(slice(0))
+    guide.taps.clear()
     return embeds
 
 

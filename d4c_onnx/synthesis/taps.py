@@ -60,9 +60,13 @@ class Taps:
     def read(self, rows: slice) -> dict[str, torch.Tensor]:
         """The terms of the last forward pass, each a float32 scalar, over these rows of its batch."""
         values = {name: (self._bns if name == "bns" else self._pse)(rows) for name in self._names}
+        self.clear()
+        return values
+
+    def clear(self) -> None:
+        """Forget the last forward pass."""
         self._norms.clear()
         self._attended.clear()
-        return values
 
     def _see_norm(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(module, nn.BatchNorm2d)

@@ -318,6 +318,7 @@ def test_baselines_refuse_towers_without_what_they_match(tmp_path: Path, model: 
         "image=fourier",
         "pse_weight=0.1",
         "diversity_weight=1.0",
+        "diversity_weight=1.0 synthesis.pse_weight=0.1",
         "second_class=0.3",
         "label_smoothing=0.1",
         "background_temperature=0.5",
@@ -329,7 +330,7 @@ def test_every_key_changes_the_images_and_they_still_learn(tmp_path: Path, key: 
 
     def run(name: str, *extra: str) -> CalibrationSet:
         keys = ("images=4", "held_out=0", "batch=2", "steps=10", "precision=bfloat16", *extra)
-        recipe = load_recipe(None, [f"synthesis.{item}" for item in keys] + ["text.prompts=4"])
+        recipe = load_recipe(None, " ".join(f"synthesis.{item}" for item in keys).split() + ["text.prompts=4"])
         return synthesize(mini_vit, tmp_path / name, recipe.synthesis, recipe.text, nouns, seed=0)
 
     plain, changed = run("plain"), run("changed", key)
