@@ -330,7 +330,7 @@ def test_every_key_changes_the_images_and_they_still_learn(tmp_path: Path, key: 
 
     def run(name: str, *extra: str) -> CalibrationSet:
         keys = ("images=4", "held_out=0", "batch=2", "steps=10", "precision=bfloat16", *extra)
-        recipe = load_recipe(None, " ".join(f"synthesis.{item}" for item in keys).split() + ["text.prompts=4"])
+        recipe = load_recipe(None, [*" ".join(f"synthesis.{item}" for item in keys).split(), "text.prompts=4"])
         return synthesize(mini_vit, tmp_path / name, recipe.synthesis, recipe.text, nouns, seed=0)
 
     plain, changed = run("plain"), run("changed", key)
