@@ -43,6 +43,11 @@ def run(
         picture(results, args.write.with_suffix(".png"))
 
 
+def each_seed(points: Sequence[float]) -> str:
+    """A table's cell: the mean in bold, then every seed."""
+    return f"**{sum(points) / len(points):+.2f}** ({', '.join(f'{value:+.2f}' for value in points)})"
+
+
 def write_document(path: Path, text: str) -> None:
     """Replace what stands between the document's `<!-- table -->` markers."""
     before, _, rest = path.read_text("utf-8").partition("<!-- table -->\n")

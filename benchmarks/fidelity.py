@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from document import run
+from document import each_seed, run
 
 from d4c_onnx import measure as measuring
 from d4c_onnx import pipeline
@@ -147,10 +147,9 @@ def table(results: dict[str, dict]) -> str:
         def mean(name: str, rows: list[dict] = rows) -> float:
             return float(np.mean([row[name] for row in rows]))
 
-        each = ", ".join(f"{value:+.2f}" for value in points)
         lines.append(
             f"| {model} | {bits} | {source} | {factor if factor != '1' else ''} | {sets} "
-            f"| **{np.mean(points):+.2f}** ({each}) | [{low:+.2f}, {high:+.2f}] | {mean('agreement'):.2f} "
+            f"| {each_seed(points)} | [{low:+.2f}, {high:+.2f}] | {mean('agreement'):.2f} "
             f"| {mean('cosine_image'):.5f} | {mean('cosine_text'):.6f} | {mean('similarity_rmse'):.5f} "
             f"| {mean('bits'):.2f} | {mean('seconds'):.0f} |"
         )

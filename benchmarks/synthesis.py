@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from document import run
+from document import each_seed, run
 
 from d4c_onnx import measure as measuring
 from d4c_onnx import pipeline
@@ -134,8 +134,7 @@ def table(results: dict[str, dict]) -> str:
         cells = [model, name, f"{np.median([row['seconds'] for row in rows]):.0f}"]
         for bits in BITS:
             points = [row[bits]["top1_difference"]["points"] for row in rows]
-            each = ", ".join(f"{value:+.2f}" for value in points)
-            cells += [f"**{np.mean(points):+.2f}** ({each})", f"{_mean(rows, bits, 'agreement'):.2f}"]
+            cells += [each_seed(points), f"{_mean(rows, bits, 'agreement'):.2f}"]
             if bits == BITS[0]:
                 cells.append(f"{_mean(rows, bits, 'similarity_rmse'):.5f}")
         lines.append(f"| {' | '.join(cells)} |")

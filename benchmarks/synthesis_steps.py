@@ -37,7 +37,7 @@ def straightforward(loaded: LoadedModel, texts: torch.Tensor, batch: int) -> Cal
     """The published step as one would write it down."""
     model = loaded.model.eval().requires_grad_(False)
     height, width = loaded.preprocess["size"]
-    mean, std = (torch.tensor(loaded.preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
+    mean, std = loaded.normalization()
     images = torch.randn(batch, 3, height, width, requires_grad=True)
     labels = torch.arange(batch) % len(texts)
     optimizer = torch.optim.Adam([images], lr=0.01)
@@ -96,7 +96,7 @@ def _perturb_one(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> 
 def ours(loaded: LoadedModel, texts: torch.Tensor, batch: int, precision: str) -> Callable[[], None]:
     """The same step through the library, recipe `paper`."""
     section = load_recipe("paper").synthesis
-    mean, std = (torch.tensor(loaded.preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
+    mean, std = loaded.normalization()
     generator = torch.Generator().manual_seed(0)
     images = start_images(section.image, (batch, 3, *loaded.preprocess["size"]), mean, std, generator)
     values = images.values.requires_grad_(True)
@@ -118,9 +118,7 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, object]:
     """Median seconds of each variant, taking turns."""
     loaded = load_model(name, None if name.startswith("mini") else "random")
     nouns = generic_nouns()
-    ids = torch.from_numpy(loaded.tokenize([f"a photo of a {noun}." for noun in nouns]))
-    with torch.no_grad():
-        texts = torch.cat([F.normalize(loaded.model.encode_text(part), dim=-1) for part in ids.split(64)])
+    texts = embed_prompts(loaded, "a photo of a {}.", nouns)
     steps = {
         "straightforward": straightforward(loaded, texts, batch),
         "float32": ours(loaded, texts, batch, "float32"),

@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from d4c_onnx.errors import BundleError
 
@@ -73,11 +73,20 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write one file atomically."""
+    """Write one text file atomically."""
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write one file atomically: `write` is given a temporary one, which takes the path when it is complete.
+
+    Raises:
+        BundleError: the disk is full or the place cannot be written.
+    """
     temporary = path.with_name(f"{_STAGE}{path.name}-{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from d4c_onnx.bundle import Bundle, open_bundle
-from d4c_onnx.errors import BundleError, CheckFailed
+from d4c_onnx.errors import BundleError, CalibrationError, CheckFailed
+from d4c_onnx.files import write_text
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 
@@ -71,6 +74,66 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "weight_bits_average": round(average_bits([row for entry in found.values() for row in entry.stored]), 4),
         "encoders": {name: entry.as_dict() for name, entry in found.items()},
     }
+
+
+def report_calibration_set(
+    folder: Path, *, against: Sequence[Path] = (), machine: Machine | None = None, on_step: OnStep = silent
+) -> Path:
+    """Write `<set>.html` beside a calibration set in its bundle's folder: one self-contained page to look at.
+
+    It shows the images with their prompts, the loss curves, and what reaches each layer of the FP32 image encoder under
+    these images, under Gaussian noise and under other sets.
+
+    Args:
+        folder: the set, inside its bundle's folder.
+        against: other calibration sets, real images for example.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        CalibrationError: a folder is no calibration set, or its images have another size.
+        BundleError: the set does not lie in a bundle, or the page cannot be written.
+    """
+    from d4c_onnx.calibration.controls import noise_images
+    from d4c_onnx.calibration.dataset import open_calibration_set
+    from d4c_onnx.evaluation.activations import layer_inputs
+    from d4c_onnx.evaluation.page import calibration_page
+    from d4c_onnx.runtime.preprocess import denormalize
+
+    machine = machine or Machine()
+    bundle, made = open_bundle(folder.parent), open_calibration_set(folder)
+    sets = {"these images": made, **{path.name: open_calibration_set(path) for path in against}}
+    for other in sets.values():
+        check_images_fit(other, bundle)
+    images = {name: np.asarray(other.pixel_values) for name, other in sets.items()}
+    images["Gaussian noise"] = noise_images("noise", made.pixel_values.shape, bundle.manifest["seed"])
+    inputs = {
+        name: layer_inputs(
+            bundle.image_encoder, pixels, provider=machine.provider, threads=machine.threads, on_step=on_step
+        )
+        for name, pixels in images.items()
+    }
+    key = made.manifest["key"]
+    facts = {
+        "model": bundle.model_name,
+        "method": key["synthesis"]["method"],
+        "images": f"{len(made.pixel_values)}, and {len(made.held_out)} held out",
+        "prompts for the text tower": str(len(made.texts)),
+        "seed": str(key["seed"]),
+        "key": key["id"],
+    }
+    page = calibration_page(
+        f"{bundle.model_name}: calibration images",
+        facts,
+        denormalize(images["these images"], bundle.manifest["preprocess"]),
+        [key["synthesis"]["template"].format(label) for label in made.labels],
+        made.losses,
+        inputs,
+    )
+    target = folder.with_name(f"{folder.name}.html")
+    write_text(target, page)
+    return target
 
 
 def benchmark_bundles(
@@ -171,6 +234,18 @@ def evaluate(
     return evaluate_fidelity(
         bundles, calibration, batch=16, provider=provider, threads=machine.threads, on_step=on_step
     )
+
+
+def check_images_fit(dataset: CalibrationSet, bundle: Bundle) -> None:
+    """Compare the size of a set's images with what the encoder takes.
+
+    Raises:
+        CalibrationError: they differ.
+    """
+    height, width = bundle.manifest["preprocess"]["size"]
+    if tuple(dataset.pixel_values.shape[2:]) != (height, width):
+        found = "x".join(str(size) for size in dataset.pixel_values.shape[2:])
+        raise CalibrationError(f"the calibration images are {found}, {bundle.model_name} needs {height}x{width}.")
 
 
 def check_limits(accuracy: dict[str, Any], recipe: Recipe) -> None:

@@ -6,7 +6,6 @@ torch is imported inside the steps that need it: quantising a bundle with a cali
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from d4c_onnx.bundle import (
 )
 from d4c_onnx.errors import BundleError, DatasetError, ModelError
 from d4c_onnx.files import refuse_existing
-from d4c_onnx.measure import Machine, check_dataset_name, check_limits, evaluate
+from d4c_onnx.measure import Machine, check_dataset_name, check_images_fit, check_limits, evaluate
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import generic_nouns, read_nouns
@@ -89,67 +88,6 @@ def synthesize_calibration_set(
     return _calibration_set(origin, folder, recipe, nouns, machine, on_step)
 
 
-def report_calibration_set(
-    folder: Path, *, against: Sequence[Path] = (), machine: Machine | None = None, on_step: OnStep = silent
-) -> Path:
-    """Write `<set>.html` beside a calibration set in its bundle's folder: one self-contained page to look at.
-
-    It shows the images with their prompts, the loss curves, and what reaches each layer of the FP32 image encoder under
-    these images, under Gaussian noise and under other sets.
-
-    Args:
-        folder: the set, inside its bundle's folder.
-        against: other calibration sets, real images for example.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        CalibrationError: a folder is no calibration set, or its images have another size.
-        BundleError: the set does not lie in a bundle, or the page cannot be written.
-    """
-    from d4c_onnx.calibration.dataset import open_calibration_set
-    from d4c_onnx.evaluation.activations import layer_inputs
-    from d4c_onnx.evaluation.page import calibration_page
-    from d4c_onnx.files import write_text
-    from d4c_onnx.runtime.preprocess import denormalize
-    from d4c_onnx.synthesis.controls import noise_images
-
-    machine = machine or Machine()
-    bundle, made = open_bundle(folder.parent), open_calibration_set(folder)
-    sets = {"these images": made, **{path.name: open_calibration_set(path) for path in against}}
-    for other in sets.values():
-        _check_belongs(other, bundle)
-    images = {name: np.asarray(other.pixel_values) for name, other in sets.items()}
-    images["Gaussian noise"] = noise_images("noise", made.pixel_values.shape, bundle.manifest["seed"])
-    inputs = {
-        name: layer_inputs(
-            bundle.image_encoder, pixels, provider=machine.provider, threads=machine.threads, on_step=on_step
-        )
-        for name, pixels in images.items()
-    }
-    key = made.manifest["key"]
-    facts = {
-        "model": bundle.model_name,
-        "method": key["synthesis"]["method"],
-        "images": f"{len(made.pixel_values)}, and {len(made.held_out)} held out",
-        "prompts for the text tower": str(len(made.texts)),
-        "seed": str(key["seed"]),
-        "key": key["id"],
-    }
-    page = calibration_page(
-        f"{bundle.model_name}: calibration images",
-        facts,
-        denormalize(images["these images"], bundle.manifest["preprocess"]),
-        [key["synthesis"]["template"].format(label) for label in made.labels],
-        made.losses,
-        inputs,
-    )
-    target = folder.with_name(f"{folder.name}.html")
-    write_text(target, page)
-    return target
-
-
 def quantize_bundle(
     source: str,
     recipe: Recipe,
@@ -195,7 +133,7 @@ def quantize_bundle(
     clock.lap("export")
     if dataset is None:
         _, dataset = _calibration_set(origin, folder, recipe, nouns, machine, on_step)
-    _check_belongs(dataset, bundle)
+    check_images_fit(dataset, bundle)
     clock.lap("synthesize")
     quantized = quantize_bundle_files(
         bundle,
@@ -346,15 +284,6 @@ def _real_images(source: Path, recipe: Recipe, preprocess: dict[str, Any]) -> np
     chosen = np.random.default_rng([recipe.seed, 9]).choice(len(found), count, replace=False)
     part = replace(found, labels=found.labels[chosen], encoded=[found.encoded[index] for index in chosen])
     return np.stack([preprocess_image(image, preprocess) for images in part.batches(64) for image in images])
-
-
-def _check_belongs(dataset: CalibrationSet, bundle: Bundle) -> None:
-    from d4c_onnx.errors import CalibrationError
-
-    height, width = bundle.manifest["preprocess"]["size"]
-    if tuple(dataset.pixel_values.shape[2:]) != (height, width):
-        found = "x".join(str(size) for size in dataset.pixel_values.shape[2:])
-        raise CalibrationError(f"the calibration images are {found}, {bundle.model_name} needs {height}x{width}.")
 
 
 def _report(

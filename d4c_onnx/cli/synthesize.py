@@ -76,7 +76,7 @@ def command(
             machine=measure.Machine(device=device, threads=threads),
             on_step=on_step,
         )
-        page = pipeline.report_calibration_set(folder, against=against, on_step=on_step) if report else None
+        page = measure.report_calibration_set(folder, against=against, on_step=on_step) if report else None
     seconds = round(time.perf_counter() - start, 2)
     result = {
         "model": model,

@@ -85,7 +85,7 @@ def open_images(path: Path) -> LabelledImages:
         DatasetError: nothing there, or the file has another layout.
     """
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+        files = _image_files(path)
         if not files:
             raise DatasetError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)}).")
         encoded = [file.read_bytes() for file in files]
@@ -106,10 +106,13 @@ def content_sha256(path: Path) -> str:
     if not path.is_dir():
         raise DatasetError(f"{path}: no such folder or file.")
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES:
-            digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+    for file in _image_files(path):
+        digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _read_table(path: Path) -> Any:

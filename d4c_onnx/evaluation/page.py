@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from PIL import Image
@@ -50,17 +51,15 @@ def calibration_page(
         "of channels) says how many directions the rounding of weights gets to know.</p>",
         _layers(inputs),
         "<h2>Images</h2>",
-        '<div class="images">' + "".join(_figure(*pair) for pair in _pairs(images, captions)) + "</div>",
+        '<div class="images">'
+        + "".join(_figure(*pair) for pair in zip_longest(images, captions[: len(images)], fillvalue=""))
+        + "</div>",
     ]
     body = "\n".join(part for part in parts if part)
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style>\n{body}\n</html>\n"
     )
-
-
-def _pairs(images: np.ndarray, captions: Sequence[str]) -> list[tuple[np.ndarray, str]]:
-    return [(image, captions[index] if index < len(captions) else "") for index, image in enumerate(images)]
 
 
 def _figure(image: np.ndarray, caption: str) -> str:

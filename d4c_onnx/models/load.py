@@ -71,6 +71,11 @@ class LoadedModel:
         """int64 [len(texts), context_length]."""
         return self.tokenizer(texts, context_length=self.context_length).numpy().astype(np.int64)
 
+    def normalization(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the input space, float32 [3, 1, 1] each."""
+        mean, std = (torch.tensor(self.preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
+        return mean, std
+
     def deployed_towers(self, normalize: bool = True) -> tuple[ImageTower, CausalTextTower | FixedTextTower]:
         """Copies of both towers in the form that is exported; the original stays as it is for the parity check."""
         model = copy.deepcopy(self.model)

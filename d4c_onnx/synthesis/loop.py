@@ -5,7 +5,6 @@ whole set is one unit, whose minibatches step one Adam in turn, as published (th
 drift on stale momentum).
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from d4c_onnx.files import write_file
 from d4c_onnx.recipe import SynthesisSection
 from d4c_onnx.synthesis.objectives import Objective, Seen, diversity, guidance, inside, structure, total_variation
 from d4c_onnx.synthesis.param import Images
@@ -179,12 +179,7 @@ def _save(
         "generator": generator.get_state(),
         "history": history,
     }
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    write_file(path, lambda file: torch.save(state, file))
 
 
 def _resume(

@@ -1,7 +1,6 @@
 """From a loaded model to a calibration set on disk; interrupted runs resume and end with the same files."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -14,21 +13,25 @@ import torch
 import torch.nn.functional as F
 
 from d4c_onnx.bundle import versions
+from d4c_onnx.calibration.controls import noise_images
 from d4c_onnx.calibration.dataset import CalibrationSet, cut_to_end, save_calibration_set
 from d4c_onnx.calibration.key import calibration_key
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.files import translate_os_error, write_json
+from d4c_onnx.files import translate_os_error, write_file, write_json
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import PromptSection, SynthesisSection
+from d4c_onnx.runtime.preprocess import denormalize
 from d4c_onnx.synthesis.compute import prepare_tower, resolve_device, resolve_precision
-from d4c_onnx.synthesis.controls import noise_images
 from d4c_onnx.synthesis.loop import Guide, build_objective, optimize_unit
 from d4c_onnx.synthesis.param import start_images
 from d4c_onnx.synthesis.perturb import published
 from d4c_onnx.synthesis.prompts import draw_labels, draw_targets, draw_texts
 from d4c_onnx.synthesis.taps import INSIDE, Taps
 from d4c_onnx.vocabulary import templates
+
+# images float32 [N, 3, H, W], and their loss terms, one value per pass
+Unit = tuple[np.ndarray, dict[str, list[float]]]
 
 
 def synthesize(
@@ -87,7 +90,6 @@ def synthesize(
     dynamic = loaded.deployed_towers()[1].dynamic_sequence
     end = getattr(loaded.tokenizer, "eot_token_id", None)
     rows = cut_to_end(ids, end) if dynamic and end is not None else tuple(tuple(row) for row in ids.tolist())
-    mean, std = (np.array(loaded.preprocess[name], np.float32)[:, None, None] for name in ("mean", "std"))
     content = CalibrationSet(
         pixel_values=pixels[: section.images],
         held_out=pixels[section.images :],
@@ -98,7 +100,7 @@ def synthesize(
         losses=tuple(losses),
         manifest={"model": loaded.name, "key": key, "compute": compute, "versions": versions()},
     )
-    saved = save_calibration_set(target, content, pixels * std + mean)
+    saved = save_calibration_set(target, content, denormalize(pixels, loaded.preprocess))
     shutil.rmtree(work, ignore_errors=True)
     return saved
 
@@ -113,13 +115,13 @@ def _optimize(
     device: torch.device,
     precision: torch.dtype,
     on_step: OnStep,
-) -> list[tuple[np.ndarray, dict[str, list[float]]]]:
+) -> list[Unit]:
     """Every unit's images and loss terms, in order; finished units are read back."""
-    mean, std = (torch.tensor(loaded.preprocess[name]).view(3, 1, 1).to(device) for name in ("mean", "std"))
+    mean, std = (value.to(device) for value in loaded.normalization())
     guide = _guide(loaded, section, nouns, mean, std, device, precision)
     targets = torch.from_numpy(draw_targets(labels, len(nouns), section.second_class, section.label_smoothing, seed))
     size = len(labels) if section.shared_optimizer else section.batch
-    parts: list[tuple[np.ndarray, dict[str, list[float]]]] = []
+    parts: list[Unit] = []
     for number, start in enumerate(range(0, len(labels), size)):
         own = targets[start : start + size].to(device)
         done_file, state_file = work / f"unit-{number:04d}.npz", work / f"unit-{number:04d}.pt"
@@ -127,16 +129,13 @@ def _optimize(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             shape = (len(own), 3, *loaded.preprocess["size"])
             images = start_images(section.image, shape, mean, std, generator)
-            if section.diversity_weight:
-                guide = replace(guide, earlier=_embed([part for part, _ in parts], guide, device))
             report = _reporter(start, len(own), len(labels), section.steps, on_step)
-            try:
-                made, history = optimize_unit(images, own, guide, section, generator, state_file, report)
-                _save_unit(done_file, made.numpy(), history)
-            except OSError as error:
-                raise translate_os_error(error, work) from error
+            made, history = optimize_unit(images, own, guide, section, generator, state_file, report)
+            _save_unit(done_file, made.numpy(), history)
             state_file.unlink(missing_ok=True)
         parts.append(_load_unit(done_file))
+        if section.diversity_weight:
+            guide = replace(guide, earlier=_with_earlier(guide, torch.from_numpy(parts[-1][0]).to(device)))
     return parts
 
 
@@ -158,13 +157,12 @@ def _reporter(
     return report
 
 
-def _embed(parts: list[np.ndarray], guide: Guide, device: torch.device) -> torch.Tensor | None:
-    if not parts:
-        return None
+def _with_earlier(guide: Guide, finished: torch.Tensor) -> torch.Tensor:
+    """The unit vectors of all finished images, those of one more unit [N, 3, H, W] included."""
     with torch.no_grad():
-        embeds = torch.cat([F.normalize(guide.encode(torch.from_numpy(part).to(device)), dim=-1) for part in parts])
+        embeds = F.normalize(guide.encode(finished), dim=-1)
     guide.taps.clear()
-    return embeds
+    return embeds if guide.earlier is None else torch.cat([guide.earlier, embeds])
 
 
 def _guide(
@@ -179,18 +177,22 @@ def _guide(
     # The deployed form of the tower: the same numbers, and on CPUs its backward pass is about three times faster
     # than torch's fused attention.
     image, _ = loaded.deployed_towers()
-    ids = torch.from_numpy(loaded.tokenize([section.template.format(noun) for noun in nouns]))
-    with torch.no_grad():
-        texts = torch.cat([F.normalize(loaded.model.encode_text(part), dim=-1) for part in ids.split(64)])
     objective = build_objective(section)
     return Guide(
         encode=prepare_tower(image, device, precision),
-        texts=texts.to(device),
+        texts=embed_prompts(loaded, section.template, nouns).to(device),
         objective=objective,
         perturbations=published(mean, std) if section.pae and section.method == "d4c" else (),
         perturbed_view="box" if section.scg else "whole",
         taps=Taps(image, objective.inside),
     )
+
+
+def embed_prompts(loaded: LoadedModel, template: str, nouns: tuple[str, ...]) -> torch.Tensor:
+    """Unit vectors of one prompt a noun, float32 [K, D], on the CPU."""
+    ids = torch.from_numpy(loaded.tokenize([template.format(noun) for noun in nouns]))
+    with torch.no_grad():
+        return torch.cat([F.normalize(loaded.model.encode_text(part), dim=-1) for part in ids.split(64)])
 
 
 def _work_folder(target: Path, key: dict[str, Any], compute: dict[str, str]) -> Path:
@@ -210,14 +212,10 @@ def _work_folder(target: Path, key: dict[str, Any], compute: dict[str, str]) -> 
 
 
 def _save_unit(path: Path, images: np.ndarray, history: dict[str, list[float]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, images=images, names=np.array(list(history)), losses=np.array(list(history.values())))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    names, losses = np.array(list(history)), np.array(list(history.values()))
+    write_file(path, lambda file: np.savez(file, images=images, names=names, losses=losses))
 
 
-def _load_unit(path: Path) -> tuple[np.ndarray, dict[str, list[float]]]:
+def _load_unit(path: Path) -> Unit:
     with np.load(path) as unit:
         return unit["images"], dict(zip(unit["names"].tolist(), unit["losses"].tolist(), strict=True))
