@@ -7,14 +7,20 @@ perturbations, the same number of images, one Adam step. Straightforward means: 
 in float32; box and background each through a forward of their own; crops, masks and perturbations image by image. The
 library's step runs twice, in float32 and in the precision that `synthesis.precision: auto` takes here. The variants
 take turns; printed are medians and their ratios. A full-size architecture (random weights) can be named, too.
+
+    python benchmarks/synthesis_steps.py ViT-B-32 --variants default
+
+`default` is a step of the default recipe, its whole-image view included. From the medians follow the seconds of whole
+schedules: 24,000 published steps, and the default's. Peak memory is the process's, so name one variant to know its own.
 """
 
 import argparse
 import json
 import math
 import random
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,11 +32,13 @@ from d4c_onnx.synthesis.compute import prepare_tower, resolve_precision
 from d4c_onnx.synthesis.loop import Guide, build_objective, optimize_step
 from d4c_onnx.synthesis.param import start_images
 from d4c_onnx.synthesis.perturb import published
+from d4c_onnx.synthesis.run import embed_prompts
 from d4c_onnx.synthesis.taps import Taps
 from d4c_onnx.synthesis.views import draw_boxes
 from d4c_onnx.vocabulary import generic_nouns
 
 CPU = torch.device("cpu")
+VARIANTS = ("straightforward", "float32", "auto", "default")
 
 
 def straightforward(loaded: LoadedModel, texts: torch.Tensor, batch: int) -> Callable[[], None]:
@@ -93,9 +101,9 @@ def _perturb_one(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> 
     return image
 
 
-def ours(loaded: LoadedModel, texts: torch.Tensor, batch: int, precision: str) -> Callable[[], None]:
-    """The same step through the library, recipe `paper`."""
-    section = load_recipe("paper").synthesis
+def ours(loaded: LoadedModel, texts: torch.Tensor, batch: int, recipe: str, precision: str) -> Callable[[], None]:
+    """A step through the library."""
+    section = load_recipe(recipe).synthesis
     mean, std = loaded.normalization()
     generator = torch.Generator().manual_seed(0)
     images = start_images(section.image, (batch, 3, *loaded.preprocess["size"]), mean, std, generator)
@@ -114,16 +122,18 @@ def ours(loaded: LoadedModel, texts: torch.Tensor, batch: int, precision: str) -
     return step
 
 
-def measure(name: str, batch: int, rounds: int) -> dict[str, object]:
+def measure(name: str, batch: int, rounds: int, variants: Sequence[str]) -> dict[str, object]:
     """Median seconds of each variant, taking turns."""
     loaded = load_model(name, None if name.startswith("mini") else "random")
     nouns = generic_nouns()
     texts = embed_prompts(loaded, "a photo of a {}.", nouns)
-    steps = {
-        "straightforward": straightforward(loaded, texts, batch),
-        "float32": ours(loaded, texts, batch, "float32"),
-        "auto": ours(loaded, texts, batch, "auto"),
+    makers = {
+        "straightforward": lambda: straightforward(loaded, texts, batch),
+        "float32": lambda: ours(loaded, texts, batch, "paper", "float32"),
+        "auto": lambda: ours(loaded, texts, batch, "paper", "auto"),
+        "default": lambda: ours(loaded, texts, batch, "default", "auto"),
     }
+    steps = {label: makers[label]() for label in variants}
     times: dict[str, list[float]] = {label: [] for label in steps}
     for turn in range(rounds + 2):
         for label, step in steps.items():
@@ -132,14 +142,24 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, object]:
             if turn >= 2:  # warm-up
                 times[label].append(time.perf_counter() - start)
     medians = {label: float(np.median(values)) for label, values in times.items()}
-    first = medians["straightforward"]
+    default, published = (load_recipe(recipe).synthesis for recipe in ("default", "paper"))
+    images = {"straightforward": published, "default": default}
+    schedule = {
+        label: medians[label] * section.steps * math.ceil((section.images + section.held_out) / batch)
+        for label, section in images.items()
+        if label in medians
+    }
+    ratios = {label: round(medians[variants[0]] / value, 2) for label, value in medians.items()}
     return {
         "model": name,
         "batch": batch,
         "threads": torch.get_num_threads(),
         "auto": str(resolve_precision("auto", CPU)),
         "ms": {label: round(1000 * value, 1) for label, value in medians.items()},
-        "faster": {label: round(first / value, 2) for label, value in medians.items()},
+        f"faster than {variants[0]}": ratios,
+        "whole schedule s": {label: round(value, 1) for label, value in schedule.items()},
+        "default s an image": round(medians["default"] * default.steps / batch, 3) if "default" in medians else None,
+        "peak memory GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }
 
 
@@ -148,12 +168,13 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     for name in args.models:
-        print(json.dumps(measure(name, args.batch, args.rounds)))
+        print(json.dumps(measure(name, args.batch, args.rounds, args.variants)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 
 import numpy as np
 from PIL import Image
@@ -40,6 +39,7 @@ def calibration_page(
         losses: loss terms by name, one value per pass, for each unit that was optimised together.
         inputs: what reaches each layer under each source of images, the set itself first.
     """
+    shown = [*captions, *[""] * len(images)][: len(images)]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         "<table>"
@@ -51,9 +51,7 @@ def calibration_page(
         "of channels) says how many directions the rounding of weights gets to know.</p>",
         _layers(inputs),
         "<h2>Images</h2>",
-        '<div class="images">'
-        + "".join(_figure(*pair) for pair in zip_longest(images, captions[: len(images)], fillvalue=""))
-        + "</div>",
+        f'<div class="images">{"".join(map(_figure, images, shown))}</div>',
     ]
     body = "\n".join(part for part in parts if part)
     return (
