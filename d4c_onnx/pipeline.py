@@ -103,27 +103,30 @@ def quantize_bundle(
     """Quantise both encoders of a model or bundle, and measure the written files against FP32.
 
     Exports first when the model has no bundle yet, synthesises when there is no calibration set of the recipe's key.
-    The result goes to `<bundle>/<bits>/`.
+    The result goes to `<bundle>/<bits>/`; with `target: cuda` an FP16 bundle goes to `<bundle>/fp16/`, too.
 
     Args:
         source: a model's name, or an FP32 bundle's path.
         calibration: a set's folder; none is then synthesised and torch is not needed for a bundle.
 
     Returns:
-        The report: model, bits, bundle, weight_bits_average, size_bytes, size_ratio, accuracy, top1, seconds.
+        The report: model, bits, target, bundle, weight_bits_average, size_bytes, size_ratio, accuracy, top1, seconds.
 
     Raises:
         CheckFailed: top-1 or cosine fell by more than the recipe allows (the files are written all the same).
     """
     from d4c_onnx.calibration.dataset import open_calibration_set
-    from d4c_onnx.quantization import quantize_bundle_files
+    from d4c_onnx.quantization import half_bundle_files, quantize_bundle_files, target_of
     from d4c_onnx.runtime.session import resolve_provider
 
     machine = machine or Machine()
     nouns = read_nouns(prompts) if prompts else None
     folder = Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
     target = folder / recipe.quantization.bits.lower()
-    refuse_existing(target, overwrite)
+    form = target_of(recipe.quantization)
+    half = folder / "fp16" if form.half else None
+    for written in (target, half) if half else (target,):
+        refuse_existing(written, overwrite)
     check_dataset_name(recipe)
     dataset = open_calibration_set(calibration) if calibration else None
     if dataset is None:
@@ -145,10 +148,12 @@ def quantize_bundle(
         threads=machine.threads,
         on_step=on_step,
     )
+    beside = [half_bundle_files(bundle, half)] if half else []
     clock.lap("quantize")
-    accuracy = evaluate([bundle, quantized], recipe, dataset, machine, on_step)
+    accuracy = evaluate([bundle, quantized, *beside], recipe, dataset, machine, on_step)
     clock.lap("evaluate")
-    quantized = write_manifest(quantized.path, {**quantized.content, "accuracy": _relative(accuracy, folder)})
+    measured = {"accuracy": _relative(accuracy, folder)}
+    quantized, *_ = [write_manifest(made.path, {**made.content, **measured}) for made in (quantized, *beside)]
     report = _report(bundle, quantized, recipe, accuracy, clock.seconds)
     check_limits(accuracy, recipe)
     return report
@@ -298,6 +303,8 @@ def _report(
         "bundle": str(quantized.path),
         "calibration": quantized.manifest["calibration"],
         "accuracy_mode_only": quantized.manifest["accuracy_mode_only"],
+        "target": recipe.quantization.target,
+        "target_note": quantized.manifest["target_note"],
         "weight_bits_average": quantized.manifest["weight_bits_average"],
         "size_bytes": {"fp32": before, "quantized": after},
         "size_ratio": {tower: round(before[tower] / after[tower], 3) for tower in ("image", "text", "total")},

@@ -120,6 +120,22 @@ class QuantizationSection(_Section):
     boundary_bits: Literal[4, 6, 8] = Field(8, description="weight bits of the first layer and the final projection")
     embedding_bits: Literal[4, 8] | None = Field(None, description="token table bits; none: 4 if weights are 4, else 8")
     attention: Literal["float", "int8"] = Field("float", description="the two attention products of each block")
+    target: Literal["cpu", "portable", "tensorrt", "openvino", "cuda"] = Field(
+        "cpu",
+        description="where the files are served. cpu: onnxruntime's CPU provider; portable: standard operators only; "
+        "tensorrt: symmetric int8, plain int4; openvino: plain int4; cuda: an FP16 bundle beside the int8 one",
+    )
+    int4_layout: Literal["auto", "cast", "native", "nibbles"] = Field(
+        "auto",
+        description="cast: INT4 and a Cast to int8, for onnxruntime 1.23 and newer; native: INT4 straight into "
+        "DequantizeLinear, for compilers; nibbles: two in a uint8, for older onnxruntime. auto: the target's",
+    )
+    fused_attention: bool | None = Field(
+        None, description="attention as com.microsoft.MultiHeadAttention; none: as the target has it"
+    )
+    pooled_row_only: bool = Field(
+        True, description="compute only the row that is pooled in a transformer's last block; exact"
+    )
     batch: int = Field(8, ge=1, le=4096, description="calibration batch")
 
     @property

@@ -28,15 +28,20 @@ class QuantParams:
         return (0 - self.zero_point) * self.scale, (top - self.zero_point) * self.scale
 
 
-def quant_params(low: float, high: float, num_bits: int) -> QuantParams:
+def quant_params(low: float, high: float, num_bits: int, symmetric: bool = False) -> QuantParams:
     """The unsigned affine grid that covers [low, high] and holds an exact zero.
 
     Args:
         low, high: float range; widened to contain 0, which padding and ReLU need exactly.
         num_bits: width of the grid.
+        symmetric: zero lies in the middle: shifted by half its width, the grid is a signed one of zero point 0.
     """
     top = 2**num_bits - 1
     low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if symmetric:
+        half = 2 ** (num_bits - 1)
+        scale = float(np.float32(max(-low / half, high / (half - 1))))
+        return QuantParams(scale if scale > np.finfo(np.float32).tiny else 1.0 / top, half, num_bits)
     # float32 is what the file stores; a constant-zero tensor gets a harmless unit grid
     scale = float(np.float32((high - low) / top))
     if scale <= np.finfo(np.float32).tiny:
@@ -73,11 +78,13 @@ class RangeObserver:
         np.clip(index, 0, BINS - 1, out=index)
         self.counts += np.bincount(index, minlength=BINS)
 
-    def minmax(self, num_bits: int, headroom: float = 1.0) -> QuantParams:
+    def minmax(self, num_bits: int, headroom: float = 1.0, symmetric: bool = False) -> QuantParams:
         """The grid over everything observed, stretched by `headroom`."""
-        return quant_params(min(self.low, 0.0) * headroom, max(self.high, 0.0) * headroom, num_bits)
+        return quant_params(min(self.low, 0.0) * headroom, max(self.high, 0.0) * headroom, num_bits, symmetric)
 
-    def mse(self, num_bits: int, headroom: float = 1.0, clip_weight: float = 1.0) -> QuantParams:
+    def mse(
+        self, num_bits: int, headroom: float = 1.0, clip_weight: float = 1.0, symmetric: bool = False
+    ) -> QuantParams:
         """The grid of least mean square error over all observed values.
 
         Both ends of the range are searched in turn (coordinate descent from the observed extremes), each over 91
@@ -94,13 +101,13 @@ class RangeObserver:
         used = self.counts > 0
         values, weights = centers[used] * headroom, self.counts[used].astype(np.float64)
         low, high = min(self.low, 0.0) * headroom, max(self.high, 0.0) * headroom
-        best = quant_params(low, high, num_bits)
+        best = quant_params(low, high, num_bits, symmetric)
         least = _square_error(values, weights, best, clip_weight)
         for _ in range(3):
             before = least
             candidates = (*((low * s, high) for s in _SHRINK), *((low, high * s) for s in _SHRINK))
             for candidate_low, candidate_high in candidates:
-                params = quant_params(candidate_low, candidate_high, num_bits)
+                params = quant_params(candidate_low, candidate_high, num_bits, symmetric)
                 error = _square_error(values, weights, params, clip_weight)
                 if error < least:
                     least, best = error, params

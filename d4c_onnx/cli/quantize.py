@@ -16,6 +16,12 @@ from d4c_onnx.cli import options, show
     type=click.FloatRange(4, 8),
     help="Spend so many bits per weight: w4a8, and 8 bits for the layers that measure as most sensitive.",
 )
+@click.option(
+    "--target",
+    type=click.Choice(["cpu", "portable", "tensorrt", "openvino", "cuda"]),
+    help="Where the files are served: onnxruntime's CPU provider, standard operators only, TensorRT, OpenVINO, or CUDA "
+    "(writes an FP16 bundle, too).  [recipe: cpu]",
+)
 @options.pretrained_option
 @options.output_option
 @options.prompts_option
@@ -31,6 +37,7 @@ def command(
     model: str,
     bits: str | None,
     average_bits: float | None,
+    target: str | None,
     pretrained: str | None,
     output: Path,
     prompts: Path | None,
@@ -53,6 +60,7 @@ def command(
     extra: dict[str, object] = {
         "quantization.bits": bits,
         "quantization.average_bits": average_bits,
+        "quantization.target": target,
         "evaluation.dataset": dataset,
     }
     recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
@@ -79,7 +87,7 @@ def command(
 def _print(report: dict[str, Any]) -> None:
     before, after, ratio = report["size_bytes"]["fp32"], report["size_bytes"]["quantized"], report["size_ratio"]
     names = ["FP32", report["bits"].upper()]
-    show.accuracy_table(report["accuracy"], names)
+    show.accuracy_table(report["accuracy"], [*names, "FP16"][: len(report["accuracy"]["bundles"])])
     rows = [
         [tower, show.size(before[tower]), show.size(after[tower]), f"{ratio[tower]:.2f}x"]
         for tower in ("image", "text", "total")
@@ -88,5 +96,7 @@ def _print(report: dict[str, Any]) -> None:
     click.echo(f"{report['weight_bits_average']:.2f} bits per MatMul, Gemm and Conv weight, counted from the files")
     if report["accuracy_mode_only"]:
         click.echo(f"{report['bits']} is an accuracy mode: it answers as such a device would, and runs as int8 here")
+    if report["target"] != "cpu":
+        click.echo(f"target {report['target']}: {report['target_note']}")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
     click.echo(f"{report['bundle']} ({spent})")

@@ -87,7 +87,7 @@ def measure_latency(
         for _ in range(_LOADS):
             for entry in running:
                 start = time.perf_counter()
-                sessions[entry.name] = EncoderSession(entry.encoders[tower], provider, threads)
+                sessions[entry.name] = EncoderSession(entry.encoders[tower], provider, threads, shared=True)
                 loads[entry.name].append(time.perf_counter() - start)
         rows: dict[str, dict[str, Any]] = {
             entry.name: {

@@ -17,17 +17,20 @@ _BITS: dict[int, int] = {
     onnx.TensorProto.BFLOAT16: 16,
     onnx.TensorProto.FLOAT: 32,
 }
+# Two 4-bit values a byte are looked up here: the name marks a Gather that unpacks.
+NIBBLE_TABLE = "nibble_pairs"
 # What may stand between a stored weight and the node that multiplies with it.
-_PASS_THROUGH = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape", "Identity"}
+_PASS_THROUGH = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape", "Slice", "Identity"}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerBits:
-    """One weighted layer of a file: node, op, stored initialiser, elements, bits per stored weight."""
+    """One weighted layer of a file: node, op, stored initialiser, its shape, elements, bits per stored weight."""
 
     node: str
     op: str
     weight: str
+    shape: tuple[int, ...]
     elements: int
     bits: int
 
@@ -42,8 +45,8 @@ def layer_bits(model: onnx.ModelProto) -> list[LayerBits]:
         for name in (node.input[1], node.input[0]) if node.op_type == "MatMul" else (node.input[1],):
             stored = _stored(index, name)
             if stored is not None:
-                bits = _BITS.get(stored.data_type, 32)
-                layers.append(LayerBits(node.name, node.op_type, stored.name, prod(stored.dims), bits))
+                tensor, shape, bits = stored
+                layers.append(LayerBits(node.name, node.op_type, tensor.name, shape, prod(shape), bits))
                 break
     return layers
 
@@ -54,11 +57,24 @@ def average_bits(layers: list[LayerBits]) -> float:
     return sum(layer.elements * layer.bits for layer in layers) / total if total else 0.0
 
 
-def _stored(index: GraphIndex, name: str) -> onnx.TensorProto | None:
+def _stored(index: GraphIndex, name: str) -> tuple[onnx.TensorProto, tuple[int, ...], int] | None:
+    """The initialiser behind a value, the shape it has there, and its bits a value."""
+    unpacked: tuple[int, ...] | None = None
     while name not in index.initializers:
         node = index.producer.get(name)
+        if node is not None and node.op_type == "Gather" and node.input[0] == NIBBLE_TABLE:
+            name = node.input[1]
+            continue
         if node is None or node.op_type not in _PASS_THROUGH:
             return None
+        if node.op_type == "Reshape" and unpacked is None and node.input[1] in index.initializers:
+            unpacked = tuple(int(size) for size in index.constant(node.input[1]))
         name = node.input[0]
     tensor = index.initializers[name]
-    return tensor if len(tensor.dims) >= 2 else None
+    nibbles = any(reader.op_type == "Cast" and _looks_up(index, reader) for reader in index.consumers[name])
+    shape = unpacked if nibbles and unpacked else tuple(tensor.dims)
+    return (tensor, shape, 4 if nibbles else _BITS.get(tensor.data_type, 32)) if len(shape) >= 2 else None
+
+
+def _looks_up(index: GraphIndex, cast: onnx.NodeProto) -> bool:
+    return any(reader.input[0] == NIBBLE_TABLE for reader in index.consumers[cast.output[0]])

@@ -11,16 +11,19 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, write_manifest
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.calibration.readers import D4CCalibrationDataReader, PromptCalibrationDataReader
+from d4c_onnx.errors import CheckFailed
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.bits import average_bits
 from d4c_onnx.graph.files import load_graph
 from d4c_onnx.graph.signature import signature
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.budget import measure_costs, spend
+from d4c_onnx.quantization.deployment import target_of
 from d4c_onnx.quantization.encoder import quantize_encoder
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.golden import read_golden, write_golden
+from d4c_onnx.runtime.optimizer import OptimizerEffect, optimizer_effect
 from d4c_onnx.runtime.session import EncoderSession
 
 GOLDEN_TOLERANCE = 0.05  # max abs difference of a quantised embedding between machines (other int8 kernels)
@@ -49,6 +52,7 @@ def quantize_bundle_files(
     Raises:
         GraphError: an encoder cannot be quantised.
         BundleError: the folder cannot be written.
+        CheckFailed: onnxruntime's optimiser changes the answers beyond the rounding of quantised activations.
         RecipeError: the bit budget is smaller than what the first and last layers take.
     """
     fixed = EncoderSession(bundle.text_encoder).fixed_length
@@ -76,6 +80,7 @@ def quantize_bundle_files(
         ids = np.array([read_golden(bundle.path)["input_ids"]], np.int64)
         preprocess = bundle.manifest["preprocess"]
         write_golden(stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, preprocess, ids, GOLDEN_TOLERANCE)
+        optimizer = _check_optimizer(bundle, stage, readers, threads)
         layers = [layer for report in reports.values() for layer in report.layers]
         written = write_manifest(
             stage,
@@ -89,12 +94,35 @@ def quantize_bundle_files(
                 "bits": section.bits.lower(),
                 "accuracy_mode_only": section.activation_bits != 8 or section.weight_bits == 6,
                 "weight_bits_average": round(average_bits(layers), 4),
+                "target": section.target,
+                "target_note": target_of(section).note,
+                # what the numbers of this manifest were measured with, and what a session needs: nothing but defaults
+                "session": {"graph_optimization_level": "ORT_ENABLE_ALL", "config_entries": {}},
+                "optimizer_effect": {name: effect.as_dict() for name, effect in optimizer.items()},
                 "encoders": {name: report.as_dict() for name, report in reports.items()},
                 "calibration": dataset.manifest["key"]["id"],
                 "source_files": {name: bundle.manifest["files"][name]["sha256"] for name in readers},
             },
         )
     return Bundle(target, written.manifest)
+
+
+def _check_optimizer(
+    bundle: Bundle, stage: Path, readers: Mapping[str, CalibrationDataReader], threads: int
+) -> dict[str, OptimizerEffect]:
+    effects = {}
+    for name, reader in readers.items():
+        reader.rewind()
+        feed = reader.get_next()
+        assert feed is not None
+        batch = next(iter(feed.values()))
+        effect = effects[name] = optimizer_effect(stage / name, bundle.path / name, batch, threads)
+        if not effect.harmless:
+            raise CheckFailed(
+                f"{name}: onnxruntime's graph optimiser moves the embeddings by {effect.optimizer:.2e} (rms), "
+                f"quantisation itself by {effect.quantization:.2e}. Nothing was written; please report the model."
+            )
+    return effects
 
 
 def _spend_budget(

@@ -13,6 +13,7 @@ from d4c_onnx.graph.bits import LayerBits, layer_bits
 from d4c_onnx.graph.files import load_graph, save_graph, set_metadata, strip_notes
 from d4c_onnx.graph.index import GraphIndex, drop_unused
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.deployment import compute_pooled_row_only, fuse_attention, target_of
 from d4c_onnx.quantization.folding import dead_start_rows, fold_batch_norms, pin_start_token, smooth
 from d4c_onnx.quantization.layout import (
     MINIMUM_ORT,
@@ -39,6 +40,8 @@ class EncoderReport:
         activations: how many are quantised.
         smoothed: alpha per smoothed place, by the node that makes the activation.
         start_token_pinned: whether the start token's keys and values are constants of the file.
+        pooled_row_only: whether the last block computes one row only.
+        fused_attention: how many attentions are one kernel of onnxruntime.
         minimum_onnxruntime: the oldest release that loads the file.
     """
 
@@ -47,6 +50,8 @@ class EncoderReport:
     activations: int
     smoothed: dict[str, float]
     start_token_pinned: bool
+    pooled_row_only: bool
+    fused_attention: int
     minimum_onnxruntime: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,6 +64,8 @@ class EncoderReport:
             "quantized_activations": self.activations,
             "smoothing_alpha": self.smoothed,
             "start_token_pinned": self.start_token_pinned,
+            "pooled_row_only": self.pooled_row_only,
+            "fused_attention": self.fused_attention,
             "minimum_onnxruntime": self.minimum_onnxruntime,
         }
 
@@ -96,16 +103,20 @@ def quantize_encoder(
     rounded = round_weights(model, plan, ranges, reader, section, provider=provider, threads=threads, on_step=on_step)
     weights = rounded.weights
     place_biases(model, rounded.biases)
-    quantized = quantize_graph(model, plan, weights, ranges, reader)
+    form = target_of(section)
+    quantized = quantize_graph(model, plan, weights, ranges, reader, form)
     strip_notes(quantized)
     clip_activations(quantized, ranges)
-    store_int4(quantized, [f"{name}_quantized" for name, weight in weights.items() if weight.num_bits == 4])
+    one_row = section.pooled_row_only and compute_pooled_row_only(quantized)
+    fused = fuse_attention(quantized) if form.fused_attention and section.attention == "float" else 0
+    layout = form.int4_layout
+    store_int4(quantized, [f"{name}_quantized" for name, weight in weights.items() if weight.num_bits == 4], layout)
     table = find_token_table(quantized.graph)
     if table is not None:
         gather, name = table
         rows = GraphIndex(quantized.graph).constant(name)
         table_rows = make_rounding("nearest").round(np.asarray(rows, np.float32), section.table_bits)
-        store_token_table(quantized, gather, name, table_rows)
+        store_token_table(quantized, gather, name, table_rows, layout)
     set_metadata(quantized, {entry.key: entry.value for entry in model.metadata_props} | {"quantization": section.bits})
     save_graph(quantized, target)
     int4 = any(weight.num_bits == 4 for weight in weights.values()) or (table is not None and section.table_bits == 4)
@@ -115,7 +126,9 @@ def quantize_encoder(
         len(ranges),
         smoothed,
         bool(plan.dead_rows),
-        MINIMUM_ORT[int4],
+        one_row,
+        fused,
+        MINIMUM_ORT[layout if int4 else None],
     )
 
 

@@ -1,24 +1,30 @@
 """How quantised values lie in the file.
 
-onnxruntime has no CPU kernel for int4 weights with int8 activations: stored as plain int4 QDQ, a layer is dequantised
-and multiplied in float, three times slower than FP32. Stored as an INT4 initialiser with a `Cast` to INT8 before the
-`DequantizeLinear`, the Cast is folded when the session loads and every int8 kernel fuses: half the bytes, same speed.
-Needs opset 21 and onnxruntime 1.23.
+onnxruntime has no CPU kernel for int4 weights with int8 activations: stored as plain int4 QDQ (`native`, what
+compilers want), a layer is dequantised and multiplied in float, three times slower than FP32. Two layouts reach the
+int8 kernels at half the bytes, because onnxruntime folds what unpacks them when it loads the file:
+
+- `cast`: an INT4 initialiser and a `Cast` to INT8. Needs opset 21 and onnxruntime 1.23.
+- `nibbles`: two values a uint8, looked up in a table of 256 pairs of int8 (`Gather`). Any opset, onnxruntime 1.20.
+  Unpacked by bit operations instead, the weights would be uint8 with zero point 8, and onnxruntime 1.32 multiplies
+  those at half the speed of int8 ones.
 """
 
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from d4c_onnx.calibration.observers import QuantParams
+from d4c_onnx.graph.bits import NIBBLE_TABLE
 from d4c_onnx.graph.files import raise_opset
 from d4c_onnx.graph.index import GraphIndex, drop_unused, set_initializer
 from d4c_onnx.quantization.rounding import QuantizedWeight
 
 INT4_OPSET = 21
-MINIMUM_ORT = {True: "1.23", False: "1.20"}  # with and without int4: the oldest that were tried
+# The oldest releases that were tried; None: without 4-bit weights.
+MINIMUM_ORT = {"cast": "1.23", "native": "1.20", "nibbles": "1.20", None: "1.20"}
 
 
 def pack_int4(values: np.ndarray) -> bytes:
@@ -46,24 +52,57 @@ def int4_initializer(name: str, values: np.ndarray) -> onnx.TensorProto:
     return TensorProto(name=name, data_type=TensorProto.INT4, dims=values.shape, raw_data=pack_int4(values))
 
 
-def store_int4(model: onnx.ModelProto, names: Iterable[str]) -> int:
-    """Turn int8 initialisers into INT4 + Cast, in place; returns how many.
+def store_int4(model: onnx.ModelProto, names: Iterable[str], layout: str = "cast") -> int:
+    """Store int8 initialisers in 4 bits, in place; returns how many.
 
     Args:
         names: initialisers whose values all lie in [-8, 7].
+        layout: cast, native (for those that a DequantizeLinear reads) or nibbles.
     """
     graph = model.graph
     index = GraphIndex(graph)
-    casts = []
-    for name in dict.fromkeys(names):
+    unique = list(dict.fromkeys(names))
+    nodes: list[onnx.NodeProto] = []
+    for name in unique:
         values = index.constant(name)
-        stored = f"{name}_int4"
-        index.initializers[name].CopyFrom(int4_initializer(stored, values))
-        casts.append(helper.make_node("Cast", [stored], [name], name=f"{name}_cast", to=TensorProto.INT8))
-    _prepend(graph, casts)
-    if casts:
+        if layout == "nibbles":
+            nodes += _nibbles(graph, index, name, values)
+        elif layout == "native":
+            index.initializers[name].CopyFrom(int4_initializer(name, values))
+            for zero in {node.input[2] for node in index.consumers[name] if node.op_type == "DequantizeLinear"}:
+                shape = tuple(index.initializers[zero].dims)
+                index.initializers[zero].CopyFrom(int4_initializer(zero, np.zeros(shape, np.int8)))
+        else:
+            stored = f"{name}_int4"
+            index.initializers[name].CopyFrom(int4_initializer(stored, values))
+            nodes.append(helper.make_node("Cast", [stored], [name], name=f"{name}_cast", to=TensorProto.INT8))
+    _prepend(graph, nodes)
+    if unique and layout != "nibbles":
         raise_opset(model, INT4_OPSET)
-    return len(casts)
+    return len(unique)
+
+
+def _nibbles(graph: onnx.GraphProto, index: GraphIndex, name: str, values: np.ndarray) -> list[onnx.NodeProto]:
+    """Cast(uint8 -> int32) -> Gather from the table of pairs -> Reshape; a last odd value is sliced off."""
+    bytes_ = np.arange(256, dtype=np.uint8)
+    set_initializer(graph, NIBBLE_TABLE, unpack_int4(bytes_.tobytes(), (256, 2)))
+    packed, shape = f"{name}_nibbles", f"{name}_shape"
+    index.initializers[name].CopyFrom(numpy_helper.from_array(np.frombuffer(pack_int4(values), np.uint8), packed))
+    set_initializer(graph, shape, np.array(values.shape, np.int64))
+    rows, pairs, flat = f"{packed}_rows", f"{packed}_pairs", f"{packed}_flat"
+    nodes = [
+        helper.make_node("Cast", [packed], [rows], name=rows, to=TensorProto.INT32),
+        helper.make_node("Gather", [NIBBLE_TABLE, rows], [pairs], name=pairs, axis=0),
+    ]
+    if values.size % 2:
+        for constant, value in (("nibble_line", -1), ("nibble_start", 0)):
+            set_initializer(graph, constant, np.array([value], np.int64))
+        end, line = f"{packed}_end", f"{packed}_line"
+        set_initializer(graph, end, np.array([values.size], np.int64))
+        nodes.append(helper.make_node("Reshape", [pairs, "nibble_line"], [line], name=line))
+        nodes.append(helper.make_node("Slice", [line, "nibble_start", end], [flat], name=flat))
+        pairs = flat
+    return [*nodes, helper.make_node("Reshape", [pairs, shape], [name], name=f"{name}_unpack")]
 
 
 def find_token_table(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, str] | None:
@@ -77,7 +116,9 @@ def find_token_table(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, str] | Non
     return None
 
 
-def store_token_table(model: onnx.ModelProto, gather: onnx.NodeProto, table: str, weight: QuantizedWeight) -> None:
+def store_token_table(
+    model: onnx.ModelProto, gather: onnx.NodeProto, table: str, weight: QuantizedWeight, layout: str = "cast"
+) -> None:
     """Store the token table as integers with one scale per row, in place.
 
     Only the looked-up rows are dequantised: Gather(int8) -> Cast -> Mul(Gather(scale)). A DequantizeLinear of the
@@ -87,6 +128,7 @@ def store_token_table(model: onnx.ModelProto, gather: onnx.NodeProto, table: str
         gather: the node that reads the table (of this model's graph).
         table: the float table's name, [vocabulary, width].
         weight: rows as channels.
+        layout: of 4-bit rows. A native table would have to be dequantised as a whole, so it is stored as nibbles.
     """
     graph = model.graph
     integers, scales = f"{table}_quantized", f"{table}_scale"
@@ -106,7 +148,7 @@ def store_token_table(model: onnx.ModelProto, gather: onnx.NodeProto, table: str
         graph.node.insert(position + offset, node)
     drop_unused(graph)
     if weight.num_bits == 4:
-        store_int4(model, [integers])
+        store_int4(model, [integers], "nibbles" if layout == "native" else layout)
 
 
 def clip_activations(model: onnx.ModelProto, ranges: Mapping[str, QuantParams]) -> int:

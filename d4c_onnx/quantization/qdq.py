@@ -17,8 +17,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.index import GraphIndex, set_initializer
+from d4c_onnx.graph.index import GraphIndex, drop_unused, set_initializer
 from d4c_onnx.graph.layers import channels_back
+from d4c_onnx.quantization.deployment import Target
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.rounding import QuantizedWeight
 
@@ -33,8 +34,9 @@ def quantize_graph(
     weights: Mapping[str, QuantizedWeight],
     ranges: Mapping[str, QuantParams],
     reader: CalibrationDataReader,
+    form: Target,
 ) -> onnx.ModelProto:
-    """The QDQ graph: int8 weights (4-bit ones still stored as int8), uint8 activations.
+    """The QDQ graph: int8 weights (4-bit ones still stored as int8), uint8 activations (int8 where they are symmetric).
 
     Args:
         model: the float encoder; not changed.
@@ -42,6 +44,7 @@ def quantize_graph(
         weights: per initialiser.
         ranges: per activation.
         reader: onnxruntime insists on its own calibration pass; its results are overridden.
+        form: symmetric activations or not, integer biases or not.
 
     Raises:
         GraphError: onnxruntime refused, or stored other integers than it was given.
@@ -54,13 +57,7 @@ def quantize_graph(
         set_initializer(placed.graph, layer.weight, channels_back(weight.dequantize(), shape, layer.channel_axis))
         overrides[layer.weight] = _weight_override(weight, layer.channel_axis)
     for name, params in ranges.items():
-        overrides[name] = [
-            {
-                "quant_type": QuantType.QUInt8,
-                "scale": np.array(params.scale, np.float32),
-                "zero_point": np.array(params.zero_point, np.uint8),
-            }
-        ]
+        overrides[name] = [_activation_override(params, form.symmetric)]
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "qdq.onnx"
         onnx.save(placed, source)
@@ -75,19 +72,48 @@ def quantize_graph(
                     op_types_to_quantize=list(plan.op_types),
                     nodes_to_quantize=list(plan.nodes),
                     per_channel=True,
-                    activation_type=QuantType.QUInt8,
+                    activation_type=QuantType.QInt8 if form.symmetric else QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
                     extra_options={
                         "TensorQuantOverrides": overrides,
                         "OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS,
                         "WeightSymmetric": True,
+                        "ActivationSymmetric": form.symmetric,
+                        "QuantizeBias": form.quantize_bias,
                     },
                 )
         except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError, KeyError) as error:
             raise GraphError(f"onnxruntime's quantize_static refused the graph ({str(error)[:300]}).") from error
         quantized = onnx.load(target)
+    if form.symmetric:
+        _drop_idle_pairs(quantized.graph)
     _check_integers(quantized.graph, weights, plan)
     return quantized
+
+
+def _drop_idle_pairs(graph: onnx.GraphProto) -> None:
+    """Remove, in place, each quantiser that only a Reshape or Transpose reads.
+
+    It has no integer kernel behind it. Moving such an int8 pair through the Reshape, onnxruntime 1.32 makes a
+    QuantizeLinear of the wrong type and refuses the file.
+    """
+    index = GraphIndex(graph)
+    for node in graph.node:
+        readers = index.consumers.get(node.output[0], []) if node.op_type == "DequantizeLinear" else []
+        maker = index.producer.get(node.input[0])
+        if maker is None or maker.op_type != "QuantizeLinear" or not readers:
+            continue
+        if all(reader.op_type in ("Reshape", "Transpose", "Flatten") for reader in readers):
+            for reader in readers:
+                reader.input[0] = maker.input[0]
+    drop_unused(graph)
+
+
+def _activation_override(params: QuantParams, symmetric: bool) -> dict[str, Any]:
+    scale = np.array(params.scale, np.float32)
+    if symmetric:  # zero lies in the middle of the unsigned grid: the same grid, signed, has zero point 0
+        return {"quant_type": QuantType.QInt8, "scale": scale, "zero_point": np.array(0, np.int8)}
+    return {"quant_type": QuantType.QUInt8, "scale": scale, "zero_point": np.array(params.zero_point, np.uint8)}
 
 
 def _weight_override(weight: QuantizedWeight, axis: int) -> list[dict[str, Any]]:

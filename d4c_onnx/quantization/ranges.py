@@ -6,6 +6,7 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.calibration.observers import QuantParams, RangeObserver, quant_params
 from d4c_onnx.graph.index import with_outputs
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.deployment import target_of
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.session import EncoderSession
@@ -53,11 +54,14 @@ def collect_ranges(
             done += 1
             on_step("calibrate", done, total, {})
     bits, headroom = section.activation_bits, section.headroom
+    symmetric = target_of(section).symmetric
     # softmax gives 0 to 1 whatever is fed: scale 1 / 255 and zero point 0 at 8 bits
-    known = {name: quant_params(0.0, 1.0, bits) for name in plan.activations if name in plan.probabilities}
+    known = {name: quant_params(0.0, 1.0, bits, symmetric) for name in plan.activations if name in plan.probabilities}
     if section.ranges == "minmax":
-        return known | {name: observer.minmax(bits, headroom) for name, observer in observers.items()}
-    return known | {name: observer.mse(bits, headroom, section.clip_factor) for name, observer in observers.items()}
+        return known | {name: observer.minmax(bits, headroom, symmetric) for name, observer in observers.items()}
+    return known | {
+        name: observer.mse(bits, headroom, section.clip_factor, symmetric) for name, observer in observers.items()
+    }
 
 
 def _count(reader: CalibrationDataReader) -> int:

@@ -82,9 +82,10 @@ def inspect_encoder(path: Path) -> Inspection:
         if node.op_type not in WEIGHTED_OPS:
             continue
         stored = weights.get(node.name)
-        kernel = running.kernel(index, node, stored.weight.removesuffix("_int4") if stored else None)
+        unpacked = stored.weight.removesuffix("_int4").removesuffix("_nibbles") if stored else None
+        kernel = running.kernel(index, node, unpacked)
         data, weight = _quantizers(index, node, stored is not None)
-        shape = tuple(index.initializers[stored.weight].dims) if stored else ()
+        shape = stored.shape if stored else ()
         int8 = kernel in INT8_KERNELS
         layers.append(
             InspectedLayer(
@@ -151,7 +152,7 @@ def _quantizers(
 
 def _is_stored(index: GraphIndex, dequantize: onnx.NodeProto) -> bool:
     maker = index.producer.get(dequantize.input[0])
-    return maker is None or maker.op_type == "Cast"
+    return maker is None or maker.op_type in ("Cast", "Reshape")
 
 
 def _dtype(index: GraphIndex, dequantize: onnx.NodeProto | None) -> str:

@@ -36,6 +36,7 @@ class EncoderSession:
         optimized_path: Path | None = None,
         optimize: bool = True,
         literal: bool = False,
+        shared: bool = False,
     ) -> None:
         """Load an encoder.
 
@@ -47,6 +48,8 @@ class EncoderSession:
             optimize: False turns every graph optimisation off.
             literal: leave QuantizeLinear and DequantizeLinear where they stand. By default onnxruntime rounds float
                 weights to int8 by itself when they stand between such nodes.
+            shared: stop the threads' busy waiting when a run ends. They would slow down whatever else runs next in this
+                process: with ten sessions taking turns, a run of 18 ms was measured as 40.
 
         Raises:
             BundleError: onnxruntime cannot load the file.
@@ -58,6 +61,8 @@ class EncoderSession:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if literal:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if shared:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
         source: Any = path if isinstance(path, bytes) else str(path)

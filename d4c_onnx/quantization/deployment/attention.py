@@ -1,0 +1,61 @@
+"""Attention as one kernel of onnxruntime: no copies for splitting and joining heads."""
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from d4c_onnx.graph.index import GraphIndex, drop_unused, set_initializer
+from d4c_onnx.quantization.deployment.pattern import Heads, find_attention
+
+CONTRIB = "com.microsoft"
+
+
+def fuse_attention(model: onnx.ModelProto) -> int:
+    """Replace float attention by `com.microsoft.MultiHeadAttention`, in place; returns how many.
+
+    The operator exists in onnxruntime only. It keeps scores in cache and needs none of the four Transposes; the answer
+    is the same up to float32 rounding. What has another form stays as it is.
+    """
+    graph = model.graph
+    index = GraphIndex(graph)
+    found = [heads for node in graph.node if node.op_type == "Softmax" and (heads := find_attention(index, node))]
+    if not found:
+        return 0
+    pooled = {
+        name for node in graph.node if node.op_type == "Unsqueeze" for name in node.output
+    }  # of four axes already
+    replaced = {heads.join[1].name: _fused(graph, heads, pooled) for heads in found}
+    nodes = [new for node in graph.node for new in replaced.get(node.name, [node])]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    drop_unused(graph)
+    if all(entry.domain != CONTRIB for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+    return len(found)
+
+
+def _fused(graph: onnx.GraphProto, heads: Heads, pooled: set[str]) -> list[onnx.NodeProto]:
+    name = f"{heads.softmax.name}_attention"
+    inputs = [heads.query, heads.key, heads.value]
+    nodes = []
+    if heads.mask is not None:
+        mask = heads.mask
+        if mask not in pooled:
+            axes = "attention_mask_axes"
+            set_initializer(graph, axes, np.array([0, 1], np.int64))
+            mask = f"{name}_mask"  # [length, length] -> [1, 1, length, length]
+            nodes.append(helper.make_node("Unsqueeze", [heads.mask, axes], [mask], name=f"{mask}_axes"))
+        inputs += ["", "", mask]
+    nodes.append(
+        helper.make_node(
+            "MultiHeadAttention",
+            inputs,
+            [heads.join[1].output[0]],
+            name=name,
+            domain=CONTRIB,
+            num_heads=heads.heads,
+            scale=1.0,  # the query carries 1 / sqrt(d) already
+        )
+    )
+    return nodes

@@ -1,0 +1,76 @@
+"""The FP16 bundle: what a GPU multiplies fastest where no int8 kernel takes QDQ files."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, write_manifest
+from d4c_onnx.errors import GraphError
+from d4c_onnx.files import staged_folder
+from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
+from d4c_onnx.graph.signature import signature
+from d4c_onnx.quantization.deployment import compute_pooled_row_only
+from d4c_onnx.runtime.golden import read_golden, write_golden
+
+GOLDEN_TOLERANCE = 0.01  # max abs difference of an FP16 embedding between machines
+
+
+def half_bundle_files(bundle: Bundle, target: Path) -> Bundle:
+    """Write both encoders of an FP32 bundle in FP16 (inputs and outputs stay as they are); or leave nothing behind.
+
+    onnxruntime's own converter does it; weights and products are float16, embeddings float32.
+
+    Raises:
+        GraphError: the converter refused an encoder.
+        BundleError: the folder cannot be written.
+    """
+    with staged_folder(target) as stage:
+        graphs = {}
+        for name in (IMAGE_ENCODER, TEXT_ENCODER):
+            graphs[name] = _half(load_graph(bundle.path / name), name)
+            save_graph(graphs[name], stage / name)
+        if bundle.tokenizer.exists():
+            shutil.copyfile(bundle.tokenizer, stage / TOKENIZER)
+        ids = np.array([read_golden(bundle.path)["input_ids"]], np.int64)
+        preprocess = bundle.manifest["preprocess"]
+        write_golden(stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, preprocess, ids, GOLDEN_TOLERANCE)
+        content: dict[str, Any] = {
+            "kind": "quantized",
+            **{key: bundle.manifest[key] for key in ("model", "preprocess", "tokenizer")},
+            "io": signature(graphs),
+            "minimum_onnxruntime": "1.20",
+            "seed": bundle.manifest["seed"],
+            "bits": "fp16",
+            "accuracy_mode_only": False,
+            "target": "cuda",
+            "source_files": {name: bundle.manifest["files"][name]["sha256"] for name in graphs},
+        }
+        written = write_manifest(stage, content)
+    return Bundle(target, written.manifest)
+
+
+def _half(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    strip_notes(model)
+    compute_pooled_row_only(model)
+    _exact_token_ids(model.graph)
+    try:
+        half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
+    except Exception as error:  # the converter and onnx's shape inference raise kinds of their own
+        raise GraphError(f"{name}: onnxruntime's float16 converter refused it ({str(error)[:300]}).") from error
+    strip_notes(half)
+    return half
+
+
+def _exact_token_ids(graph: onnx.GraphProto) -> None:
+    """Look for the end token among doubles: float16 ends at 65504 and makes 49406 and 49407 one number."""
+    sought = {node.input[0] for node in graph.node if node.op_type == "ArgMax"}
+    for node in graph.node:
+        if node.op_type == "Cast" and node.output[0] in sought:
+            for entry in node.attribute:
+                if entry.name == "to":
+                    entry.i = TensorProto.DOUBLE

@@ -1,0 +1,240 @@
+"""The deployed graph answers as the plain one, for every target and layout."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.calibration import CalibrationSet, open_calibration_set
+from d4c_onnx.errors import CheckFailed
+from d4c_onnx.graph.bits import average_bits, layer_bits
+from d4c_onnx.graph.files import load_graph, opset_of
+from d4c_onnx.quantization import half_bundle_files, quantize_bundle_files
+from d4c_onnx.quantization.deployment import TARGETS, compute_pooled_row_only, fuse_attention
+from d4c_onnx.quantization.layout import store_int4
+from d4c_onnx.recipe import load_recipe
+from d4c_onnx.runtime import optimizer
+from d4c_onnx.runtime.optimizer import OptimizerEffect
+from d4c_onnx.runtime.session import EncoderSession
+
+SOT, EOT = 49406, 49407
+
+
+def _texts(lengths: list[int], rng: np.random.Generator) -> np.ndarray:
+    """Prompts whose end tokens stand at different places, padded with zeros."""
+    rows = np.zeros((len(lengths), max(lengths)), np.int64)
+    for row, length in zip(rows, lengths, strict=True):
+        row[:length] = [SOT, *rng.integers(300, 400, length - 2), EOT]
+    return rows
+
+
+def _feeds(bundle: Bundle, rng: np.random.Generator) -> dict[str, list[np.ndarray]]:
+    height, width = bundle.manifest["preprocess"]["size"]
+    images = [rng.standard_normal((batch, 3, height, width), dtype=np.float32) for batch in (1, 3)]
+    return {"image": images, "text": [_texts([5], rng), _texts([4, 9, 7], rng), _texts([3, 77], rng)]}
+
+
+def _run(model: onnx.ModelProto, batch: np.ndarray, optimize: bool = True) -> np.ndarray:
+    return EncoderSession(model.SerializeToString(), optimize=optimize, literal=not optimize).run(batch)
+
+
+def _quantized(
+    bundle: Bundle, data: CalibrationSet, target: Path, *keys: str, bits: str = "w4a8", rounding: str = "nearest"
+) -> Bundle:
+    recipe = load_recipe(
+        None,
+        [
+            f"quantization.bits={bits}",
+            f"quantization.rounding={rounding}",
+            "quantization.smoothing=none",
+            *(f"quantization.{key}" for key in keys),
+        ],
+    )
+    return quantize_bundle_files(
+        bundle, data, target, recipe.quantization, recipe_dump=recipe.model_dump(mode="json"), threads=1
+    )
+
+
+@pytest.mark.parametrize("rewrite", [compute_pooled_row_only, fuse_attention])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_rewrites_keep_the_function(vit_bundle: Bundle, rng: np.random.Generator, tower: str, rewrite) -> None:
+    model = load_graph(vit_bundle.encoders[tower])
+    changed = load_graph(vit_bundle.encoders[tower])
+    assert rewrite(changed)
+    onnx.checker.check_model(changed)
+    for batch in _feeds(vit_bundle, rng)[tower]:
+        np.testing.assert_allclose(_run(changed, batch), _run(model, batch), atol=2e-6)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_last_block_has_one_row(vit_bundle: Bundle, rng: np.random.Generator, tower: str) -> None:
+    model = load_graph(vit_bundle.encoders[tower])
+    before = len(model.graph.node)
+    compute_pooled_row_only(model)
+    softmax = [node for node in model.graph.node if node.op_type == "Softmax"]
+    assert len(model.graph.node) < before + 8  # replaced, not added
+    del model.graph.output[:]
+    for node in softmax:
+        model.graph.output.append(helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None))
+    batch = _feeds(vit_bundle, rng)[tower][1]
+    queries = [value.shape[2] for value in EncoderSession(model.SerializeToString()).run_all(batch).values()]
+    assert queries[-1] == 1
+    assert all(rows > 1 for rows in queries[:-1])
+
+
+def test_rewrites_leave_other_forms_alone(rn_bundle: Bundle, vit_bundle: Bundle) -> None:
+    resnet = load_graph(rn_bundle.image_encoder)
+    before = resnet.SerializeToString()
+    assert not compute_pooled_row_only(resnet)
+    assert resnet.SerializeToString() == before
+    averaged = load_graph(vit_bundle.image_encoder)  # a ViT that averages its tokens has no row to spare
+    pool = next(node for node in averaged.graph.node if node.op_type == "Gather")
+    position = averaged.graph.node[:].index(pool)
+    averaged.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "axes"))
+    mean = helper.make_node("ReduceMean", [pool.input[0], "axes"], [pool.output[0]], name=pool.name, keepdims=0)
+    averaged.graph.node[position].CopyFrom(mean)
+    before = averaged.SerializeToString()
+    assert not compute_pooled_row_only(averaged)
+    assert averaged.SerializeToString() == before
+
+
+def test_mixing_tokens_behind_the_attention_is_refused(vit_bundle: Bundle) -> None:
+    """A row-dependent constant behind the last attention: the row alone would get the wrong summand."""
+    model = load_graph(vit_bundle.image_encoder)
+    last = [node for node in model.graph.node if node.op_type == "LayerNormalization"][-1]
+    rows = np.arange(37, dtype=np.float32)[:, None] * np.ones((1, 128), np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(rows, "rows"))
+    position = model.graph.node[:].index(last)
+    model.graph.node.insert(position, helper.make_node("Add", [last.input[0], "rows"], ["shifted"], name="shift"))
+    model.graph.node[position + 1].input[0] = "shifted"
+    before = model.SerializeToString()
+    assert not compute_pooled_row_only(model)
+    assert model.SerializeToString() == before
+
+
+@pytest.fixture(scope="module")
+def layouts(
+    vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Bundle]:
+    folder = tmp_path_factory.mktemp("layouts")
+    return {
+        name: _quantized(vit_bundle, vit_calibration[1], folder / name, f"int4_layout={name}", "target=portable")
+        for name in ("cast", "native", "nibbles")
+    }
+
+
+def test_layouts_answer_alike(layouts: dict[str, Bundle], rng: np.random.Generator) -> None:
+    for tower, batches in _feeds(layouts["cast"], rng).items():
+        models = {name: load_graph(bundle.encoders[tower]) for name, bundle in layouts.items()}
+        for batch in batches:
+            literal = {name: _run(model, batch, optimize=False) for name, model in models.items()}
+            np.testing.assert_array_equal(literal["native"], literal["cast"])
+            np.testing.assert_array_equal(literal["nibbles"], literal["cast"])
+            np.testing.assert_array_equal(_run(models["nibbles"], batch), _run(models["cast"], batch))
+
+
+def test_layouts_in_the_file(layouts: dict[str, Bundle]) -> None:
+    assert {name: bundle.manifest["minimum_onnxruntime"] for name, bundle in layouts.items()} == {
+        "cast": "1.23",
+        "native": "1.20",
+        "nibbles": "1.20",
+    }
+    for tower in ("image", "text"):
+        models = {name: load_graph(bundle.encoders[tower]) for name, bundle in layouts.items()}
+        bits = {name: [(layer.shape, layer.bits) for layer in layer_bits(model)] for name, model in models.items()}
+        assert bits["cast"] == bits["native"] == bits["nibbles"]
+        assert average_bits(layer_bits(models["nibbles"])) < 4.3
+        assert opset_of(models["nibbles"]) < 21 <= opset_of(models["cast"])
+        kinds = {name: {tensor.data_type for tensor in model.graph.initializer} for name, model in models.items()}
+        assert TensorProto.INT4 in kinds["cast"]
+        assert TensorProto.INT4 in kinds["native"]
+        assert TensorProto.INT4 not in kinds["nibbles"]
+        ops = {name: [node.op_type for node in model.graph.node] for name, model in models.items()}
+        assert ops["native"].count("Cast") < ops["cast"].count("Cast")
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.integers(0, 2**31 - 1))
+@settings(max_examples=25, deadline=None)
+def test_nibbles_unpack_any_shape(shape: list[int], seed: int) -> None:
+    """Odd element counts included: onnxruntime gives back exactly the integers that were stored."""
+    values = np.random.default_rng(seed).integers(-8, 8, shape, np.int8)
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["w"], ["y"])],
+        "one",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.INT8, shape)],
+        [numpy_helper.from_array(values, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    assert store_int4(model, ["w"], "nibbles") == 1
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {})[0], values)
+
+
+@pytest.mark.parametrize("model", ["vit", "rn"])
+def test_tensorrt_files_are_symmetric(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
+    made = request.getfixturevalue(f"{model}_calibration")
+    data = made[1] if model == "vit" else open_calibration_set(made)
+    quantized = _quantized(bundle, data, tmp_path / "w8a8", "target=tensorrt", bits="w8a8")
+    for path in quantized.encoders.values():
+        graph = load_graph(path).graph
+        constants = {tensor.name: tensor for tensor in graph.initializer}
+        pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        assert pairs
+        for node in pairs:
+            zero = constants[node.input[2]]
+            assert zero.data_type == TensorProto.INT8  # no uint8, and no int32 biases
+            assert not numpy_helper.to_array(zero).any()
+    assert quantized.manifest["target"] == "tensorrt"
+
+
+def test_portable_has_standard_operators_only(layouts: dict[str, Bundle], vit_bundle: Bundle) -> None:
+    for bundle in layouts.values():
+        for path in bundle.encoders.values():
+            assert {node.domain for node in load_graph(path).graph.node} == {""}
+    assert not TARGETS["portable"].fused_attention
+
+
+def test_cpu_target_fuses_attention(
+    vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], layouts: dict[str, Bundle], tmp_path: Path
+) -> None:
+    fused = _quantized(vit_bundle, vit_calibration[1], tmp_path / "cpu")
+    assert fused.manifest["encoders"]["image_encoder.onnx"]["fused_attention"] == 6
+    assert fused.manifest["encoders"]["image_encoder.onnx"]["pooled_row_only"] is True
+    rng = np.random.default_rng(1)
+    for tower, batches in _feeds(fused, rng).items():
+        for batch in batches:
+            one, other = (EncoderSession(entry.encoders[tower]).run(batch) for entry in (fused, layouts["cast"]))
+            assert (one * other).sum(-1).min() > 0.999  # an activation may round to the neighbouring step
+
+
+def test_half_bundle_finds_the_end_token(vit_bundle: Bundle, tmp_path: Path) -> None:
+    """49405 to 49407 are one number in float16; the end token must be found all the same."""
+    half = half_bundle_files(vit_bundle, tmp_path / "fp16")
+    ids = np.array([[SOT, 320, 49405, EOT, 0], [SOT, 49405, EOT, 0, 0]], np.int64)
+    exact, close = (EncoderSession(bundle.text_encoder).run(ids) for bundle in (vit_bundle, half))
+    assert close.dtype == np.float32
+    assert (exact * close).sum(-1).min() > 0.9999
+    assert half.image_encoder.stat().st_size < 0.55 * vit_bundle.image_encoder.stat().st_size
+    assert open_bundle(half.path).manifest["bits"] == "fp16"
+
+
+def test_optimizer_that_changes_answers_fails_the_bundle(
+    vit_bundle: Bundle,
+    vit_calibration: tuple[Path, CalibrationSet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert OptimizerEffect(0.009, 0.01).harmless
+    assert not OptimizerEffect(0.011, 0.01).harmless
+    monkeypatch.setattr(optimizer, "ALLOWED", 0.0)  # int8 kernels always round a few activations the other way
+    with pytest.raises(CheckFailed, match="graph optimiser"):
+        _quantized(vit_bundle, vit_calibration[1], tmp_path / "w4a8")
+    assert not (tmp_path / "w4a8").exists()
