@@ -143,6 +143,7 @@ def benchmark_bundles(
     sequence: int = 16,
     rounds: int = 15,
     peers: bool = False,
+    picture: Path | None = None,
     machine: Machine | None = None,
     on_step: OnStep = silent,
 ) -> dict[str, Any]:
@@ -153,6 +154,7 @@ def benchmark_bundles(
         sequence: token ids per text, where the text encoder takes any length.
         rounds: timed runs of each bundle at each batch size.
         peers: also build and time what onnxruntime's own tools make of the first bundle.
+        picture: a .png or .svg file for the speed-ups; needs matplotlib.
 
     Returns:
         `machine` (cpu, threads, provider, onnxruntime), `rounds`, `towers` (see `evaluation.latency.measure_latency`),
@@ -188,12 +190,17 @@ def benchmark_bundles(
         towers = measure_latency(
             contenders, feeds, rounds=rounds, provider=provider, threads=machine.threads, on_step=on_step
         )
-    return {
+    report = {
         "machine": describe_machine(provider, machine.threads),
         "rounds": rounds,
         "towers": towers,
         "failed": failed,
     }
+    if picture is not None:
+        from d4c_onnx.evaluation.picture import draw_benchmark
+
+        draw_benchmark(report, picture)
+    return report
 
 
 def _label(bundle: Bundle) -> str:

@@ -14,6 +14,9 @@ from d4c_onnx.cli import options, show
 @click.option("--sequence", type=click.IntRange(2), default=16, show_default=True, help="Token ids per text.")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Timed runs at each batch size.")
 @click.option("--peers", is_flag=True, help="Build onnxruntime's own quantisations of the first bundle and race them.")
+@click.option(
+    "--picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the speed-ups into a .png or .svg file."
+)
 @options.provider_option
 @options.threads_option
 @options.output_modes
@@ -23,6 +26,7 @@ def command(
     sequence: int,
     rounds: int,
     peers: bool,
+    picture: Path | None,
     provider: str,
     threads: int,
     as_json: bool,
@@ -44,6 +48,7 @@ def command(
             sequence=sequence,
             rounds=rounds,
             peers=peers,
+            picture=picture,
             machine=measure.Machine(provider=provider, threads=threads),
             on_step=on_step,
         )

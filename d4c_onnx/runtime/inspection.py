@@ -106,6 +106,9 @@ def inspect_encoder(path: Path) -> Inspection:
     summary = f"{sum(layer.int8 for layer in weighted)} of {len(weighted)} weighted products in int8"
     if others:
         summary += f", {sum(layer.int8 for layer in others)} of {len(others)} attention products"
+    fused = sum(node.op_type == "MultiHeadAttention" for node in model.graph.node)
+    if fused:
+        summary += f", {fused} attentions in one float kernel each"
     return Inspection(tuple(layers), tuple(weights.values()), signature({path.name: model})[path.name], summary)
 
 

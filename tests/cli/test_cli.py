@@ -92,7 +92,8 @@ def test_quantize_json_is_one_object_with_the_promised_keys(own: Path) -> None:
     assert inspected["weight_bits_average"] == report["weight_bits_average"]
     assert inspected["minimum_onnxruntime"] == "1.23"
     # benchmark times both beside FP32, and the peers that onnxruntime's own tools make of it
-    timed = _run("benchmark", *folders, "--peers", "--batches", "1,2", "--rounds", "3", "--provider", "cpu", "--json")
+    sizes, drawn = ("--batches", "1,2", "--rounds", "3"), own / "speed.svg"
+    timed = _run("benchmark", *folders, "--peers", *sizes, "--picture", str(drawn), "--provider", "cpu", "--json")
     assert timed.returncode == 0, timed.stderr
     raced = json.loads(timed.stdout)
     for rows in raced["towers"].values():
@@ -102,9 +103,12 @@ def test_quantize_json_is_one_object_with_the_promised_keys(own: Path) -> None:
         assert all(row["batches"]["1"]["median_ms"] > 0 for row in rows)
         assert rows[0]["batches"]["2"]["speed_up"] == 1
         assert rows[1]["size_bytes"] * 5 < rows[0]["size_bytes"]
+    picture = drawn.read_text("utf-8")  # matplotlib draws letters as paths, and leaves the text in comments
+    assert "<!-- times as fast as mini-vit fp32 -->" in picture
+    assert "<!-- batch 2 -->" in picture
     plain = _run("inspect", folders[1]).stdout
     assert "pixel_values float32 [batch, 3, 48, 48]" in plain
-    assert "38 of 38 weighted products in int8, 0 of 12 attention products" in plain
+    assert "38 of 38 weighted products in int8, 6 attentions in one float kernel each" in plain
 
 
 def test_synthesize_exports_first_and_quantize_uses_both(tmp_path: Path) -> None:

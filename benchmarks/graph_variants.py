@@ -1,0 +1,185 @@
+"""Which form of the same quantised graph runs fastest? Every variant is made from one `--target portable` file.
+
+    d4c-onnx quantize ViT-B-32 --pretrained random --target portable --set quantization.pooled_row_only=false ...
+    python benchmarks/graph_variants.py exported/ViT-B-32 exported/ViT-B-32/w4a8 --batches 1,16
+
+`pooled row only` and `attention as one kernel` are what the product does (`quantization.pooled_row_only`,
+`fused_attention`); the others were tried and lost, and live here only. Interleaved medians, two threads.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from d4c_onnx.bundle import open_bundle
+from d4c_onnx.evaluation.latency import Contender, drawn_feeds, measure_latency
+from d4c_onnx.graph.files import load_graph, save_graph
+from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, set_initializer
+from d4c_onnx.quantization.deployment import compute_pooled_row_only, fuse_attention
+from d4c_onnx.quantization.deployment.pattern import find_attention
+
+
+def gemm_with_bias(model: onnx.ModelProto) -> None:
+    """MatMul + Add as Gemm over rows: onnxruntime's QGemm adds the (int32) bias in its kernel."""
+    graph, index = model.graph, GraphIndex(model.graph)
+    fresh: dict[str, list[onnx.NodeProto]] = {}
+    flat: dict[str, str] = {}
+    for product in graph.node:
+        if product.op_type != "MatMul":
+            continue
+        made = [index.producer.get(name) for name in product.input]
+        add = index.only_consumer(product.output[0])
+        if None in made or any(maker.op_type != "DequantizeLinear" for maker in made) or add is None:
+            continue
+        bias = next((name for name in add.input if name in index.initializers), None)
+        data, weight = made
+        scales = index.array(weight.input[1])
+        if add.op_type != "Add" or bias is None or scales is None or scales.ndim != 1:
+            continue
+        quantizer, name = index.producer[data.input[0]], product.name
+        rows = index.constant(bias) / (index.constant(data.input[1]) * scales)
+        set_initializer(graph, f"{name}_bias", np.rint(rows).astype(np.int32))
+        set_initializer(graph, f"{name}_bias_scale", (index.constant(data.input[1]) * scales).astype(np.float32))
+        set_initializer(graph, f"{name}_bias_zero", np.zeros(len(scales), np.int32))
+        width = f"{name}_width"
+        set_initializer(graph, width, np.array([0, 0, len(scales)], np.int64))
+        nodes = []
+        if quantizer.input[0] not in flat:
+            shape, value = f"{name}_rows_shape", f"{name}_rows"
+            stored = index.initializers[index.producer[weight.input[0]].input[0]].dims[0]
+            set_initializer(graph, shape, np.array([-1, stored], np.int64))
+            nodes += [
+                helper.make_node("Reshape", [quantizer.input[0], shape], [value], name=value),
+                helper.make_node("QuantizeLinear", [value, *quantizer.input[1:]], [f"{value}_q"], name=f"{value}_q"),
+                helper.make_node(
+                    "DequantizeLinear", [f"{value}_q", *data.input[1:]], [f"{value}_d"], name=f"{value}_d"
+                ),
+            ]
+            flat[quantizer.input[0]] = f"{value}_d"
+        like = [f"{name}_like", f"{name}_back"]
+        set_initializer(graph, "head", np.array([2], np.int64))
+        set_initializer(graph, "zero", np.array([0], np.int64))
+        set_initializer(graph, f"{name}_n", np.array([len(scales)], np.int64))
+        nodes += [
+            helper.make_node(
+                "DequantizeLinear", [f"{name}_bias", f"{name}_bias_scale", f"{name}_bias_zero"], [f"{name}_c"], axis=0
+            ),
+            helper.make_node("Gemm", [flat[quantizer.input[0]], weight.output[0], f"{name}_c"], [f"{name}_2d"]),
+            helper.make_node("Shape", [quantizer.input[0]], [like[0]], start=0, end=-1),
+            helper.make_node("Concat", [like[0], f"{name}_n"], [like[1]], axis=0),
+            helper.make_node("Reshape", [f"{name}_2d", like[1]], [add.output[0]], name=f"{name}_3d"),
+        ]
+        fresh[add.name] = nodes
+    _insert(graph, fresh)
+
+
+def skip_layer_norm(model: onnx.ModelProto) -> None:
+    """Residual Add + LayerNormalization as com.microsoft.SkipLayerNormalization."""
+    graph, index = model.graph, GraphIndex(model.graph)
+    fresh: dict[str, list[onnx.NodeProto]] = {}
+    gone = set()
+    for norm in graph.node:
+        add = index.producer.get(norm.input[0]) if norm.op_type == "LayerNormalization" else None
+        if add is None or add.op_type != "Add" or any(name in index.initializers for name in add.input):
+            continue
+        outputs = [norm.output[0], "", "", add.output[0]]
+        epsilon = attribute(norm, "epsilon", 1e-5)
+        fresh[add.name] = [
+            helper.make_node(
+                "SkipLayerNormalization",
+                [*add.input, *norm.input[1:3]],
+                outputs,
+                name=f"{norm.name}_skip",
+                domain="com.microsoft",
+                epsilon=epsilon,
+            )
+        ]
+        gone.add(norm.name)
+    _insert(graph, fresh, gone)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+def attention_23(model: onnx.ModelProto) -> None:
+    """The standard Attention operator of opset 23."""
+    graph, index = model.graph, GraphIndex(model.graph)
+    fresh = {}
+    for node in graph.node:
+        heads = find_attention(index, node) if node.op_type == "Softmax" else None
+        if heads is not None:
+            inputs = [heads.query, heads.key, heads.value, *([heads.mask] if heads.mask else [])]
+            counts = {"q_num_heads": heads.heads, "kv_num_heads": heads.heads}
+            name = heads.join[1].name
+            fresh[name] = [
+                helper.make_node("Attention", inputs, [heads.join[1].output[0]], name=f"{name}_23", scale=1.0, **counts)
+            ]
+    _insert(graph, fresh)
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = 23
+    model.ir_version = 11
+
+
+def _insert(graph: onnx.GraphProto, fresh: dict[str, list[onnx.NodeProto]], gone: set[str] = frozenset()) -> None:
+    nodes = [new for node in graph.node if node.name not in gone for new in fresh.get(node.name, [node])]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    drop_unused(graph)
+
+
+def product(model: onnx.ModelProto) -> None:
+    """What `--target cpu` writes."""
+    compute_pooled_row_only(model)
+    fuse_attention(model)
+
+
+VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {
+    "as quantised (portable, all rows)": lambda model: None,
+    "pooled row only": compute_pooled_row_only,
+    "attention as one kernel": fuse_attention,
+    "both (target cpu)": product,
+    "bias inside QGemm": gemm_with_bias,
+    "SkipLayerNormalization": skip_layer_norm,
+    "Attention of opset 23": attention_23,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("fp32", type=Path)
+    parser.add_argument("quantized", type=Path, help="made with --target portable, quantization.pooled_row_only=false")
+    parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    sizes = [int(size) for size in args.batches.split(",")]
+    base, quantized = open_bundle(args.fp32), open_bundle(args.quantized)
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = [Contender("FP32", base.encoders)]
+        for number, (name, rewrite) in enumerate(VARIANTS.items()):
+            files = {}
+            for tower, path in quantized.encoders.items():
+                model = load_graph(path)
+                rewrite(model)
+                files[tower] = Path(folder) / f"{number}-{tower}.onnx"
+                save_graph(model, files[tower])
+            contenders.append(Contender(name, files))
+        feeds = drawn_feeds(base, sizes, 16)
+        towers = measure_latency(contenders, feeds, rounds=args.rounds, threads=args.threads)
+    for tower, rows in towers.items():
+        print(f"\n| {tower} encoder | {' | '.join(f'batch {size}, ms | faster than FP32' for size in sizes)} |")
+        print(f"|---|{'---|---|' * len(sizes)}")
+        for row in rows:
+            cells = [
+                f"{row['batches'][size]['median_ms']:.1f} | {row['batches'][size]['speed_up']:.2f}x" for size in sizes
+            ]
+            print(f"| {row['name']} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
