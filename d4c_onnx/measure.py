@@ -170,7 +170,11 @@ def benchmark_bundles(
     machine = machine or Machine(provider="cpu")
     provider = resolve_provider(machine.provider)
     bundles = [open_bundle(path) for path in paths]
-    contenders = [Contender(_label(bundle), bundle.encoders) for bundle in bundles]
+    labels = [_label(bundle) for bundle in bundles]
+    contenders = [
+        Contender(label if labels.count(label) == 1 else f"{label} ({bundle.path})", bundle.encoders)
+        for label, bundle in zip(labels, bundles, strict=True)
+    ]
     feeds = drawn_feeds(bundles[0], batches, sequence)
     failed = []
     with tempfile.TemporaryDirectory() as folder:

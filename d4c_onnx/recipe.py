@@ -99,7 +99,11 @@ class QuantizationSection(_Section):
         "LayerNorms; all: attention's values and the activation inside the MLP, too",
     )
     smoothing_threshold: float = Field(
-        0.5, gt=0, le=1, description="smooth where at most this share of the error after rounding remains"
+        0.5,
+        gt=0,
+        le=1,
+        description="smooth where at most this share of the error after rounding remains; a twelfth of it where "
+        "smoothing costs a Mul",
     )
     start_token: Literal["auto", "pin", "keep"] = Field(
         "auto",
