@@ -30,8 +30,8 @@ from d4c_onnx.quantization.segments import SegmentedEncoder
 from d4c_onnx.recipe import QuantizationSection
 
 _ALPHAS = (0.25, 0.5, 0.75, 1.0)
-# A Mul behind an activation runs at every inference: 3 to 7 % of ViT-B/32's time at batch 16. On its random weights Muls
-# that left 5 to 10 % of the error changed nothing in the embeddings; real outliers leave less than 1 %.
+# A Mul behind an activation runs at every inference: 3 to 7 % of ViT-B/32's time at batch 16. On its random weights
+# Muls that left 5 to 10 % of a layer's error changed nothing in the embeddings.
 _COSTLY = 0.08
 _ROWS = 512  # rows of the error search per place
 # Where a weight's grid ends, as a share of its maximum, when alphas are compared; the rounding searches it later.
