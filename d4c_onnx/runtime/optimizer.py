@@ -7,10 +7,10 @@ import numpy as np
 
 from d4c_onnx.runtime.session import EncoderSession
 
-# What the optimiser may move, as a share of what quantisation moved. Fused kernels round an activation to the
-# neighbouring step where sums have another order: up to 0.56 on mini-rn at W8A8, where everything between convolutions
-# is integer, 0.05 at W4A8. An independent rounding of everything would be 1.4.
-ALLOWED = 1.0
+# Fused kernels round an activation to the neighbouring step where sums have another order, and a deep encoder carries
+# such steps on: the optimised answers are as far from FP32 as the literal ones, in another direction (two independent
+# roundings differ by 1.41 times the distance of one). A quantiser that comes or goes moves them further away, or nearer.
+ALLOWED = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +19,18 @@ class OptimizerEffect:
 
     Attributes:
         optimizer: between the optimised and the literal session of the quantised file.
-        quantization: between the literal session and FP32.
+        literal: between the literal session and FP32: what quantisation does.
+        optimized: between the optimised session and FP32: what is served.
     """
 
     optimizer: float
-    quantization: float
+    literal: float
+    optimized: float
 
     @property
     def harmless(self) -> bool:
-        """Whether the optimiser stays within the rounding of the quantised activations."""
-        return self.optimizer <= ALLOWED * self.quantization or self.optimizer <= 1e-6
+        """Whether what is served is as near to FP32 as what the file says."""
+        return self.optimizer <= 1e-6 or self.literal / ALLOWED <= self.optimized <= self.literal * ALLOWED
 
     def as_dict(self) -> dict[str, float]:
         """For the manifest."""
@@ -45,7 +47,7 @@ def optimizer_effect(quantized: Path, reference: Path, batch: np.ndarray, thread
     fast = EncoderSession(quantized, threads=threads).run(batch)
     literal = EncoderSession(quantized, threads=threads, optimize=False, literal=True).run(batch)
     exact = EncoderSession(reference, threads=threads).run(batch)
-    return OptimizerEffect(_rms(fast - literal), _rms(literal - exact))
+    return OptimizerEffect(_rms(fast - literal), _rms(literal - exact), _rms(fast - exact))
 
 
 def _rms(difference: np.ndarray) -> float:
