@@ -9,7 +9,7 @@ from d4c_onnx.runtime.session import EncoderSession
 
 # Fused kernels round an activation to the neighbouring step where sums have another order, and a deep encoder carries
 # such steps on: the optimised answers are as far from FP32 as the literal ones, in another direction (two independent
-# roundings differ by 1.41 times the distance of one). A quantiser that comes or goes moves them further away, or nearer.
+# roundings differ by 1.41 times the distance of one). A quantiser that comes or goes changes the distance itself.
 ALLOWED = 1.25
 
 
