@@ -19,7 +19,7 @@ from onnx import helper
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.evaluation.latency import Contender, drawn_feeds, measure_latency
 from d4c_onnx.graph.files import load_graph, save_graph
-from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, set_initializer
+from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
 from d4c_onnx.quantization.deployment import compute_pooled_row_only, fuse_attention
 from d4c_onnx.quantization.deployment.pattern import find_attention
 
@@ -46,8 +46,6 @@ def gemm_with_bias(model: onnx.ModelProto) -> None:
         set_initializer(graph, f"{name}_bias", np.rint(rows).astype(np.int32))
         set_initializer(graph, f"{name}_bias_scale", (index.constant(data.input[1]) * scales).astype(np.float32))
         set_initializer(graph, f"{name}_bias_zero", np.zeros(len(scales), np.int32))
-        width = f"{name}_width"
-        set_initializer(graph, width, np.array([0, 0, len(scales)], np.int64))
         nodes = []
         if quantizer.input[0] not in flat:
             shape, value = f"{name}_rows_shape", f"{name}_rows"
@@ -62,8 +60,6 @@ def gemm_with_bias(model: onnx.ModelProto) -> None:
             ]
             flat[quantizer.input[0]] = f"{value}_d"
         like = [f"{name}_like", f"{name}_back"]
-        set_initializer(graph, "head", np.array([2], np.int64))
-        set_initializer(graph, "zero", np.array([0], np.int64))
         set_initializer(graph, f"{name}_n", np.array([len(scales)], np.int64))
         nodes += [
             helper.make_node(
@@ -126,13 +122,11 @@ def attention_23(model: onnx.ModelProto) -> None:
 
 def _insert(graph: onnx.GraphProto, fresh: dict[str, list[onnx.NodeProto]], gone: set[str] = frozenset()) -> None:
     nodes = [new for node in graph.node if node.name not in gone for new in fresh.get(node.name, [node])]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
+    replace_nodes(graph, nodes)
     drop_unused(graph)
 
 
-def product(model: onnx.ModelProto) -> None:
+def served(model: onnx.ModelProto) -> None:
     """What `--target cpu` writes."""
     compute_pooled_row_only(model)
     fuse_attention(model)
@@ -142,7 +136,7 @@ VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "as quantised (portable, all rows)": lambda model: None,
     "pooled row only": compute_pooled_row_only,
     "attention as one kernel": fuse_attention,
-    "both (target cpu)": product,
+    "both (target cpu)": served,
     "bias inside QGemm": gemm_with_bias,
     "SkipLayerNormalization": skip_layer_norm,
     "Attention of opset 23": attention_23,

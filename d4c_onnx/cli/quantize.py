@@ -18,9 +18,9 @@ from d4c_onnx.cli import options, show
 )
 @click.option(
     "--target",
-    type=click.Choice(["cpu", "portable", "tensorrt", "openvino", "cuda"]),
-    help="Where the files are served: onnxruntime's CPU provider, standard operators only, TensorRT, OpenVINO, or CUDA "
-    "(writes an FP16 bundle, too).  [recipe: cpu]",
+    metavar="NAME",
+    help="Where the files are served: cpu, portable (standard operators only), tensorrt, openvino, or cuda (writes an "
+    "FP16 bundle, too).  [recipe: cpu]",
 )
 @options.pretrained_option
 @options.output_option

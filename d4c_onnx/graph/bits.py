@@ -25,14 +25,18 @@ _PASS_THROUGH = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Res
 
 @dataclass(frozen=True, slots=True)
 class LayerBits:
-    """One weighted layer of a file: node, op, stored initialiser, its shape, elements, bits per stored weight."""
+    """One weighted layer of a file: node, op, stored initialiser, the weight's shape, bits per stored weight."""
 
     node: str
     op: str
     weight: str
     shape: tuple[int, ...]
-    elements: int
     bits: int
+
+    @property
+    def elements(self) -> int:
+        """How many weights."""
+        return prod(self.shape)
 
 
 def layer_bits(model: onnx.ModelProto) -> list[LayerBits]:
@@ -46,7 +50,7 @@ def layer_bits(model: onnx.ModelProto) -> list[LayerBits]:
             stored = _stored(index, name)
             if stored is not None:
                 tensor, shape, bits = stored
-                layers.append(LayerBits(node.name, node.op_type, tensor.name, shape, prod(shape), bits))
+                layers.append(LayerBits(node.name, node.op_type, tensor.name, shape, bits))
                 break
     return layers
 
@@ -59,22 +63,18 @@ def average_bits(layers: list[LayerBits]) -> float:
 
 def _stored(index: GraphIndex, name: str) -> tuple[onnx.TensorProto, tuple[int, ...], int] | None:
     """The initialiser behind a value, the shape it has there, and its bits a value."""
-    unpacked: tuple[int, ...] | None = None
+    reshaped: tuple[int, ...] | None = None  # the shape that nibbles are unpacked to
+    nibbles = False
     while name not in index.initializers:
         node = index.producer.get(name)
         if node is not None and node.op_type == "Gather" and node.input[0] == NIBBLE_TABLE:
-            name = node.input[1]
+            nibbles, name = True, node.input[1]
             continue
         if node is None or node.op_type not in _PASS_THROUGH:
             return None
-        if node.op_type == "Reshape" and unpacked is None and node.input[1] in index.initializers:
-            unpacked = tuple(int(size) for size in index.constant(node.input[1]))
+        if node.op_type == "Reshape" and reshaped is None and node.input[1] in index.initializers:
+            reshaped = tuple(int(size) for size in index.constant(node.input[1]))
         name = node.input[0]
     tensor = index.initializers[name]
-    nibbles = any(reader.op_type == "Cast" and _looks_up(index, reader) for reader in index.consumers[name])
-    shape = unpacked if nibbles and unpacked else tuple(tensor.dims)
+    shape = reshaped if nibbles and reshaped else tuple(tensor.dims)
     return (tensor, shape, 4 if nibbles else _BITS.get(tensor.data_type, 32)) if len(shape) >= 2 else None
-
-
-def _looks_up(index: GraphIndex, cast: onnx.NodeProto) -> bool:
-    return any(reader.input[0] == NIBBLE_TABLE for reader in index.consumers[cast.output[0]])

@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -69,6 +69,13 @@ def set_initializer(graph: onnx.GraphProto, name: str, values: np.ndarray) -> No
             entry.CopyFrom(tensor)
             return
     graph.initializer.append(tensor)
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Make `nodes` the graph's nodes, in place; some may be its own, in another order or with others between."""
+    kept = [copy.deepcopy(node) for node in nodes]  # deleting a field ends the life of what it holds
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def drop_unused(graph: onnx.GraphProto) -> int:

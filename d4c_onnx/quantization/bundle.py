@@ -75,19 +75,13 @@ def quantize_bundle_files(
             )
             for name, reader in readers.items()
         }
-        if bundle.tokenizer.exists():
-            shutil.copyfile(bundle.tokenizer, stage / TOKENIZER)
-        ids = np.array([read_golden(bundle.path)["input_ids"]], np.int64)
-        preprocess = bundle.manifest["preprocess"]
-        write_golden(stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, preprocess, ids, GOLDEN_TOLERANCE)
         optimizer = _check_optimizer(bundle, stage, readers, threads)
         layers = [layer for report in reports.values() for layer in report.layers]
-        written = write_manifest(
+        written = finish_bundle(
+            bundle,
             stage,
+            GOLDEN_TOLERANCE,
             {
-                "kind": "quantized",
-                **{key: bundle.manifest[key] for key in ("model", "preprocess", "tokenizer")},
-                "io": signature({name: load_graph(stage / name) for name in readers}),
                 "minimum_onnxruntime": max(report.minimum_onnxruntime for report in reports.values()),
                 "seed": recipe_dump["seed"],
                 "recipe": recipe_dump,
@@ -101,10 +95,35 @@ def quantize_bundle_files(
                 "optimizer_effect": {name: effect.as_dict() for name, effect in optimizer.items()},
                 "encoders": {name: report.as_dict() for name, report in reports.items()},
                 "calibration": dataset.manifest["key"]["id"],
-                "source_files": {name: bundle.manifest["files"][name]["sha256"] for name in readers},
             },
         )
     return Bundle(target, written.manifest)
+
+
+def finish_bundle(bundle: Bundle, stage: Path, tolerance: float, content: dict[str, Any]) -> Bundle:
+    """Put beside two written encoders what every bundle made from an FP32 one has: tokenizer, golden vectors, manifest.
+
+    Args:
+        bundle: in FP32.
+        stage: the folder that holds the encoders.
+        tolerance: max abs difference of an embedding between machines.
+        content: of the manifest, beyond what is taken over or read from the files.
+    """
+    files = (IMAGE_ENCODER, TEXT_ENCODER)
+    if bundle.tokenizer.exists():
+        shutil.copyfile(bundle.tokenizer, stage / TOKENIZER)
+    ids = np.array([read_golden(bundle.path)["input_ids"]], np.int64)
+    write_golden(stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, bundle.manifest["preprocess"], ids, tolerance)
+    return write_manifest(
+        stage,
+        {
+            "kind": "quantized",
+            **{key: bundle.manifest[key] for key in ("model", "preprocess", "tokenizer")},
+            "io": signature({name: load_graph(stage / name) for name in files}),
+            **content,
+            "source_files": {name: bundle.manifest["files"][name]["sha256"] for name in files},
+        },
+    )
 
 
 def _check_optimizer(

@@ -1,21 +1,18 @@
 """The FP16 bundle: what a GPU multiplies fastest where no int8 kernel takes QDQ files."""
 
-import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 from onnx import TensorProto
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, write_manifest
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle
 from d4c_onnx.errors import GraphError
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
-from d4c_onnx.graph.signature import signature
+from d4c_onnx.quantization.bundle import finish_bundle
 from d4c_onnx.quantization.deployment import compute_pooled_row_only
-from d4c_onnx.runtime.golden import read_golden, write_golden
+from d4c_onnx.quantization.layout import MINIMUM_ORT
 
 GOLDEN_TOLERANCE = 0.01  # max abs difference of an FP16 embedding between machines
 
@@ -30,27 +27,20 @@ def half_bundle_files(bundle: Bundle, target: Path) -> Bundle:
         BundleError: the folder cannot be written.
     """
     with staged_folder(target) as stage:
-        graphs = {}
         for name in (IMAGE_ENCODER, TEXT_ENCODER):
-            graphs[name] = _half(load_graph(bundle.path / name), name)
-            save_graph(graphs[name], stage / name)
-        if bundle.tokenizer.exists():
-            shutil.copyfile(bundle.tokenizer, stage / TOKENIZER)
-        ids = np.array([read_golden(bundle.path)["input_ids"]], np.int64)
-        preprocess = bundle.manifest["preprocess"]
-        write_golden(stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, preprocess, ids, GOLDEN_TOLERANCE)
-        content: dict[str, Any] = {
-            "kind": "quantized",
-            **{key: bundle.manifest[key] for key in ("model", "preprocess", "tokenizer")},
-            "io": signature(graphs),
-            "minimum_onnxruntime": "1.20",
-            "seed": bundle.manifest["seed"],
-            "bits": "fp16",
-            "accuracy_mode_only": False,
-            "target": "cuda",
-            "source_files": {name: bundle.manifest["files"][name]["sha256"] for name in graphs},
-        }
-        written = write_manifest(stage, content)
+            save_graph(_half(load_graph(bundle.path / name), name), stage / name)
+        written = finish_bundle(
+            bundle,
+            stage,
+            GOLDEN_TOLERANCE,
+            {
+                "minimum_onnxruntime": MINIMUM_ORT[None],
+                "seed": bundle.manifest["seed"],
+                "bits": "fp16",
+                "accuracy_mode_only": False,
+                "target": "cuda",
+            },
+        )
     return Bundle(target, written.manifest)
 
 

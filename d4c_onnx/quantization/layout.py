@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.graph.bits import NIBBLE_TABLE
 from d4c_onnx.graph.files import raise_opset
-from d4c_onnx.graph.index import GraphIndex, drop_unused, set_initializer
+from d4c_onnx.graph.index import GraphIndex, drop_unused, replace_nodes, set_initializer
 from d4c_onnx.quantization.rounding import QuantizedWeight
 
 INT4_OPSET = 21
@@ -76,7 +76,7 @@ def store_int4(model: onnx.ModelProto, names: Iterable[str], layout: str = "cast
             stored = f"{name}_int4"
             index.initializers[name].CopyFrom(int4_initializer(stored, values))
             nodes.append(helper.make_node("Cast", [stored], [name], name=f"{name}_cast", to=TensorProto.INT8))
-    _prepend(graph, nodes)
+    replace_nodes(graph, [*nodes, *graph.node])
     if unique and layout != "nibbles":
         raise_opset(model, INT4_OPSET)
     return len(unique)
@@ -171,9 +171,3 @@ def clip_activations(model: onnx.ModelProto, ranges: Mapping[str, QuantParams]) 
     for position, clip in reversed(clips):
         graph.node.insert(position, clip)
     return len(clips)
-
-
-def _prepend(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    existing = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *existing])

@@ -16,7 +16,14 @@ from onnx import helper
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams
-from d4c_onnx.graph.index import GraphIndex, attribute, integer_attribute, integers_attribute, set_initializer
+from d4c_onnx.graph.index import (
+    GraphIndex,
+    attribute,
+    integer_attribute,
+    integers_attribute,
+    replace_nodes,
+    set_initializer,
+)
 from d4c_onnx.graph.layers import WeightedLayer
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.segments import SegmentedEncoder
@@ -168,9 +175,7 @@ def fake_quantize(model: onnx.ModelProto, plan: Plan, ranges: Mapping[str, Quant
     for node in graph.node:
         ordered.append(node)
         ordered.extend(pair for name in node.output for pair in pairs.get(name, []))
-    copies = [copy.deepcopy(node) for node in ordered]
-    del graph.node[:]
-    graph.node.extend(copies)
+    replace_nodes(graph, ordered)
     return twin
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from d4c_onnx.graph.index import GraphIndex, drop_unused, set_initializer
+from d4c_onnx.graph.index import GraphIndex, drop_unused, replace_nodes, set_initializer
 from d4c_onnx.quantization.deployment.pattern import Heads, find_attention
 
 CONTRIB = "com.microsoft"
@@ -21,14 +21,10 @@ def fuse_attention(model: onnx.ModelProto) -> int:
     found = [heads for node in graph.node if node.op_type == "Softmax" and (heads := find_attention(index, node))]
     if not found:
         return 0
-    pooled = {
-        name for node in graph.node if node.op_type == "Unsqueeze" for name in node.output
-    }  # of four axes already
+    # a pooled row's mask has its four axes already
+    pooled = {name for node in graph.node if node.op_type == "Unsqueeze" for name in node.output}
     replaced = {heads.join[1].name: _fused(graph, heads, pooled) for heads in found}
-    nodes = [new for node in graph.node for new in replaced.get(node.name, [node])]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
+    replace_nodes(graph, [new for node in graph.node for new in replaced.get(node.name, [node])])
     drop_unused(graph)
     if all(entry.domain != CONTRIB for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(CONTRIB, 1))

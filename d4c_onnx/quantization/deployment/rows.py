@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, set_initializer
+from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
 from d4c_onnx.quantization.deployment.pattern import Heads, find_attention
 
 # Operators that give row r of their output from row r of their inputs alone, for [batch, row, width] and constants.
@@ -98,9 +98,7 @@ class _Rewrite:
         nodes: list[onnx.NodeProto] = []
         for node in self._graph.node:
             nodes += self._new if node.name == self._pool.name else [node]
-        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del self._graph.node[:]
-        self._graph.node.extend(kept)
+        replace_nodes(self._graph, nodes)
         drop_unused(self._graph)
         names = {node.name for node in self._graph.node}
         for node in self._graph.node:  # a layer keeps its name: the original is gone

@@ -1,6 +1,6 @@
 """What an execution provider wants of a quantised graph."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from d4c_onnx.recipe import QuantizationSection
@@ -61,6 +61,8 @@ TARGETS = {
 def target_of(section: QuantizationSection) -> Target:
     """The recipe's target, with the keys that overrule it."""
     target = TARGETS[section.target]
-    layout = target.int4_layout if section.int4_layout == "auto" else section.int4_layout
-    fused = target.fused_attention if section.fused_attention is None else section.fused_attention
-    return Target(layout, fused, target.symmetric, target.quantize_bias, target.half, target.note)
+    if section.int4_layout != "auto":
+        target = replace(target, int4_layout=section.int4_layout)
+    if section.fused_attention is not None:
+        target = replace(target, fused_attention=section.fused_attention)
+    return target

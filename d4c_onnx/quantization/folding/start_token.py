@@ -19,7 +19,7 @@ import onnx
 from onnx import helper
 from onnxruntime.quantization import CalibrationDataReader
 
-from d4c_onnx.graph.index import GraphIndex, set_initializer
+from d4c_onnx.graph.index import GraphIndex, replace_nodes, set_initializer
 from d4c_onnx.quantization.folding.places import linear_source, through_heads
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.segments import SegmentedEncoder
@@ -141,9 +141,7 @@ def _mark_first_row(graph: onnx.GraphProto, input_name: str) -> str:
             *("Unsqueeze", ["start_token_mark", "start_token_last"], ["start_token_first"]), name="start_token_column"
         ),
     ]
-    existing = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *existing])
+    replace_nodes(graph, [*nodes, *graph.node])
     return "start_token_first"
 
 
