@@ -62,6 +62,11 @@ class Bundle:
         return {key: value for key, value in self.manifest.items() if key not in ("format", "files", "versions")}
 
     @property
+    def session_entries(self) -> dict[str, str]:
+        """The session config entries that its sessions need, beside onnxruntime's defaults."""
+        return dict(self.manifest.get("session", {}).get("config_entries", {}))
+
+    @property
     def quantized(self) -> bool:
         return self.manifest["kind"] == "quantized"
 

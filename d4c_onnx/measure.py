@@ -172,7 +172,11 @@ def benchmark_bundles(
     bundles = [open_bundle(path) for path in paths]
     labels = [_label(bundle) for bundle in bundles]
     contenders = [
-        Contender(label if labels.count(label) == 1 else f"{label} ({bundle.path})", bundle.encoders)
+        Contender(
+            label if labels.count(label) == 1 else f"{label} ({bundle.path})",
+            bundle.encoders,
+            bundle.session_entries,
+        )
         for label, bundle in zip(labels, bundles, strict=True)
     ]
     feeds = drawn_feeds(bundles[0], batches, sequence)

@@ -123,6 +123,11 @@ class QuantizationSection(_Section):
     )
     boundary_bits: Literal[4, 6, 8] = Field(8, description="weight bits of the first layer and the final projection")
     embedding_bits: Literal[4, 8] | None = Field(None, description="token table bits; none: 4 if weights are 4, else 8")
+    reduce_range: bool | None = Field(
+        None,
+        description="lay 8-bit weights out on 7 bits, [-64, 63]: x86 processors without VNNI add products of full ones "
+        "in 16 bits and saturate. none: as the target has it",
+    )
     attention: Literal["float", "int8"] = Field("float", description="the two attention products of each block")
     target: Literal["cpu", "portable", "tensorrt", "openvino", "cuda"] = Field(
         "cpu",

@@ -16,8 +16,8 @@ class BundleEncoders:
 
     def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int = 0) -> None:
         self.bundle = bundle
-        self._image = EncoderSession(bundle.image_encoder, provider, threads)
-        self._text = EncoderSession(bundle.text_encoder, provider, threads)
+        self._image = EncoderSession(bundle.image_encoder, provider, threads, entries=bundle.session_entries)
+        self._text = EncoderSession(bundle.text_encoder, provider, threads, entries=bundle.session_entries)
 
     def image_batches(
         self, batches: Iterable[list[Image.Image]], on_batch: Callable[[int], None] | None = None

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ from d4c_onnx.runtime.session import EncoderSession
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-path, provider, threads, shape, dtype = sys.argv[1:]
+path, provider, threads, shape, dtype, entries = sys.argv[1:]
 batch = np.ones(json.loads(shape), dtype)
 before = resident()
-session = EncoderSession(Path(path), provider, int(threads))
+session = EncoderSession(Path(path), provider, int(threads), entries=json.loads(entries))
 loaded = resident() - before
 session.run(batch)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -47,10 +47,17 @@ print(json.dumps({"loaded_bytes": loaded, "peak_bytes": peak}))
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A name, and the encoder file of each tower that it has."""
+    """What races.
+
+    Attributes:
+        name: for the table.
+        encoders: the encoder file of each tower that it has.
+        entries: session config entries that it is served with.
+    """
 
     name: str
     encoders: Mapping[str, Path]
+    entries: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure_latency(
@@ -87,14 +94,16 @@ def measure_latency(
         for _ in range(_LOADS):
             for entry in running:
                 start = time.perf_counter()
-                sessions[entry.name] = EncoderSession(entry.encoders[tower], provider, threads, shared=True)
+                sessions[entry.name] = EncoderSession(
+                    entry.encoders[tower], provider, threads, shared=True, entries=entry.entries
+                )
                 loads[entry.name].append(time.perf_counter() - start)
         rows: dict[str, dict[str, Any]] = {
             entry.name: {
                 "name": entry.name,
                 "size_bytes": file_size_bytes(entry.encoders[tower]),
                 "load_ms": 1e3 * statistics.median(loads[entry.name]),
-                **_memory(entry.encoders[tower], batches[max(batches)], provider, threads),
+                **_memory(entry, tower, batches[max(batches)], provider, threads),
                 "batches": {},
             }
             for entry in running
@@ -125,10 +134,14 @@ def measure_latency(
     return result
 
 
-def _memory(path: Path, feed: np.ndarray, provider: str, threads: int) -> dict[str, int | None]:
+def _memory(entry: Contender, tower: str, feed: np.ndarray, provider: str, threads: int) -> dict[str, int | None]:
+    path = entry.encoders[tower]
     if not Path("/proc/self/statm").exists():
         return {"loaded_bytes": None, "peak_bytes": None}
-    arguments = [str(path), provider, str(threads), json.dumps(feed.shape), str(feed.dtype)]
+    arguments = [
+        *(str(path), provider, str(threads), json.dumps(feed.shape), str(feed.dtype)),
+        json.dumps(dict(entry.entries)),
+    ]
     done = subprocess.run(
         [sys.executable, "-c", _MEMORY_PROBE, *arguments], capture_output=True, text=True, check=False
     )

@@ -19,6 +19,7 @@ from d4c_onnx.graph.layers import channels_back, channels_first
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.rounding import make_rounding
+from d4c_onnx.quantization.rounding.base import stored_bits
 from d4c_onnx.runtime.session import EncoderSession
 
 _SAMPLES = 32  # images, or prompts, on which a layer's error is measured
@@ -60,12 +61,12 @@ def measure_costs(
     for number, layer in enumerate(plan.layers):
         values, bits = index.constant(layer.weight), plan.weight_bits[layer.weight]
         error = 0.0
-        if bits < 8:
+        if stored_bits(bits) < 8:
             rounded = nearest.round(channels_first(values, layer.channel_axis), bits).dequantize()
             set_initializer(trial.graph, layer.weight, channels_back(rounded, values.shape, layer.channel_axis))
             error = float(np.square(embeds(trial) - exact).mean())
             set_initializer(trial.graph, layer.weight, values)
-        costs.append(LayerCost(encoder, layer.node, int(values.size), bits, error))
+        costs.append(LayerCost(encoder, layer.node, int(values.size), stored_bits(bits), error))
         on_step("sensitivity", number + 1, len(plan.layers), {})
     return costs
 

@@ -24,7 +24,7 @@ from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.golden import read_golden, write_golden
 from d4c_onnx.runtime.optimizer import OptimizerEffect, optimizer_effect
-from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.session import EXACT_PRODUCTS, EncoderSession
 
 GOLDEN_TOLERANCE = 0.05  # max abs difference of a quantised embedding between machines (other int8 kernels)
 
@@ -60,6 +60,7 @@ def quantize_bundle_files(
         IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch),
         TEXT_ENCODER: PromptCalibrationDataReader(dataset, section.batch, fixed_length=fixed),
     }
+    form = target_of(section)
     raised = _spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
     with staged_folder(target) as stage:
         reports = {
@@ -75,7 +76,9 @@ def quantize_bundle_files(
             )
             for name, reader in readers.items()
         }
-        optimizer = _check_optimizer(bundle, stage, readers, threads)
+        # full-range weights saturate on x86 without VNNI: their sessions need a setting, and the manifest says so
+        entries = {} if form.reduce_range else EXACT_PRODUCTS
+        optimizer = _check_optimizer(bundle, stage, readers, threads, entries)
         layers = [layer for report in reports.values() for layer in report.layers]
         written = finish_bundle(
             bundle,
@@ -89,9 +92,12 @@ def quantize_bundle_files(
                 "accuracy_mode_only": section.activation_bits != 8 or section.weight_bits == 6,
                 "weight_bits_average": round(average_bits(layers), 4),
                 "target": section.target,
-                "target_note": target_of(section).note,
-                # what the numbers of this manifest were measured with, and what a session needs: nothing but defaults
-                "session": {"graph_optimization_level": "ORT_ENABLE_ALL", "config_entries": {}},
+                "target_note": form.note,
+                # what the numbers of this manifest were measured with, and what a session needs
+                "session": {
+                    "graph_optimization_level": "ORT_ENABLE_ALL",
+                    "config_entries": entries,
+                },
                 "optimizer_effect": {name: effect.as_dict() for name, effect in optimizer.items()},
                 "encoders": {name: report.as_dict() for name, report in reports.items()},
                 "calibration": dataset.manifest["key"]["id"],
@@ -113,7 +119,10 @@ def finish_bundle(bundle: Bundle, stage: Path, tolerance: float, content: dict[s
     if bundle.tokenizer.exists():
         shutil.copyfile(bundle.tokenizer, stage / TOKENIZER)
     ids = np.array([read_golden(bundle.path)["input_ids"]], np.int64)
-    write_golden(stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, bundle.manifest["preprocess"], ids, tolerance)
+    entries = content.get("session", {}).get("config_entries")
+    write_golden(
+        stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, bundle.manifest["preprocess"], ids, tolerance, entries
+    )
     return write_manifest(
         stage,
         {
@@ -127,7 +136,11 @@ def finish_bundle(bundle: Bundle, stage: Path, tolerance: float, content: dict[s
 
 
 def _check_optimizer(
-    bundle: Bundle, stage: Path, readers: Mapping[str, CalibrationDataReader], threads: int
+    bundle: Bundle,
+    stage: Path,
+    readers: Mapping[str, CalibrationDataReader],
+    threads: int,
+    entries: Mapping[str, str],
 ) -> dict[str, OptimizerEffect]:
     effects = {}
     for name, reader in readers.items():
@@ -135,7 +148,7 @@ def _check_optimizer(
         feed = reader.get_next()
         assert feed is not None
         batch = next(iter(feed.values()))
-        effect = effects[name] = optimizer_effect(stage / name, bundle.path / name, batch, threads)
+        effect = effects[name] = optimizer_effect(stage / name, bundle.path / name, batch, threads, entries)
         if not effect.harmless:
             raise CheckFailed(
                 f"{name}: onnxruntime's graph optimiser changes the answers: without it they are {effect.literal:.2e} "

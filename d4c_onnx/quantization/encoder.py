@@ -112,17 +112,18 @@ def quantize_encoder(
     layout = form.int4_layout
     store_int4(quantized, [f"{name}_quantized" for name, weight in weights.items() if weight.num_bits == 4], layout)
     table = find_token_table(quantized.graph)
+    table_bits = None
     if table is not None:
         gather, name = table
-        rows = GraphIndex(quantized.graph).constant(name)
-        table_rows = make_rounding("nearest").round(np.asarray(rows, np.float32), section.table_bits)
-        store_token_table(quantized, gather, name, table_rows, layout)
+        rows = np.asarray(GraphIndex(quantized.graph).constant(name), np.float32)
+        table_bits = section.table_bits if rows.shape[1] % 2 == 0 else 8
+        store_token_table(quantized, gather, name, make_rounding("nearest").round(rows, table_bits))
     set_metadata(quantized, {entry.key: entry.value for entry in model.metadata_props} | {"quantization": section.bits})
     save_graph(quantized, target)
-    int4 = any(weight.num_bits == 4 for weight in weights.values()) or (table is not None and section.table_bits == 4)
+    int4 = any(weight.num_bits == 4 for weight in weights.values())
     return EncoderReport(
         tuple(layer_bits(quantized)),
-        section.table_bits if table else None,
+        table_bits,
         len(ranges),
         smoothed,
         bool(plan.dead_rows),

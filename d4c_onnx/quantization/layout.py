@@ -116,39 +116,66 @@ def find_token_table(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, str] | Non
     return None
 
 
-def store_token_table(
-    model: onnx.ModelProto, gather: onnx.NodeProto, table: str, weight: QuantizedWeight, layout: str = "cast"
-) -> None:
+def store_token_table(model: onnx.ModelProto, gather: onnx.NodeProto, table: str, weight: QuantizedWeight) -> None:
     """Store the token table as integers with one scale per row, in place.
 
-    Only the looked-up rows are dequantised: Gather(int8) -> Cast -> Mul(Gather(scale)). A DequantizeLinear of the
-    whole table would run over all 49,408 rows for every query.
+    Only the looked-up rows are dequantised: Gather -> Cast -> Mul(Gather(scale)). A DequantizeLinear of the whole table
+    would run over all 49,408 rows for every query. 4-bit rows stay packed in memory, too, and only those looked up are
+    unpacked: a Cast of the whole table would be folded at load, at the cost of loading time and twice the memory.
 
     Args:
         gather: the node that reads the table (of this model's graph).
         table: the float table's name, [vocabulary, width].
-        weight: rows as channels.
-        layout: of 4-bit rows. A native table would have to be dequantised as a whole, so it is stored as nibbles.
+        weight: rows as channels; of even width at 4 bits.
     """
     graph = model.graph
     integers, scales = f"{table}_quantized", f"{table}_scale"
     rows, row_scale, real = f"{table}_rows", f"{table}_row_scale", f"{table}_rows_float"
     ids, result = gather.input[1], gather.output[0]
-    set_initializer(graph, integers, weight.integers)
+    packed = weight.num_bits == 4
+    set_initializer(graph, integers, pack_halves(weight.integers) if packed else weight.integers)
     set_initializer(graph, scales, weight.scale[:, None].astype(np.float32))
-    nodes = [
-        helper.make_node("Gather", [integers, ids], [rows], name=f"{table}_gather", axis=0),
+    nodes = [helper.make_node("Gather", [integers, ids], [rows], name=f"{table}_gather", axis=0)]
+    if packed:
+        nodes += _unpack_halves(graph, rows, real)
+    else:
+        nodes.append(helper.make_node("Cast", [rows], [real], name=f"{table}_cast_float", to=TensorProto.FLOAT))
+    nodes += [
         helper.make_node("Gather", [scales, ids], [row_scale], name=f"{table}_gather_scale", axis=0),
-        helper.make_node("Cast", [rows], [real], name=f"{table}_cast_float", to=TensorProto.FLOAT),
         helper.make_node("Mul", [real, row_scale], [result], name=f"{table}_dequantize"),
     ]
     position = next(number for number, node in enumerate(graph.node) if node.name == gather.name)
-    del graph.node[position]
-    for offset, node in enumerate(nodes):
-        graph.node.insert(position + offset, node)
+    replace_nodes(graph, [*graph.node[:position], *nodes, *graph.node[position + 1 :]])
     drop_unused(graph)
-    if weight.num_bits == 4:
-        store_int4(model, [integers], "nibbles" if layout == "native" else layout)
+
+
+def pack_halves(values: np.ndarray) -> np.ndarray:
+    """Two values a byte, offset by 8: the left half of each row in the low nibbles, the right half in the high ones.
+
+    So a row is unpacked by whole vectors, without interleaving.
+
+    Args:
+        values: integers in [-8, 7], [rows, width], of even width.
+
+    Returns:
+        uint8 [rows, width / 2].
+    """
+    left, right = np.split((np.asarray(values, np.int8) + 8).astype(np.uint8), 2, axis=1)
+    return left | (right << 4)
+
+
+def _unpack_halves(graph: onnx.GraphProto, rows: str, real: str) -> list[onnx.NodeProto]:
+    """uint8 [..., width / 2] as `pack_halves` makes it -> float32 [..., width]."""
+    for name, value in (("low_nibble", np.uint8(15)), ("nibble_bits", np.uint8(4)), ("nibble_zero", np.float32(8))):
+        set_initializer(graph, name, np.array(value))
+    low, high, both, unsigned = (f"{rows}_{part}" for part in ("low", "high", "both", "unsigned"))
+    return [
+        helper.make_node("BitwiseAnd", [rows, "low_nibble"], [low], name=low),
+        helper.make_node("BitShift", [rows, "nibble_bits"], [high], name=high, direction="RIGHT"),
+        helper.make_node("Concat", [low, high], [both], name=both, axis=-1),
+        helper.make_node("Cast", [both], [unsigned], name=unsigned, to=TensorProto.FLOAT),
+        helper.make_node("Sub", [unsigned, "nibble_zero"], [real], name=real),
+    ]
 
 
 def clip_activations(model: onnx.ModelProto, ranges: Mapping[str, QuantParams]) -> int:

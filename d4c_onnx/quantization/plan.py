@@ -9,6 +9,7 @@ import onnx
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.index import GraphIndex
 from d4c_onnx.graph.layers import WeightedLayer, weighted_layers
+from d4c_onnx.quantization.deployment import target_of
 from d4c_onnx.recipe import QuantizationSection
 
 # Between convolutions the integer path only holds when what stands between them is integer too.
@@ -21,7 +22,7 @@ class Plan:
 
     Attributes:
         layers: the weighted layers, in graph order.
-        weight_bits: by initialiser name.
+        weight_bits: width of the grid, by initialiser name: 4, 6, 8, or 7 for an 8-bit weight of reduced range.
         nodes: names of all nodes to quantise.
         op_types: their operator types.
         activations: float values whose ranges are needed.
@@ -46,7 +47,7 @@ def make_plan(graph: onnx.GraphProto, section: QuantizationSection, raised: Coll
     """Decide what is quantised.
 
     The first layer and the final projection get `boundary_bits`, the `raised` nodes 8, every other weight the
-    recipe's width.
+    recipe's width; 8-bit ones a grid of 7 where the target asks for a reduced range.
 
     Raises:
         GraphError: the graph has no weighted layer.
@@ -55,10 +56,12 @@ def make_plan(graph: onnx.GraphProto, section: QuantizationSection, raised: Coll
     if not layers:
         raise GraphError("the graph has no MatMul, Gemm or Conv with a constant weight: nothing to quantise.")
     widest = max(section.weight_bits, section.boundary_bits)
+    reduced = target_of(section).reduce_range
     bits: dict[str, int] = {}
     for layer in layers:
         own = widest if layer.first or layer.last else section.weight_bits
         own = 8 if layer.node in raised else own
+        own = 7 if own == 8 and reduced else own
         bits[layer.weight] = max(own, bits.get(layer.weight, 0))  # a shared weight keeps the wider grid
     chosen = {layer.node for layer in layers}
     if any(layer.op == "Conv" for layer in layers):

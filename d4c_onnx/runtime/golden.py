@@ -4,6 +4,7 @@ The image is drawn, not photographed: gradients, discs and stripes, so that no d
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,20 @@ def golden_input(preprocess: dict[str, Any]) -> np.ndarray:
 
 
 def write_golden(
-    folder: Path, image_file: Path, text_file: Path, preprocess: dict[str, Any], input_ids: np.ndarray, tolerance: float
+    folder: Path,
+    image_file: Path,
+    text_file: Path,
+    preprocess: dict[str, Any],
+    input_ids: np.ndarray,
+    tolerance: float,
+    entries: Mapping[str, str] | None = None,
 ) -> None:
     """Run both encoders on the golden input and write what they answer.
 
     Args:
         input_ids: int64 [1, sequence] of `TEXT`, from the model's own tokenizer.
         tolerance: max abs difference another machine may show.
+        entries: session config entries that the files are served with.
     """
     target = folder / FOLDER
     target.mkdir()
@@ -48,8 +56,8 @@ def write_golden(
         "image": "image.png",
         "text": TEXT,
         "input_ids": input_ids[0].tolist(),
-        "image_embeds": EncoderSession(image_file).run(golden_input(preprocess))[0].tolist(),
-        "text_embeds": EncoderSession(text_file).run(input_ids)[0].tolist(),
+        "image_embeds": EncoderSession(image_file, entries=entries).run(golden_input(preprocess))[0].tolist(),
+        "text_embeds": EncoderSession(text_file, entries=entries).run(input_ids)[0].tolist(),
         "tolerance": tolerance,
     }
     write_json(target / "golden.json", vectors)

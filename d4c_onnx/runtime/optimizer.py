@@ -1,5 +1,6 @@
 """Does onnxruntime's graph optimiser change the answers? The same file, optimised and taken literally."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,14 +38,17 @@ class OptimizerEffect:
         return {name: float(f"{value:.3g}") for name, value in asdict(self).items()}
 
 
-def optimizer_effect(quantized: Path, reference: Path, batch: np.ndarray, threads: int = 0) -> OptimizerEffect:
+def optimizer_effect(
+    quantized: Path, reference: Path, batch: np.ndarray, threads: int = 0, entries: Mapping[str, str] | None = None
+) -> OptimizerEffect:
     """Run a quantised encoder with and without graph optimisation, and its FP32 original, on one batch.
 
     Args:
         quantized, reference: .onnx files of the same input.
         batch: pixel_values or input_ids.
+        entries: session config entries that the quantised file is served with.
     """
-    fast = EncoderSession(quantized, threads=threads).run(batch)
+    fast = EncoderSession(quantized, threads=threads, entries=entries).run(batch)
     literal = EncoderSession(quantized, threads=threads, optimize=False, literal=True).run(batch)
     exact = EncoderSession(reference, threads=threads).run(batch)
     return OptimizerEffect(_rms(fast - literal), _rms(literal - exact), _rms(fast - exact))

@@ -18,16 +18,17 @@ from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex
 from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
-from d4c_onnx.quantization.layout import int4_initializer, pack_int4, unpack_int4
+from d4c_onnx.quantization.layout import int4_initializer, pack_halves, pack_int4, store_token_table, unpack_int4
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.ranges import collect_ranges
 from d4c_onnx.quantization.rounding import make_rounding
-from d4c_onnx.quantization.rounding.base import grid_limits
+from d4c_onnx.quantization.rounding.base import QuantizedWeight, grid_limits
 from d4c_onnx.quantization.rounding.nearest import round_to_grid, search_scales
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.kernels import count_kernels
-from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.session import EXACT_PRODUCTS, EncoderSession
 
+FULL_RANGE = "quantization.reduce_range=false"
 NIBBLES = hnp.arrays(np.int8, hnp.array_shapes(max_dims=4, max_side=7), elements=st.integers(-8, 7))
 WEIGHTS = hnp.arrays(
     np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=st.floats(-100, 100, width=32)
@@ -43,7 +44,27 @@ def test_int4_packing_round_trip_and_onnx_agrees(values: np.ndarray) -> None:
     assert np.array_equal(decoded.astype(np.int8), values)
 
 
-@given(WEIGHTS, st.sampled_from([4, 6, 8]))
+@given(hnp.arrays(np.int8, (6, 10), elements=st.integers(-8, 7)), st.lists(st.integers(0, 5), min_size=1, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_packed_token_rows_come_back_as_they_were(values: np.ndarray, ids: list[int]) -> None:
+    """onnxruntime unpacks exactly the rows that are looked up; half a byte a value."""
+    table = np.zeros(values.shape, np.float32)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Gather", ["table", "ids"], ["rows"], name="look_up")],
+        "one",
+        [onnx.helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])],
+        [onnx.helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["n", 10])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    scale = np.linspace(0.5, 3, 6, dtype=np.float32)
+    store_token_table(model, model.graph.node[0], "table", QuantizedWeight(values, scale, 4))
+    assert pack_halves(values).nbytes * 2 == values.size
+    got = EncoderSession(model.SerializeToString()).run(np.array(ids, np.int64))
+    assert np.array_equal(got, (values * scale[:, None])[ids])
+
+
+@given(WEIGHTS, st.sampled_from([4, 6, 7, 8]))
 @settings(deadline=None)
 def test_nearest_stays_on_its_grid_and_within_half_a_step(weight: np.ndarray, num_bits: int) -> None:
     rounded = make_rounding("nearest").round(weight, num_bits)
@@ -58,7 +79,7 @@ def test_nearest_stays_on_its_grid_and_within_half_a_step(weight: np.ndarray, nu
     assert (error[inside] <= np.broadcast_to(rounded.scale[:, None] * 0.5001, weight.shape)[inside] + 1e-30).all()
 
 
-@given(WEIGHTS, st.sampled_from([4, 6, 8]))
+@given(WEIGHTS, st.sampled_from([4, 6, 7, 8]))
 @settings(deadline=None)
 def test_searched_scale_is_never_worse_than_the_maximum(weight: np.ndarray, num_bits: int) -> None:
     scale = search_scales(weight, num_bits)
@@ -96,8 +117,10 @@ def test_unknown_rounding_is_refused() -> None:
 
 def test_plan_gives_the_ends_eight_bits(vit_bundle: Bundle) -> None:
     plan = make_plan(load_graph(vit_bundle.image_encoder).graph, load_recipe(None).quantization)
-    wide = [layer.op for layer in plan.layers if plan.weight_bits[layer.weight] == 8]
+    wide = [layer.op for layer in plan.layers if plan.weight_bits[layer.weight] == 7]  # 8 bits of reduced range
     assert wide == ["Conv", "MatMul"]
+    full = make_plan(load_graph(vit_bundle.image_encoder).graph, load_recipe(None, (FULL_RANGE,)).quantization)
+    assert sorted(set(full.weight_bits.values())) == [4, 8]
     assert set(plan.op_types) == {"Conv", "MatMul"}
     graph = load_graph(vit_bundle.image_encoder).graph
     del graph.node[:]
@@ -203,15 +226,42 @@ def test_six_bit_activations_never_leave_their_grid(
     assert max(int(values[node.output[0]].max()) for node in quantizers) <= 63
 
 
+@pytest.mark.parametrize("bits", ["w4a8", "w8a8"])
+def test_no_product_can_saturate(
+    bits: str, tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
+) -> None:
+    """x86 without VNNI adds two products of uint8 and int8 in 16 bits: no pair of stored weights may overflow that."""
+    stored = {}
+    for name, extra in (("reduced", ()), ("full", (FULL_RANGE,))):
+        sets = (f"quantization.bits={bits}", "quantization.rounding=nearest", *extra)
+        _, model = _quantize(vit_bundle, "image", vit_calibration[0], tmp_path / f"{name}.onnx", *sets)
+        index = GraphIndex(model.graph)
+        weights = [index.constant(layer.weight).astype(np.int32) for layer in layer_bits(model)]
+        stored[name] = max(int(np.abs(values).max()) for values in weights)
+    assert 2 * 255 * stored["reduced"] <= np.iinfo(np.int16).max < 2 * 255 * stored["full"]
+
+
+def test_full_range_names_the_session_it_needs(
+    tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
+) -> None:
+    for name, extra, entries in (("reduced", (), {}), ("full", (FULL_RANGE,), EXACT_PRODUCTS)):
+        section = load_recipe(None, ("quantization.bits=w8a8", *extra)).quantization
+        made = quantize_bundle_files(
+            vit_bundle, vit_calibration[1], tmp_path / name, section, recipe_dump={"seed": 0, "quantization": {}}
+        )
+        assert made.session_entries == entries
+
+
 def test_token_table_rows_are_dequantised_one_by_one(
     tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
 ) -> None:
-    for bits, dtype in (("4", TensorProto.INT4), ("8", TensorProto.INT8)):
+    for bits, dtype in (("4", TensorProto.UINT8), ("8", TensorProto.INT8)):
         sets = ("quantization.bits=w8a8", f"quantization.embedding_bits={bits}")
         report, graph = _quantize(vit_bundle, "text", vit_calibration[0], tmp_path / f"{bits}.onnx", *sets)
         tables = [tensor for tensor in graph.graph.initializer if tensor.dims and tensor.dims[0] == 49408]
         assert sorted(tensor.data_type for tensor in tables) == sorted([dtype, TensorProto.FLOAT])
         assert next(list(t.dims) for t in tables if t.data_type == TensorProto.FLOAT) == [49408, 1]
+        assert next(t.dims[1] for t in tables if t.data_type == dtype) == 64 * int(bits) // 8
         assert report.token_table_bits == int(bits)
         ids = np.array(vit_calibration[1].input_ids[0], np.int64)[None]
         got, expected = (

@@ -35,7 +35,7 @@ _ALPHAS = (0.25, 0.5, 0.75, 1.0)
 _COSTLY = 0.08
 _ROWS = 512  # rows of the error search per place
 # Where a weight's grid ends, as a share of its maximum, when alphas are compared; the rounding searches it later.
-_TOP = {4: 0.75, 6: 0.95, 8: 1.0}
+_TOP = {4: 0.75, 6: 0.95, 7: 1.0, 8: 1.0}
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ class QuantizedWeight:
     Attributes:
         integers: int8 [channels, inputs], each in [-2**(num_bits-1), 2**(num_bits-1) - 1].
         scale: float32 [channels], positive; real = integer * scale.
-        num_bits: width of the grid.
+        num_bits: width of the grid; 4 bits are stored in 4, wider grids in 8.
     """
 
     integers: np.ndarray
@@ -54,7 +54,7 @@ class Rounding(Protocol):
 
         Args:
             weight: float32 [channels, inputs], output channels first.
-            num_bits: 4, 6 or 8.
+            num_bits: 4, 6, 7 or 8.
             moments: of the layer's input; given when `uses_data`.
         """
         ...
@@ -63,3 +63,8 @@ class Rounding(Protocol):
 def grid_limits(num_bits: int) -> tuple[int, int]:
     """Lowest and highest integer of the signed grid; 4 bits: -8 .. 7."""
     return -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+
+
+def stored_bits(num_bits: int) -> int:
+    """What a weight of that grid takes in the file."""
+    return 4 if num_bits == 4 else 8

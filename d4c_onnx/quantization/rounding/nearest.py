@@ -5,7 +5,12 @@ import numpy as np
 from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, grid_limits
 
 # Fractions of max|w| that may become the grid's top. Above 1 the grid's lone lowest level (-8 beside +7) pays off.
-_FRACTIONS = {4: np.linspace(0.5, 1.15, 66), 6: np.linspace(0.7, 1.04, 35), 8: np.linspace(0.85, 1.0, 16)}
+_FRACTIONS = {
+    4: np.linspace(0.5, 1.15, 66),
+    6: np.linspace(0.7, 1.04, 35),
+    7: np.linspace(0.8, 1.02, 23),
+    8: np.linspace(0.85, 1.0, 16),
+}
 _CHUNK = 2**22  # elements handled at once: bounds the memory of the search
 
 
@@ -32,7 +37,7 @@ def search_scales(weight: np.ndarray, num_bits: int, importance: np.ndarray | No
 
     Args:
         weight: float32 [channels, inputs].
-        num_bits: 4, 6 or 8.
+        num_bits: 4, 6, 7 or 8.
         importance: float [inputs], how much an input's error counts (its mean square); none: all alike.
 
     Source: the MSE search of arXiv 2511.15411's code, symmetric here because onnxruntime's CPU kernels need one zero
