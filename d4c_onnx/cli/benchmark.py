@@ -65,10 +65,20 @@ def _print(report: dict[str, Any], sizes: list[int]) -> None:
             f"{tower}: {machine['cpu']}, {machine['threads']} threads, {machine['provider']}, "
             f"onnxruntime {machine['onnxruntime']}; medians of {report['rounds']} interleaved runs [quartiles], ms"
         )
-        header = ["", "MB", "load ms", "RAM MB", *(f"batch {size}" for size in sizes), "per second"]
+        header = [
+            "",
+            "MB",
+            "load ms",
+            "first ms",
+            "RAM MB",
+            "in use MB",
+            *(f"batch {size}" for size in sizes),
+            "per second",
+        ]
         lines = []
         for row in rows:
-            cells = [f"{row['size_bytes'] / 1e6:.1f}", f"{row['load_ms']:.0f}", _megabytes(row["loaded_bytes"])]
+            cells = [f"{row['size_bytes'] / 1e6:.1f}", f"{row['load_ms']:.0f}", f"{row['first_ms']:.0f}"]
+            cells += [_megabytes(row["loaded_bytes"]), _megabytes(row["held_bytes"])]
             for size in sizes:
                 found = row["batches"][size]
                 spread = f"[{found['low_ms']:.1f}, {found['high_ms']:.1f}]"

@@ -25,23 +25,38 @@ from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.runtime.session import EncoderSession
 
 _WARM_UP, _LOADS = 2, 3
-# A session in a process of its own: what it adds to the resident memory when it loads, and the peak after one batch.
-_MEMORY_PROBE = """
-import json, resource, sys
+# A session in a process of its own: how long it loads and its first batch takes, what it adds to the resident memory
+# when it loads, how much of that is held (the rest is what the allocator keeps for later), and the peak after a batch.
+_PROCESS_PROBE = """
+import ctypes, json, os, sys, time
 import numpy as np
 from pathlib import Path
 from d4c_onnx.runtime.session import EncoderSession
 def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-path, provider, threads, shape, dtype, entries = sys.argv[1:]
-batch = np.ones(json.loads(shape), dtype)
+    if not Path("/proc/self/statm").exists():
+        return None
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+asked = json.loads(sys.argv[1])
+first, largest = (np.ones(shape, asked["dtype"]) for shape in asked["shapes"])
 before = resident()
-session = EncoderSession(Path(path), provider, int(threads), entries=json.loads(entries))
-loaded = resident() - before
-session.run(batch)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"loaded_bytes": loaded, "peak_bytes": peak}))
+start = time.perf_counter()
+session = EncoderSession(Path(asked["path"]), asked["provider"], asked["threads"], entries=asked["entries"])
+load_ms = 1e3 * (time.perf_counter() - start)
+loaded = held = peak = None
+if before is not None:
+    loaded = held = resident() - before
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+        held = resident() - before
+start = time.perf_counter()
+session.run(first)
+first_ms = 1e3 * (time.perf_counter() - start)
+session.run(largest)
+if before is not None:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+found = {"load_ms": load_ms, "first_ms": first_ms, "loaded_bytes": loaded, "held_bytes": held, "peak_bytes": peak}
+print(json.dumps(found))
 """
 
 
@@ -77,9 +92,10 @@ def measure_latency(
         rounds: timed runs of each contender at each batch.
 
     Returns:
-        Per tower one row a contender: `name`, `size_bytes`, `load_ms`, `loaded_bytes` and `peak_bytes` of a process of
-        its own (None where the system does not tell), and `batches`: per size `median_ms`, `low_ms`, `high_ms` (the
-        quartiles), `per_second` and `speed_up` over the baseline.
+        Per tower one row a contender: `name`, `size_bytes`; of processes of its own `load_ms` and `first_ms` (medians),
+        `loaded_bytes` (what loading adds), `held_bytes` (what of that is in use) and `peak_bytes` (None where the
+        system does not tell); and `batches`: per size `median_ms`, `low_ms`, `high_ms` (the quartiles), `per_second`
+        and `speed_up` over the baseline.
 
     Raises:
         BundleError: onnxruntime cannot load a file.
@@ -89,21 +105,19 @@ def measure_latency(
     result: dict[str, list[dict[str, Any]]] = {}
     for tower, batches in feeds.items():
         running = [entry for entry in contenders if tower in entry.encoders]
-        loads: dict[str, list[float]] = {entry.name: [] for entry in running}
-        sessions: dict[str, EncoderSession] = {}
+        probes: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in running}
         for _ in range(_LOADS):
             for entry in running:
-                start = time.perf_counter()
-                sessions[entry.name] = EncoderSession(
-                    entry.encoders[tower], provider, threads, shared=True, entries=entry.entries
-                )
-                loads[entry.name].append(time.perf_counter() - start)
+                probes[entry.name].append(_probe(entry, tower, batches, provider, threads))
+        sessions = {
+            entry.name: EncoderSession(entry.encoders[tower], provider, threads, shared=True, entries=entry.entries)
+            for entry in running
+        }
         rows: dict[str, dict[str, Any]] = {
             entry.name: {
                 "name": entry.name,
                 "size_bytes": file_size_bytes(entry.encoders[tower]),
-                "load_ms": 1e3 * statistics.median(loads[entry.name]),
-                **_memory(entry, tower, batches[max(batches)], provider, threads),
+                **_medians(probes[entry.name]),
                 "batches": {},
             }
             for entry in running
@@ -134,21 +148,31 @@ def measure_latency(
     return result
 
 
-def _memory(entry: Contender, tower: str, feed: np.ndarray, provider: str, threads: int) -> dict[str, int | None]:
-    path = entry.encoders[tower]
-    if not Path("/proc/self/statm").exists():
-        return {"loaded_bytes": None, "peak_bytes": None}
-    arguments = [
-        *(str(path), provider, str(threads), json.dumps(feed.shape), str(feed.dtype)),
-        json.dumps(dict(entry.entries)),
-    ]
+def _probe(
+    entry: Contender, tower: str, batches: Mapping[int, np.ndarray], provider: str, threads: int
+) -> dict[str, Any]:
+    path, small, large = entry.encoders[tower], batches[min(batches)], batches[max(batches)]
+    asked = {
+        "path": str(path),
+        "provider": provider,
+        "threads": threads,
+        "entries": dict(entry.entries),
+        "shapes": [small.shape, large.shape],
+        "dtype": str(small.dtype),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", _MEMORY_PROBE, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _PROCESS_PROBE, json.dumps(asked)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise BundleError(f"{path}: cannot be run in a process of its own ({done.stderr.strip()[-300:]}).")
-    found: dict[str, int | None] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _medians(probes: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    return {
+        key: None if probes[0][key] is None else statistics.median(probe[key] for probe in probes) for key in probes[0]
+    }
 
 
 def drawn_feeds(bundle: Bundle, batches: Sequence[int], sequence: int) -> dict[str, dict[int, np.ndarray]]:
