@@ -72,6 +72,12 @@ class SynthesisSection(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the tower's products; auto: bfloat16 where CPU or GPU multiply it, else float32"
     )
+    settle: float | None = Field(
+        None,
+        gt=0,
+        description="make no more calibration images once a finished batch moves the ranges and spectra of the layers' "
+        "inputs by less than this share; `images` is then the most",
+    )
     checkpoint_steps: int = Field(200, ge=1, description="steps between checkpoints inside one unit of work")
 
 
@@ -251,6 +257,10 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
     if (recipe.synthesis.method == "real") != (recipe.synthesis.source is not None):
         raise RecipeError(
             f"{where}, synthesis.source: belongs to synthesis.method real, and only to it: a folder or .parquet file."
+        )
+    if recipe.synthesis.settle is not None and recipe.synthesis.shared_optimizer:
+        raise RecipeError(
+            f"{where}, synthesis.settle: needs batches that are finished one by one: no shared_optimizer."
         )
     low, high = recipe.synthesis.box_area
     if not 0 < low <= high < 1:

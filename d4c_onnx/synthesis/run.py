@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from d4c_onnx.bundle import versions
 from d4c_onnx.calibration.controls import noise_images
@@ -27,11 +28,14 @@ from d4c_onnx.synthesis.loop import Guide, build_objective, optimize_unit
 from d4c_onnx.synthesis.param import start_images
 from d4c_onnx.synthesis.perturb import published
 from d4c_onnx.synthesis.prompts import draw_labels, draw_targets, draw_texts
+from d4c_onnx.synthesis.settling import Settling
 from d4c_onnx.synthesis.taps import INSIDE, Taps
 from d4c_onnx.vocabulary import templates
 
 # images float32 [N, 3, H, W], and their loss terms, one value per pass
 Unit = tuple[np.ndarray, dict[str, list[float]]]
+# of all images of the recipe, those that were made
+Chosen = np.ndarray
 
 
 def synthesize(
@@ -75,24 +79,24 @@ def synthesize(
     work = _work_folder(target, key, compute)
     labels = draw_labels(total, len(nouns), section.labels, seed)
     losses: list[dict[str, list[float]]] = []
+    chosen = np.arange(total)
     if section.method in ("d4c", *INSIDE):
-        made = _optimize(loaded, section, nouns, labels, work, seed, where, precision, on_step)
+        chosen, made = _optimize(loaded, section, nouns, labels, work, seed, where, precision, on_step)
         pixels = np.concatenate([images for images, _ in made])
         losses = [history for _, history in made]
     elif given is not None:
         pixels = given
     else:
         pixels = noise_images(section.method, (total, 3, *loaded.preprocess["size"]), seed)
-    if section.method != "d4c":
-        labels = labels[:0]  # made for no noun
+    labels = labels[chosen] if section.method == "d4c" else labels[:0]  # the others are made for no noun
     texts, held_out_texts = draw_texts(nouns, templates(), text.prompts, text.held_out, seed)
     ids = loaded.tokenize(texts)
     dynamic = loaded.deployed_towers()[1].dynamic_sequence
     end = getattr(loaded.tokenizer, "eot_token_id", None)
     rows = cut_to_end(ids, end) if dynamic and end is not None else tuple(tuple(row) for row in ids.tolist())
     content = CalibrationSet(
-        pixel_values=pixels[: section.images],
-        held_out=pixels[section.images :],
+        pixel_values=pixels[chosen < section.images],
+        held_out=pixels[chosen >= section.images],
         labels=tuple(nouns[index] for index in labels),
         texts=tuple(texts),
         input_ids=rows,
@@ -115,15 +119,27 @@ def _optimize(
     device: torch.device,
     precision: torch.dtype,
     on_step: OnStep,
-) -> list[Unit]:
-    """Every unit's images and loss terms, in order; finished units are read back."""
+) -> tuple[Chosen, list[Unit]]:
+    """Every unit's images and loss terms, in order; finished units are read back.
+
+    Once the statistics have settled, what is left of the calibration images is skipped; held-out ones are made.
+    """
     mean, std = (value.to(device) for value in loaded.normalization())
-    guide = _guide(loaded, section, nouns, mean, std, device, precision)
+    # The deployed form of the tower: the same numbers, and on CPUs its backward pass is about three times faster
+    # than torch's fused attention.
+    tower, _ = loaded.deployed_towers()
+    guide = _guide(loaded, tower, section, nouns, mean, std, device, precision)
     targets = torch.from_numpy(draw_targets(labels, len(nouns), section.second_class, section.label_smoothing, seed))
     size = len(labels) if section.shared_optimizer else section.batch
     parts: list[Unit] = []
+    chosen: list[int] = []
+    settling = Settling(tower) if section.settle else None
+    settled = False
     for number, start in enumerate(range(0, len(labels), size)):
-        own = targets[start : start + size].to(device)
+        stop = min(start + size, len(labels))
+        if settled and stop <= section.images:
+            continue
+        own = targets[start:stop].to(device)
         done_file, state_file = work / f"unit-{number:04d}.npz", work / f"unit-{number:04d}.pt"
         if not done_file.exists():
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -134,9 +150,13 @@ def _optimize(
             _save_unit(done_file, made.numpy(), history)
             state_file.unlink(missing_ok=True)
         parts.append(_load_unit(done_file))
+        chosen.extend(range(start, stop))
+        if settling is not None and not settled and stop <= section.images:
+            settled = settling.add(guide.encode, torch.from_numpy(parts[-1][0]).to(device)) < (section.settle or 0)
+            guide.taps.clear()
         if section.diversity_weight:
             guide = replace(guide, earlier=_with_earlier(guide, torch.from_numpy(parts[-1][0]).to(device)))
-    return parts
+    return np.array(chosen), parts
 
 
 def _reporter(
@@ -167,6 +187,7 @@ def _with_earlier(guide: Guide, finished: torch.Tensor) -> torch.Tensor:
 
 def _guide(
     loaded: LoadedModel,
+    tower: nn.Module,
     section: SynthesisSection,
     nouns: tuple[str, ...],
     mean: torch.Tensor,
@@ -174,17 +195,14 @@ def _guide(
     device: torch.device,
     precision: torch.dtype,
 ) -> Guide:
-    # The deployed form of the tower: the same numbers, and on CPUs its backward pass is about three times faster
-    # than torch's fused attention.
-    image, _ = loaded.deployed_towers()
     objective = build_objective(section)
     return Guide(
-        encode=prepare_tower(image, device, precision),
+        encode=prepare_tower(tower, device, precision),
         texts=embed_prompts(loaded, section.template, nouns).to(device),
         objective=objective,
         perturbations=published(mean, std) if section.pae and section.method == "d4c" else (),
         perturbed_view="box" if section.scg else "whole",
-        taps=Taps(image, objective.inside),
+        taps=Taps(tower, objective.inside),
     )
 
 

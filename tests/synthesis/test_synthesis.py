@@ -22,6 +22,7 @@ from d4c_onnx.synthesis.objectives import Seen, diversity, guidance, structure, 
 from d4c_onnx.synthesis.param import fourier_scale, start_images
 from d4c_onnx.synthesis.perturb import affine, blur, color_jitter, erase, perturb, published
 from d4c_onnx.synthesis.prompts import draw_labels, draw_targets, draw_texts
+from d4c_onnx.synthesis.settling import Settling
 from d4c_onnx.synthesis.taps import norm_distance, patch_entropy
 from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 
@@ -359,3 +360,52 @@ def test_diversity_counts_earlier_images() -> None:
     [term] = diversity().terms
     again = Seen(seen.pixels, seen.embeds, text, seen.targets, {}, own)
     assert float(term.value(again)) == pytest.approx(float((2 * pairs.sum() - 3) / 15), abs=1e-6)
+
+
+def test_settling_sees_what_calibration_would_see() -> None:
+    """Nothing moves when a batch comes again; another batch moves the spectrum, a larger one the range."""
+    generator = torch.Generator().manual_seed(0)
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    batch = torch.randn(6, 3, 8, 8, generator=generator)
+    settling = Settling(tower)
+    assert settling.add(tower, batch) == float("inf")
+    assert settling.add(tower, batch) == pytest.approx(0, abs=1e-6)
+    flat = batch.mean((2, 3), keepdim=True).expand_as(batch)
+    assert settling.add(tower, flat) > 1e-3
+    assert settling.add(tower, 3 * batch) > 0.3
+    assert not any(module._forward_pre_hooks for module in tower.modules())
+
+
+def test_settled_statistics_end_the_calibration_images(tmp_path: Path, mini_vit) -> None:
+    """The images that are made are those of the full run, held-out ones included; an interrupted run decides alike."""
+    nouns = mini_vit.embedded.nouns
+
+    def run(name: str, settle: str, stop_at: int | None = None) -> CalibrationSet:
+        calls = 0
+
+        def on_step(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise KeyboardInterrupt
+
+        keys = ("images=8", "held_out=2", "batch=2", "steps=2", "checkpoint_steps=1", settle)
+        recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
+        return synthesize(mini_vit, tmp_path / name, recipe.synthesis, recipe.text, nouns, seed=0, on_step=on_step)
+
+    full, settled = run("full", "settle=0.0000001"), run("settled", "settle=1.0")
+    assert len(full.pixel_values) == 8
+    assert len(settled.pixel_values) == 4  # the first batch moves everything, the second less than all of it
+    assert np.array_equal(settled.pixel_values, full.pixel_values[:4])
+    assert np.array_equal(settled.held_out, full.held_out)
+    assert settled.labels == full.labels[:4] + full.labels[8:]
+    assert len(settled.losses) == 3
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", "settle=1.0", stop_at=4)
+    run("parts", "settle=1.0")
+    assert _hashes(tmp_path / "parts") == _hashes(tmp_path / "settled")
+
+
+def test_settling_needs_batches() -> None:
+    with pytest.raises(RecipeError, match="shared_optimizer"):
+        load_recipe(None, ["synthesis.settle=0.01", "synthesis.shared_optimizer=true"])
