@@ -136,6 +136,7 @@ def quantize_bundle(
     clock.lap("export")
     if dataset is None:
         _, dataset = _calibration_set(origin, folder, recipe, nouns, machine, on_step)
+    del origin  # the torch model, if it was loaded: a large one leaves no room for what follows
     check_images_fit(dataset, bundle)
     clock.lap("synthesize")
     quantized = quantize_bundle_files(

@@ -41,6 +41,17 @@ class _BatchReader(CalibrationDataReader):
         raise CalibrationError("CalibStridedMinMax is not supported: these readers already stream in bounded memory.")
 
 
+class OneBatchReader(_BatchReader):
+    """A single batch, for tools whose calibration does not matter: speed races, or ranges that are overridden."""
+
+    def __init__(self, batch: np.ndarray, input_name: str) -> None:
+        self._batch = batch
+        super().__init__(input_name)
+
+    def _stream(self) -> Iterator[np.ndarray]:
+        yield self._batch
+
+
 class D4CCalibrationDataReader(_BatchReader):
     """Images of a calibration set, read from disk batch by batch."""
 

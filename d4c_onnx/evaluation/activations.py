@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from d4c_onnx.graph.files import load_graph
-from d4c_onnx.graph.index import with_outputs
+from d4c_onnx.graph.index import opened
 from d4c_onnx.graph.layers import weighted_layers
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.runtime.session import EncoderSession
@@ -63,7 +63,8 @@ def layer_inputs(
     layers = weighted_layers(model.graph)
     fed = {value.name for value in model.graph.input}
     names = list(dict.fromkeys(layer.data for layer in layers if layer.data not in fed))
-    session = EncoderSession(with_outputs(model, names).SerializeToString(), provider, threads)
+    with opened(model, names):
+        session = EncoderSession.of_model(model, provider, threads)
     convolved = {layer.data for layer in layers if layer.op == "Conv"}
     seen: dict[str, _Sums] = {}
     for start in range(0, len(images), batch):

@@ -6,21 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+from d4c_onnx.calibration.readers import OneBatchReader
 from d4c_onnx.errors import BundleError
 from d4c_onnx.runtime.session import EncoderSession
-
-
-class _OneBatch(CalibrationDataReader):
-    """Speed does not depend on what is calibrated: one batch will do."""
-
-    def __init__(self, name: str, batch: np.ndarray) -> None:
-        self._left = iter([{name: batch}])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._left, None)
 
 
 def build_peers(source: Path, folder: Path, input_name: str, feed: np.ndarray) -> dict[str, Path | str]:
@@ -39,7 +30,7 @@ def build_peers(source: Path, folder: Path, input_name: str, feed: np.ndarray) -
         quantize_static(
             source,
             target,
-            _OneBatch(input_name, feed),
+            OneBatchReader(feed, input_name),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,

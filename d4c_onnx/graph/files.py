@@ -1,13 +1,21 @@
 """Reading and writing ONNX files, with external data where one protobuf cannot hold the weights."""
 
+import contextlib
+import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from d4c_onnx.errors import GraphError
 
 PROTOBUF_LIMIT_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB; the margin is for the graph around the weights
 EXTERNAL_SUFFIX = ".data"
+_EXTERNAL_FROM_BYTES = 1024  # smaller constants stay in the graph, where shape inference looks for them
+_ALIGN_BYTES = 4096  # a page: what is read in place starts on one
 # Operators whose meaning (not only whose types) changed between opset 17 and 21.
 _CHANGED = {"GridSample", "GroupNormalization", "DFT"}
 
@@ -26,14 +34,61 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise GraphError(f"{path}: not an ONNX model ({str(error)[:200]}).") from error
 
 
-def save_graph(model: onnx.ModelProto, path: Path, limit_bytes: int = PROTOBUF_LIMIT_BYTES) -> None:
-    """Write a model to a staged path; weights go to `<path>.data` when they pass `limit_bytes`."""
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > limit_bytes:
-        onnx.save_model(
-            model, path, save_as_external_data=True, location=path.name + EXTERNAL_SUFFIX, size_threshold=1024
-        )
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """What a model's initialisers take."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
+def save_graph(
+    model: onnx.ModelProto,
+    path: Path,
+    limit_bytes: int | None = None,
+    replaced: Callable[[str], np.ndarray | None] = lambda _: None,
+) -> None:
+    """Write a model to a staged path; weights go to `<path>.data` when one file cannot hold them.
+
+    The model itself stays as it is, and weights are written one by one: no second copy of them is made in memory.
+
+    Args:
+        limit_bytes: how many bytes of weights one file may hold; none: as many as a protobuf can.
+        replaced: other values for an initialiser of that name, of its own shape and type; None leaves it.
+    """
+    shell = onnx.ModelProto()
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            _copy_field(shell, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            _copy_field(shell.graph, field.name, value)
+    beside = weight_bytes(model) > (PROTOBUF_LIMIT_BYTES if limit_bytes is None else limit_bytes)
+    with contextlib.ExitStack() as stack:
+        data = stack.enter_context(path.with_name(path.name + EXTERNAL_SUFFIX).open("wb")) if beside else None
+        for tensor in model.graph.initializer:
+            other = replaced(tensor.name)
+            written = shell.graph.initializer.add()
+            if data is None or len(tensor.raw_data) < _EXTERNAL_FROM_BYTES:
+                written.CopyFrom(tensor if other is None else numpy_helper.from_array(other, tensor.name))
+                continue
+            data.seek(-data.tell() % _ALIGN_BYTES, io.SEEK_CUR)
+            raw = tensor.raw_data if other is None else np.ascontiguousarray(other).tobytes()
+            written.name, written.data_type = tensor.name, tensor.data_type
+            written.dims.extend(tensor.dims)
+            written.data_location = onnx.TensorProto.EXTERNAL
+            place = {"location": path.name + EXTERNAL_SUFFIX, "offset": data.tell(), "length": len(raw)}
+            for key, value in place.items():
+                written.external_data.add(key=key, value=str(value))
+            data.write(raw)
+    path.write_bytes(shell.SerializeToString())
+
+
+def _copy_field(target: Any, name: str, value: Any) -> None:
+    """One field of a protobuf message: a message, a scalar, or a repeated one of either."""
+    if hasattr(value, "CopyFrom"):
+        getattr(target, name).CopyFrom(value)
+    elif isinstance(value, (int, float, str, bytes)):
+        setattr(target, name, value)
     else:
-        onnx.save_model(model, path)
+        getattr(target, name).extend(value)
 
 
 def raise_opset(model: onnx.ModelProto, version: int) -> None:

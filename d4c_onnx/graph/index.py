@@ -1,5 +1,6 @@
 """Who makes a value, who reads it, what constant it is: one index per graph, made anew after a rewrite."""
 
+import contextlib
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,10 +108,15 @@ def _captured(node: onnx.NodeProto) -> Iterator[str]:
                 yield from _captured(inner)
 
 
-def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A copy whose graph outputs are the named float values."""
-    opened = copy.deepcopy(model)
-    del opened.graph.output[:]
+@contextlib.contextmanager
+def opened(model: onnx.ModelProto, names: Sequence[str]) -> Iterator[onnx.ModelProto]:
+    """The model itself with the named float values for graph outputs; it gets its own back at the end."""
+    own = [copy.deepcopy(value) for value in model.graph.output]
+    del model.graph.output[:]
     for name in names:
-        opened.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    return opened
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    try:
+        yield model
+    finally:
+        del model.graph.output[:]
+        model.graph.output.extend(own)

@@ -51,7 +51,7 @@ def measure_costs(
     index = GraphIndex(model.graph)
 
     def embeds(candidate: onnx.ModelProto) -> np.ndarray:
-        session = EncoderSession(candidate.SerializeToString(), provider, threads)
+        session = EncoderSession.of_model(candidate, provider, threads)
         return np.concatenate([session.run(feed) for feed in feeds])
 
     exact = embeds(model)

@@ -1,5 +1,6 @@
 """One encoder, float file in, quantised file out."""
 
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from d4c_onnx.quantization.layout import (
     store_token_table,
 )
 from d4c_onnx.quantization.plan import Plan, make_plan
-from d4c_onnx.quantization.qdq import quantize_graph
+from d4c_onnx.quantization.qdq import quantize_file, save_placed
 from d4c_onnx.quantization.ranges import collect_ranges
 from d4c_onnx.quantization.rounding import make_rounding
 from d4c_onnx.quantization.weights import place_biases, round_weights
@@ -104,7 +105,12 @@ def quantize_encoder(
     weights = rounded.weights
     place_biases(model, rounded.biases)
     form = target_of(section)
-    quantized = quantize_graph(model, plan, weights, ranges, reader, form)
+    metadata = {entry.key: entry.value for entry in model.metadata_props} | {"quantization": section.bits}
+    with tempfile.TemporaryDirectory() as folder:
+        placed = Path(folder) / "float.onnx"
+        save_placed(model, plan, weights, placed)
+        del model  # quantize_static loads the file again, several times over: a large encoder needs the room
+        quantized = quantize_file(placed, plan, weights, ranges, reader, form)
     strip_notes(quantized)
     clip_activations(quantized, ranges)
     one_row = section.pooled_row_only and compute_pooled_row_only(quantized)
@@ -118,7 +124,7 @@ def quantize_encoder(
         rows = np.asarray(GraphIndex(quantized.graph).constant(name), np.float32)
         table_bits = section.table_bits if rows.shape[1] % 2 == 0 else 8
         store_token_table(quantized, gather, name, make_rounding("nearest").round(rows, table_bits))
-    set_metadata(quantized, {entry.key: entry.value for entry in model.metadata_props} | {"quantization": section.bits})
+    set_metadata(quantized, metadata)
     save_graph(quantized, target)
     int4 = any(weight.num_bits == 4 for weight in weights.values())
     return EncoderReport(

@@ -4,9 +4,7 @@ Weights are placed on their grid in the float graph before, so the integers that
 those the rounding chose; every activation's scale and zero point comes from our observers as an override.
 """
 
-import copy
 import logging
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,10 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from d4c_onnx.calibration.observers import QuantParams
+from d4c_onnx.calibration.readers import OneBatchReader
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.index import GraphIndex, drop_unused, set_initializer
+from d4c_onnx.graph.files import EXTERNAL_SUFFIX, PROTOBUF_LIMIT_BYTES, load_graph, save_graph
+from d4c_onnx.graph.index import GraphIndex, drop_unused
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.quantization.deployment import Target
 from d4c_onnx.quantization.plan import Plan
@@ -28,8 +28,25 @@ from d4c_onnx.quantization.rounding import QuantizedWeight
 _FLOAT_OUTPUTS = ["MatMul", "Gemm"]
 
 
-def quantize_graph(
-    model: onnx.ModelProto,
+def save_placed(model: onnx.ModelProto, plan: Plan, weights: Mapping[str, QuantizedWeight], path: Path) -> None:
+    """Write the float encoder with every weight on its grid, weights beside the graph.
+
+    Args:
+        model: the float encoder; not changed.
+        plan: what is quantised.
+        weights: per initialiser.
+    """
+    axes = {layer.weight: layer.channel_axis for layer in plan.layers}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+
+    def placed(name: str) -> np.ndarray | None:
+        return channels_back(weights[name].dequantize(), shapes[name], axes[name]) if name in axes else None
+
+    save_graph(model, path, limit_bytes=0, replaced=placed)
+
+
+def quantize_file(
+    source: Path,
     plan: Plan,
     weights: Mapping[str, QuantizedWeight],
     ranges: Mapping[str, QuantParams],
@@ -39,56 +56,57 @@ def quantize_graph(
     """The QDQ graph: int8 weights (4-bit ones still stored as int8), uint8 activations (int8 where they are symmetric).
 
     Args:
-        model: the float encoder; not changed.
+        source: what `save_placed` wrote; files beside it come and go.
         plan: what is quantised.
         weights: per initialiser.
         ranges: per activation.
-        reader: onnxruntime insists on its own calibration pass; its results are overridden.
+        reader: onnxruntime insists on a calibration pass of its own; one sample will do, its results are overridden.
         form: symmetric activations or not, integer biases or not.
 
     Raises:
         GraphError: onnxruntime refused, or stored other integers than it was given.
     """
-    placed = copy.deepcopy(model)
-    overrides: dict[str, list[dict[str, Any]]] = {}
-    for layer in plan.layers:
-        weight = weights[layer.weight]
-        shape = tuple(next(t.dims for t in placed.graph.initializer if t.name == layer.weight))
-        set_initializer(placed.graph, layer.weight, channels_back(weight.dequantize(), shape, layer.channel_axis))
-        overrides[layer.weight] = _weight_override(weight, layer.channel_axis)
+    overrides = {layer.weight: _weight_override(weights[layer.weight], layer.channel_axis) for layer in plan.layers}
     for name, params in ranges.items():
         overrides[name] = [_activation_override(params, form.symmetric)]
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "float.onnx", Path(folder) / "qdq.onnx"
-        onnx.save(placed, source)
-        reader.rewind()
-        try:
-            with _quiet_root_logger():
-                quantize_static(
-                    str(source),
-                    str(target),
-                    reader,
-                    quant_format=QuantFormat.QDQ,
-                    op_types_to_quantize=list(plan.op_types),
-                    nodes_to_quantize=list(plan.nodes),
-                    per_channel=True,
-                    activation_type=QuantType.QInt8 if form.symmetric else QuantType.QUInt8,
-                    weight_type=QuantType.QInt8,
-                    extra_options={
-                        "TensorQuantOverrides": overrides,
-                        "OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS,
-                        "WeightSymmetric": True,
-                        "ActivationSymmetric": form.symmetric,
-                        "QuantizeBias": form.quantize_bias,
-                    },
-                )
-        except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError, KeyError) as error:
-            raise GraphError(f"onnxruntime's quantize_static refused the graph ({str(error)[:300]}).") from error
-        quantized = onnx.load(target)
+    target = source.with_name("qdq.onnx")
+    large = source.with_name(source.name + EXTERNAL_SUFFIX).stat().st_size > PROTOBUF_LIMIT_BYTES
+    try:
+        with _quiet_root_logger():
+            quantize_static(
+                str(source),
+                str(target),
+                _one_sample(reader),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(plan.op_types),
+                nodes_to_quantize=list(plan.nodes),
+                per_channel=True,
+                activation_type=QuantType.QInt8 if form.symmetric else QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=large,
+                extra_options={
+                    "TensorQuantOverrides": overrides,
+                    "OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS,
+                    "WeightSymmetric": True,
+                    "ActivationSymmetric": form.symmetric,
+                    "QuantizeBias": form.quantize_bias,
+                },
+            )
+    except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError, KeyError) as error:
+        raise GraphError(f"onnxruntime's quantize_static refused the graph ({str(error)[:300]}).") from error
+    quantized = load_graph(target)
     if form.symmetric:
         _drop_idle_pairs(quantized.graph)
     _check_integers(quantized.graph, weights, plan)
     return quantized
+
+
+def _one_sample(reader: CalibrationDataReader) -> CalibrationDataReader:
+    reader.rewind()
+    feed = reader.get_next()
+    assert feed is not None
+    [(name, batch)] = feed.items()
+    return OneBatchReader(batch[:1], name)
 
 
 def _drop_idle_pairs(graph: onnx.GraphProto) -> None:

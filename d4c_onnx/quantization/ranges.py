@@ -4,7 +4,7 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams, RangeObserver, quant_params
-from d4c_onnx.graph.index import with_outputs
+from d4c_onnx.graph.index import opened
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.deployment import target_of
 from d4c_onnx.quantization.plan import Plan
@@ -36,7 +36,8 @@ def collect_ranges(
     activations = [name for name in plan.activations if name not in plan.probabilities]
     wanted = [name for name in activations if name not in {value.name for value in model.graph.input}]
     fed = [name for name in activations if name not in wanted]
-    session = EncoderSession(with_outputs(model, wanted).SerializeToString(), provider, threads)
+    with opened(model, wanted):
+        session = EncoderSession.of_model(model, provider, threads)
     observers = {name: RangeObserver() for name in activations}
     passes = 2 if section.ranges == "mse" else 1
     total = _count(reader) * passes

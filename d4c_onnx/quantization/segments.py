@@ -72,4 +72,4 @@ class SegmentedEncoder:
         )
         part = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
         # literal: a float weight behind a DequantizeLinear stays the weight that was placed there
-        return EncoderSession(part.SerializeToString(), self._provider, self._threads, literal=True)
+        return EncoderSession.of_model(part, self._provider, self._threads, literal=True)

@@ -4,16 +4,20 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 
 from d4c_onnx.errors import BundleError, ModelError
 
+if TYPE_CHECKING:
+    import onnx
+
 # x86 without VNNI adds products of uint8 and int8 in 16 bits, and saturates. With this entry onnxruntime multiplies
 # weights outside [-64, 63] by a slower kernel there; it changes nothing for others, nor on processors with VNNI.
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
+_IN_MEMORY_BYTES = 2**26  # weights of a graph that may be copied a few times
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
@@ -82,6 +86,25 @@ class EncoderSession:
         self.input_name = next((value.name for value in self._session.get_inputs()), "")
         self.input_names = [value.name for value in self._session.get_inputs()]
         self.output_names = [output.name for output in self._session.get_outputs()]
+
+    @classmethod
+    def of_model(
+        cls, model: "onnx.ModelProto", provider: str = "cpu", threads: int = 0, literal: bool = False
+    ) -> "EncoderSession":
+        """A session of a graph in memory, of any size: the weights of a large one are read from a file, not copied.
+
+        Raises:
+            BundleError: onnxruntime cannot load it.
+        """
+        from d4c_onnx.graph.files import save_graph, weight_bytes
+
+        if weight_bytes(model) <= _IN_MEMORY_BYTES:
+            return cls(model.SerializeToString(), provider, threads, literal=literal)
+        # what onnxruntime has mapped stays readable after the file is gone
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path = Path(folder) / "model.onnx"
+            save_graph(model, path, limit_bytes=0)
+            return cls(path, provider, threads, literal=literal)
 
     @property
     def fixed_length(self) -> int | None:

@@ -13,7 +13,7 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of, raise_opset, save_graph
-from d4c_onnx.graph.index import GraphIndex, drop_unused
+from d4c_onnx.graph.index import GraphIndex, drop_unused, opened
 from d4c_onnx.graph.layers import channels_back, channels_first, weighted_layers
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -87,7 +87,36 @@ def test_large_weights_go_to_external_data_and_run(tmp_path: Path) -> None:
     save_graph(model, tmp_path / "two.onnx", limit_bytes=1000)
     assert (tmp_path / "two.onnx.data").stat().st_size >= 2 * 32 * 32 * 4
     assert np.array_equal(EncoderSession(tmp_path / "two.onnx").run(x), expected)
+    assert model.SerializeToString() == _two_layers().SerializeToString()  # writing takes nothing from the model
     assert average_bits(layer_bits(load_graph(tmp_path / "two.onnx"))) == 32
+
+
+def test_weights_are_replaced_as_they_are_written(tmp_path: Path) -> None:
+    model = _two_layers()
+    name = model.graph.initializer[0].name
+    other = np.full(tuple(model.graph.initializer[0].dims), 2, np.float32)
+    for limit in (0, None):
+        save_graph(model, tmp_path / "m.onnx", limit, lambda asked: other if asked == name else None)
+        written = GraphIndex(load_graph(tmp_path / "m.onnx").graph)
+        for tensor in model.graph.initializer:
+            expected = other if tensor.name == name else numpy_helper.to_array(tensor)
+            assert np.array_equal(written.constant(tensor.name), expected)
+
+
+def test_sessions_of_large_graphs_read_their_weights_from_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _two_layers()
+    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    expected = EncoderSession.of_model(model).run(x)
+    monkeypatch.setattr("d4c_onnx.runtime.session._IN_MEMORY_BYTES", 0)
+    assert np.array_equal(EncoderSession.of_model(model).run(x), expected)
+
+
+def test_opened_gives_the_outputs_back() -> None:
+    model = _two_layers()
+    before, inner = model.SerializeToString(), model.graph.node[0].output[0]
+    with opened(model, [inner]) as other:
+        assert [value.name for value in other.graph.output] == [inner]
+    assert model.SerializeToString() == before
 
 
 def test_raise_opset_refuses_what_changed_its_meaning() -> None:

@@ -271,6 +271,25 @@ def test_token_table_rows_are_dequantised_one_by_one(
         assert float((got * expected).sum()) > 0.999
 
 
+def test_encoders_beyond_one_protobuf(
+    tmp_path: Path,
+    vit_bundle: Bundle,
+    vit_calibration: tuple[Path, CalibrationSet],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With limits lowered to what a mini passes: weights beside the graph on every way, and the same answers."""
+    sets = ("quantization.bits=w8a8", "quantization.rounding=gptaq")
+    _quantize(vit_bundle, "text", vit_calibration[0], tmp_path / "one.onnx", *sets)
+    for place in ("graph.files.PROTOBUF_LIMIT_BYTES", "quantization.qdq.PROTOBUF_LIMIT_BYTES"):
+        monkeypatch.setattr(f"d4c_onnx.{place}", 10_000)
+    monkeypatch.setattr("d4c_onnx.runtime.session._IN_MEMORY_BYTES", 10_000)
+    _quantize(vit_bundle, "text", vit_calibration[0], tmp_path / "large.onnx", *sets)
+    assert (tmp_path / "large.onnx.data").stat().st_size > 10 * (tmp_path / "large.onnx").stat().st_size
+    ids = np.array(vit_calibration[1].input_ids[0], np.int64)[None]
+    one, large = (EncoderSession(tmp_path / f"{name}.onnx").run(ids) for name in ("one", "large"))
+    assert np.array_equal(one, large)
+
+
 def test_attention_products_in_int8_on_request(
     tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
 ) -> None:

@@ -147,7 +147,7 @@ def _mark_first_row(graph: onnx.GraphProto, input_name: str) -> str:
 
 def _is_dead(pinned: onnx.ModelProto, ids: np.ndarray) -> bool:
     """Whether the first token no longer matters to the output."""
-    session = EncoderSession(pinned.SerializeToString(), threads=1)
+    session = EncoderSession.of_model(pinned, threads=1)
     other = ids.copy()
     other[:, 0] = 0 if int(ids[0, 0]) else 1
     return bool(np.array_equal(session.run(ids), session.run(other)))
