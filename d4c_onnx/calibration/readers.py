@@ -115,3 +115,12 @@ class PromptCalibrationDataReader(_BatchReader):
                 stop += 1
             yield np.array(self._rows[start:stop], np.int64)
             start = stop
+
+
+def first_batches(reader: CalibrationDataReader, samples: int) -> list[np.ndarray]:
+    """As many batches from a reader's start as hold that many samples, for what is measured on a few only."""
+    reader.rewind()
+    batches: list[np.ndarray] = []
+    while sum(len(batch) for batch in batches) < samples and (feed := reader.get_next()) is not None:
+        batches.append(next(iter(feed.values())))
+    return batches

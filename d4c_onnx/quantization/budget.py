@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader
 
+from d4c_onnx.calibration.readers import first_batches
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.graph.index import GraphIndex, set_initializer
 from d4c_onnx.graph.layers import channels_back, channels_first
@@ -47,7 +48,7 @@ def measure_costs(
     on_step: OnStep = silent,
 ) -> list[LayerCost]:
     """Every weighted layer of an encoder; weights that have 8 bits already cost nothing to keep (error 0)."""
-    feeds = _first_samples(reader)
+    feeds = first_batches(reader, _SAMPLES)
     index = GraphIndex(model.graph)
 
     def embeds(candidate: onnx.ModelProto) -> np.ndarray:
@@ -92,11 +93,3 @@ def spend(costs: Sequence[LayerCost], average_bits: float) -> Mapping[str, froze
             bought[cost.encoder].add(cost.node)
             left -= price
     return {encoder: frozenset(nodes) for encoder, nodes in bought.items()}
-
-
-def _first_samples(reader: CalibrationDataReader) -> list[np.ndarray]:
-    reader.rewind()
-    feeds: list[np.ndarray] = []
-    while sum(len(feed) for feed in feeds) < _SAMPLES and (feed := reader.get_next()) is not None:
-        feeds.append(next(iter(feed.values())))
-    return feeds

@@ -1,6 +1,6 @@
 """Does onnxruntime's graph optimiser change the answers? The same file, optimised and taken literally."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,18 +39,26 @@ class OptimizerEffect:
 
 
 def optimizer_effect(
-    quantized: Path, reference: Path, batch: np.ndarray, threads: int = 0, entries: Mapping[str, str] | None = None
+    quantized: Path,
+    reference: Path,
+    batches: Sequence[np.ndarray],
+    threads: int = 0,
+    entries: Mapping[str, str] | None = None,
 ) -> OptimizerEffect:
-    """Run a quantised encoder with and without graph optimisation, and its FP32 original, on one batch.
+    """Run a quantised encoder with and without graph optimisation, and its FP32 original, on a few batches.
 
     Args:
         quantized, reference: .onnx files of the same input.
-        batch: pixel_values or input_ids.
+        batches: of pixel_values or input_ids; a few dozen samples, or chance decides.
         entries: session config entries that the quantised file is served with.
     """
-    fast = EncoderSession(quantized, threads=threads, entries=entries).run(batch)
-    literal = EncoderSession(quantized, threads=threads, optimize=False, literal=True).run(batch)
-    exact = EncoderSession(reference, threads=threads).run(batch)
+
+    def answers(session: EncoderSession) -> np.ndarray:
+        return np.concatenate([session.run(batch) for batch in batches])
+
+    fast = answers(EncoderSession(quantized, threads=threads, entries=entries))
+    literal = answers(EncoderSession(quantized, threads=threads, optimize=False, literal=True))
+    exact = answers(EncoderSession(reference, threads=threads))
     return OptimizerEffect(_rms(fast - literal), _rms(literal - exact), _rms(fast - exact))
 
 
