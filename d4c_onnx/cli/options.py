@@ -1,5 +1,6 @@
 """Options that several commands share, and what they become."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,6 +84,15 @@ def output_modes(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr.")(
         function
     )
+
+
+def launched() -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this machine, from torch's launcher; (0, 1, 0) without one."""
+    found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if not all(value.isdigit() for value in found):
+        return 0, 1, 0
+    rank, world_size, local_rank = (int(value) for value in found)
+    return rank, world_size, local_rank
 
 
 def resolve_recipe(

@@ -57,7 +57,8 @@ def command(
 
     No real image is touched, unless --method real asks for that control.
 
-    An interrupted run resumes; the same seed gives the same files.
+    An interrupted run resumes; the same seed gives the same files. Several processes share the work when torch's
+    launcher starts them: torchrun --no-python --nproc-per-node 2 d4c-onnx synthesize ...
     """
     if against and not report:
         raise click.UsageError("--against belongs to --report.")
@@ -66,17 +67,22 @@ def command(
     from d4c_onnx import measure, pipeline
 
     start = time.perf_counter()
-    with show.stdout_to_stderr(), show.progress(quiet) as on_step:
+    rank, world_size, local_rank = options.launched()
+    machine = measure.Machine("auto", device, threads, rank, world_size, local_rank)
+    first = rank == 0  # of several processes, one speaks
+    with show.stdout_to_stderr(), show.progress(quiet or not first) as on_step:
         folder, made = pipeline.synthesize_calibration_set(
             model,
             recipe,
             output=output,
             pretrained=pretrained,
             prompts=prompts,
-            machine=measure.Machine(device=device, threads=threads),
+            machine=machine,
             on_step=on_step,
         )
-        page = measure.report_calibration_set(folder, against=against, on_step=on_step) if report else None
+        page = measure.report_calibration_set(folder, against=against, on_step=on_step) if report and first else None
+    if not first:
+        return
     seconds = round(time.perf_counter() - start, 2)
     result = {
         "model": model,

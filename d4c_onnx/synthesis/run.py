@@ -15,7 +15,7 @@ from torch import nn
 
 from d4c_onnx.bundle import versions
 from d4c_onnx.calibration.controls import noise_images
-from d4c_onnx.calibration.dataset import CalibrationSet, cut_to_end, save_calibration_set
+from d4c_onnx.calibration.dataset import CalibrationSet, cut_to_end, open_calibration_set, save_calibration_set
 from d4c_onnx.calibration.key import calibration_key
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.files import translate_os_error, write_file, write_json
@@ -24,6 +24,7 @@ from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import PromptSection, SynthesisSection
 from d4c_onnx.runtime.preprocess import denormalize
 from d4c_onnx.synthesis.compute import prepare_tower, resolve_device, resolve_precision
+from d4c_onnx.synthesis.crew import Crew, check_divisible
 from d4c_onnx.synthesis.loop import Guide, build_objective, optimize_unit
 from d4c_onnx.synthesis.param import start_images
 from d4c_onnx.synthesis.perturb import published
@@ -49,6 +50,7 @@ def synthesize(
     device: str = "cpu",
     given: np.ndarray | None = None,
     source_sha256: str | None = None,
+    crew: Crew | None = None,
     on_step: OnStep = silent,
 ) -> CalibrationSet:
     """Make a calibration set for a model from the model itself.
@@ -62,32 +64,38 @@ def synthesize(
         device: cpu, cuda or auto.
         given: method real only: float32 [images + held_out, 3, H, W], ready pixel_values.
         source_sha256: method real only: of what they were read from.
+        crew: the processes that share the work; none: this one alone.
         on_step: told after each optimiser pass.
 
     Raises:
-        RecipeError: the recipe's components contradict each other.
+        RecipeError: the recipe's components contradict each other, or make batches that a crew cannot share.
         ModelError: cuda was asked for and is not there.
         BundleError: the disk is full.
     """
     if section.method == "d4c" and not section.pgsi:
         raise RecipeError("synthesis.pgsi: false leaves nothing to aim at. Use synthesis.method: noise, or pgsi: true.")
+    crew = crew or Crew()
+    check_divisible(section, crew)
     key = calibration_key(loaded.weights_sha256, section, text, nouns, seed, source_sha256)
     total = section.images + section.held_out
     where = resolve_device(device)
     precision = resolve_precision(section.precision, where)
     compute = {"device": where.type, "precision": str(precision).removeprefix("torch.")}
-    work = _work_folder(target, key, compute)
+    work = crew.one_by_one(lambda: _work_folder(target, key, compute))
     labels = draw_labels(total, len(nouns), section.labels, seed)
     losses: list[dict[str, list[float]]] = []
     chosen = np.arange(total)
     if section.method in ("d4c", *INSIDE):
-        chosen, made = _optimize(loaded, section, nouns, labels, work, seed, where, precision, on_step)
+        chosen, made = _optimize(loaded, section, nouns, labels, work, seed, where, precision, crew, on_step)
         pixels = np.concatenate([images for images, _ in made])
         losses = [history for _, history in made]
     elif given is not None:
         pixels = given
     else:
         pixels = noise_images(section.method, (total, 3, *loaded.preprocess["size"]), seed)
+    if crew.rank:  # the first process puts the set together
+        crew.wait()
+        return open_calibration_set(target)
     labels = labels[chosen] if section.method == "d4c" else labels[:0]  # the others are made for no noun
     texts, held_out_texts = draw_texts(nouns, templates(), text.prompts, text.held_out, seed)
     ids = loaded.tokenize(texts)
@@ -106,6 +114,7 @@ def synthesize(
     )
     saved = save_calibration_set(target, content, denormalize(pixels, loaded.preprocess))
     shutil.rmtree(work, ignore_errors=True)
+    crew.wait()
     return saved
 
 
@@ -118,6 +127,7 @@ def _optimize(
     seed: int,
     device: torch.device,
     precision: torch.dtype,
+    crew: Crew,
     on_step: OnStep,
 ) -> tuple[Chosen, list[Unit]]:
     """Every unit's images and loss terms, in order; finished units are read back.
@@ -135,21 +145,31 @@ def _optimize(
     chosen: list[int] = []
     settling = Settling(tower) if section.settle else None
     settled = False
-    for number, start in enumerate(range(0, len(labels), size)):
-        stop = min(start + size, len(labels))
-        if settled and stop <= section.images:
-            continue
-        own = targets[start:stop].to(device)
+
+    def unit(number: int, start: int, stop: int) -> Path:
+        """Make a unit, unless an earlier run has; its file."""
         done_file, state_file = work / f"unit-{number:04d}.npz", work / f"unit-{number:04d}.pt"
         if not done_file.exists():
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            shape = (len(own), 3, *loaded.preprocess["size"])
+            shape = (stop - start, 3, *loaded.preprocess["size"])
             images = start_images(section.image, shape, mean, std, generator)
-            report = _reporter(start, len(own), len(labels), section.steps, on_step)
+            report = _reporter(start, stop - start, len(labels), section.steps, on_step)
+            own = targets[start:stop].to(device)
             made, history = optimize_unit(images, own, guide, section, generator, state_file, report)
             _save_unit(done_file, made.numpy(), history)
             state_file.unlink(missing_ok=True)
-        parts.append(_load_unit(done_file))
+        return done_file
+
+    spans = [(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
+    if crew.size > 1:
+        for number, (start, stop) in enumerate(spans):
+            if crew.mine(number):
+                unit(number, start, stop)
+        crew.wait()
+    for number, (start, stop) in enumerate(spans):
+        if settled and stop <= section.images:
+            continue
+        parts.append(_load_unit(unit(number, start, stop)))
         chosen.extend(range(start, stop))
         if settling is not None and not settled and stop <= section.images:
             settled = settling.add(guide.encode, torch.from_numpy(parts[-1][0]).to(device)) < (section.settle or 0)

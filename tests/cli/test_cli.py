@@ -232,3 +232,19 @@ def test_synthesize_report_shows_a_set_beside_others(tmp_path: Path) -> None:
     refused = CliRunner().invoke(group, [*common, "--against", pink["calibration"]])
     assert refused.exit_code == 2
     assert "--report" in refused.output
+
+
+def test_two_processes_make_the_files_of_one(tmp_path: Path) -> None:
+    """torch's own launcher: the work is shared, the set is that of a single process with as many threads."""
+    call = ["-c", "from d4c_onnx.cli import main; main()", "synthesize", "--json", "--threads", "1", *TINY]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    sets = []
+    for name, start in (("one", []), ("two", launcher)):
+        command = [*start, sys.executable, *call, "-o", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]  # one of the processes speaks
+        sets.append(Path(json.loads(line)["calibration"]))
+    one, two = ({file.name: file.read_bytes() for file in path.iterdir()} for path in sets)
+    assert one == two
+    assert not list(sets[1].parent.glob(".work-*"))

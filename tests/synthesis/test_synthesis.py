@@ -16,7 +16,7 @@ from d4c_onnx.calibration.dataset import open_calibration_set
 from d4c_onnx.errors import CalibrationError, RecipeError
 from d4c_onnx.files import sha256
 from d4c_onnx.recipe import Recipe, load_recipe
-from d4c_onnx.synthesis import synthesize
+from d4c_onnx.synthesis import Crew, synthesize
 from d4c_onnx.synthesis.loop import build_objective
 from d4c_onnx.synthesis.objectives import Seen, diversity, guidance, structure, total_variation
 from d4c_onnx.synthesis.param import fourier_scale, start_images
@@ -409,3 +409,10 @@ def test_settled_statistics_end_the_calibration_images(tmp_path: Path, mini_vit)
 def test_settling_needs_batches() -> None:
     with pytest.raises(RecipeError, match="shared_optimizer"):
         load_recipe(None, ["synthesis.settle=0.01", "synthesis.shared_optimizer=true"])
+
+
+def test_what_binds_batches_is_refused_to_several_processes(tmp_path: Path, mini_vit) -> None:
+    for key in ("diversity_weight=1.0", "shared_optimizer=true", "settle=0.1"):
+        recipe = load_recipe(None, [f"synthesis.{key}"])
+        with pytest.raises(RecipeError, match=key.partition("=")[0]):
+            synthesize(mini_vit, tmp_path / "x", recipe.synthesis, recipe.text, ("a", "b"), seed=0, crew=Crew(1, 2))

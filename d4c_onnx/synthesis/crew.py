@@ -1,0 +1,77 @@
+"""Several processes on one calibration set, started by torch's own launcher:
+
+    torchrun --no-python --nproc-per-node 2 d4c-onnx synthesize ViT-B-32 --pretrained random
+
+Batches are independent of each other, so each process makes every n-th one, on a device of its own, into the same work
+folder; the first process puts the set together. The files are those that one process would make with as many threads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from d4c_onnx.errors import RecipeError
+from d4c_onnx.recipe import SynthesisSection
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """One process among `size`; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def one_by_one(self, work: Callable[[], T]) -> T:
+        """The first process does it alone; the others do it when it has, and find what it left."""
+        if self.rank == 0:
+            result = work()
+            self.wait()
+            return result
+        self.wait()
+        return work()
+
+    def mine(self, number: int) -> bool:
+        """Whether a unit of that number is for this process."""
+        return number % self.size == self.rank
+
+
+def join_crew(rank: int, size: int, local_rank: int = 0) -> Crew:
+    """Find the other processes; the launcher's environment says where they meet.
+
+    Args:
+        rank, size: this process among all.
+        local_rank: among those of this machine: the number of its CUDA device.
+    """
+    if size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return Crew(rank, size)
+
+
+def check_divisible(section: SynthesisSection, crew: Crew) -> None:
+    """Refuse what makes a batch depend on others.
+
+    Raises:
+        RecipeError: one optimiser for all images, diversity over the set, or an early stop.
+    """
+    bound = {
+        "shared_optimizer": section.shared_optimizer,
+        "diversity_weight": section.diversity_weight,
+        "settle": section.settle,
+    }
+    asked = [name for name, value in bound.items() if value]
+    if crew.size > 1 and asked:
+        raise RecipeError(
+            f"synthesis.{asked[0]}: makes batches depend on each other, so several processes cannot share them. "
+            "Run one process."
+        )
