@@ -57,9 +57,9 @@ class SynthesisSection(_Section):
     second_class: float = Field(0.0, ge=0, le=0.5, description="share of a second noun in what an image is made for")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that is spread over all nouns")
     image: Literal["bounded", "pixel", "pyramid", "fourier"] = Field(
-        "bounded",
-        description="bounded: sigmoid pixels that cannot leave [0, 1]; pixel: free values, as published; pyramid, "
-        "fourier: the same bound over several resolutions or over coefficients scaled with 1/f",
+        "fourier",
+        description="fourier: coefficients scaled with 1/f under a sigmoid, so that pixels cannot leave [0, 1]; "
+        "bounded, pyramid: the same over plain pixels, over several resolutions; pixel: free values, as published",
     )
     redraw_boxes: bool = Field(True, description="draw SCG's boxes at every step, not once")
     box_area: tuple[float, float] = Field((0.4, 0.7), strict=False, description="range of the box's share of the image")

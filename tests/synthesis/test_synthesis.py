@@ -316,7 +316,7 @@ def test_baselines_refuse_towers_without_what_they_match(tmp_path: Path, model: 
     "key",
     [
         "image=pyramid",
-        "image=fourier",
+        "image=bounded",
         "pse_weight=0.1",
         "diversity_weight=1.0",
         "diversity_weight=1.0 synthesis.pse_weight=0.1",
