@@ -35,8 +35,6 @@ from d4c_onnx.vocabulary import templates
 
 # images float32 [N, 3, H, W], and their loss terms, one value per pass
 Unit = tuple[np.ndarray, dict[str, list[float]]]
-# of all images of the recipe, those that were made
-Chosen = np.ndarray
 
 
 def synthesize(
@@ -83,19 +81,19 @@ def synthesize(
     compute = {"device": where.type, "precision": str(precision).removeprefix("torch.")}
     work = crew.one_by_one(lambda: _work_folder(target, key, compute))
     labels = draw_labels(total, len(nouns), section.labels, seed)
-    losses: list[dict[str, list[float]]] = []
     chosen = np.arange(total)
+    made: list[Unit] = []
     if section.method in ("d4c", *INSIDE):
         chosen, made = _optimize(loaded, section, nouns, labels, work, seed, where, precision, crew, on_step)
+    if crew.rank:  # the first process puts the set together
+        crew.wait()
+        return open_calibration_set(target)
+    if made:
         pixels = np.concatenate([images for images, _ in made])
-        losses = [history for _, history in made]
     elif given is not None:
         pixels = given
     else:
         pixels = noise_images(section.method, (total, 3, *loaded.preprocess["size"]), seed)
-    if crew.rank:  # the first process puts the set together
-        crew.wait()
-        return open_calibration_set(target)
     labels = labels[chosen] if section.method == "d4c" else labels[:0]  # the others are made for no noun
     texts, held_out_texts = draw_texts(nouns, templates(), text.prompts, text.held_out, seed)
     ids = loaded.tokenize(texts)
@@ -109,7 +107,7 @@ def synthesize(
         texts=tuple(texts),
         input_ids=rows,
         held_out_texts=tuple(held_out_texts),
-        losses=tuple(losses),
+        losses=tuple(history for _, history in made),
         manifest={"model": loaded.name, "key": key, "compute": compute, "versions": versions()},
     )
     saved = save_calibration_set(target, content, denormalize(pixels, loaded.preprocess))
@@ -129,10 +127,11 @@ def _optimize(
     precision: torch.dtype,
     crew: Crew,
     on_step: OnStep,
-) -> tuple[Chosen, list[Unit]]:
-    """Every unit's images and loss terms, in order; finished units are read back.
+) -> tuple[np.ndarray, list[Unit]]:
+    """The numbers of the images that were made, and every unit's images and loss terms; finished units are read back.
 
-    Once the statistics have settled, what is left of the calibration images is skipped; held-out ones are made.
+    In a crew every process makes its share, and the first one reads them all; the others return none. Once the
+    statistics have settled, what is left of the calibration images is skipped; held-out ones are made.
     """
     mean, std = (value.to(device) for value in loaded.normalization())
     # The deployed form of the tower: the same numbers, and on CPUs its backward pass is about three times faster
@@ -166,13 +165,15 @@ def _optimize(
             if crew.mine(number):
                 unit(number, start, stop)
         crew.wait()
+    if crew.rank:
+        return np.array(chosen), parts
     for number, (start, stop) in enumerate(spans):
         if settled and stop <= section.images:
             continue
         parts.append(_load_unit(unit(number, start, stop)))
         chosen.extend(range(start, stop))
-        if settling is not None and not settled and stop <= section.images:
-            settled = settling.add(guide.encode, torch.from_numpy(parts[-1][0]).to(device)) < (section.settle or 0)
+        if settling and section.settle and not settled and stop <= section.images:
+            settled = settling.add(guide.encode, torch.from_numpy(parts[-1][0]).to(device)) < section.settle
             guide.taps.clear()
         if section.diversity_weight:
             guide = replace(guide, earlier=_with_earlier(guide, torch.from_numpy(parts[-1][0]).to(device)))

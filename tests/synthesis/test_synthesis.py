@@ -1,6 +1,8 @@
 """Synthesis: objectives fall, pixels stay valid, equal seeds give equal files, interrupted runs resume."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,17 @@ def test_set_on_disk(vit_calibration: tuple[Path, CalibrationSet], mini_vit, tin
     assert not path.with_name(f".work-{path.name}").exists()
 
 
+def _stop_at(call: int | None) -> Callable[..., None]:
+    """A progress callable that interrupts the run at its n-th call."""
+    calls = itertools.count(1)
+
+    def on_step(*_: object) -> None:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
 def _hashes(path: Path) -> dict[str, str]:
     return {file.name: sha256(file) for file in sorted(path.iterdir())}
 
@@ -179,15 +192,8 @@ def test_interrupted_run_resumes_to_the_same_files(tmp_path: Path, mini_vit, ext
     nouns = mini_vit.embedded.nouns
 
     def run(name: str, stop_at: int | None = None) -> None:
-        calls = 0
-
-        def on_step(*_: object) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == stop_at:
-                raise KeyboardInterrupt
-
-        synthesize(mini_vit, tmp_path / name, recipe.synthesis, recipe.text, nouns, seed=1, on_step=on_step)
+        target = tmp_path / name
+        synthesize(mini_vit, target, recipe.synthesis, recipe.text, nouns, seed=1, on_step=_stop_at(stop_at))
 
     run("whole")
     with pytest.raises(KeyboardInterrupt):
@@ -381,17 +387,10 @@ def test_settled_statistics_end_the_calibration_images(tmp_path: Path, mini_vit)
     nouns = mini_vit.embedded.nouns
 
     def run(name: str, settle: str, stop_at: int | None = None) -> CalibrationSet:
-        calls = 0
-
-        def on_step(*_: object) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == stop_at:
-                raise KeyboardInterrupt
-
         keys = ("images=8", "held_out=2", "batch=2", "steps=2", "checkpoint_steps=1", settle)
         recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
-        return synthesize(mini_vit, tmp_path / name, recipe.synthesis, recipe.text, nouns, seed=0, on_step=on_step)
+        target, on_step = tmp_path / name, _stop_at(stop_at)
+        return synthesize(mini_vit, target, recipe.synthesis, recipe.text, nouns, seed=0, on_step=on_step)
 
     full, settled = run("full", "settle=0.0000001"), run("settled", "settle=1.0")
     assert len(full.pixel_values) == 8

@@ -16,8 +16,8 @@ class Target:
         symmetric: int8 activations with zero point 0 everywhere, instead of uint8 with any.
         quantize_bias: store a convolution's bias as int32; otherwise it stays float.
         reduce_range: 8-bit weights stay in [-64, 63]. onnxruntime's kernels for x86 without VNNI add two products of
-            uint8 and int8 in 16 bits, which full weights overflow: measured on ViT-B/32, W8A8 was seven times
-            further from FP32 than on another machine.
+            uint8 and int8 in 16 bits, which full weights overflow: ViT-B/32's W8A8 image embeddings then were seven
+            times further from FP32 than the file says.
         half: put an FP16 bundle beside the int8 one.
         note: what to expect there.
     """
