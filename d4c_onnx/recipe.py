@@ -148,6 +148,13 @@ class QuantizationSection(_Section):
     fused_attention: bool | None = Field(
         None, description="attention as com.microsoft.MultiHeadAttention; none: as the target has it"
     )
+    patch_product: bool | None = Field(
+        None,
+        description="quantise a ViT's patch convolution as a product; exact. none: as the target has it",
+    )
+    convolved_pools: bool | None = Field(
+        None, description="average pools as integer depthwise convolutions; none: as the target has it"
+    )
     pooled_row_only: bool = Field(
         True, description="compute only the row that is pooled in a transformer's last block; exact"
     )

@@ -1,7 +1,9 @@
 """Attention re-expressed for deployment: one plain Linear per projection, the 1/sqrt(d) folded into q.
 
 `nn.MultiheadAttention` exports to a graph of slices and reshapes around one fused weight. Written as four Linears,
-the same numbers come out of one quantisable MatMul per projection. Exact up to float32 rounding.
+the same numbers come out of one quantisable MatMul per projection. Two of their biases need no pass over the tokens:
+k's adds the same q b_k to every score of a row, which a softmax does not see, and v's comes through the mixture as it
+is, since the weights of a row sum to 1, and joins the output projection's. Exact up to float32 rounding.
 """
 
 from typing import Any
@@ -85,11 +87,15 @@ def plain_attention_pool(module: nn.Module) -> PlainAttentionPool:
 
 
 def from_projections(weights: Any, biases: Any, out: nn.Linear, heads: int) -> PlainAttention:
-    """Build a `PlainAttention`; q's weight and bias carry the 1/sqrt(width / heads)."""
+    """Build a `PlainAttention`; q's weight and bias carry the 1/sqrt(width / heads), the output's bias that of v."""
     scale = (weights[0].shape[0] // heads) ** -0.5
     q = linear(weights[0] * scale, None if biases[0] is None else biases[0] * scale)
-    k, v = linear(weights[1], biases[1]), linear(weights[2], biases[2])
-    return PlainAttention(q, k, v, linear(out.weight, out.bias), heads)
+    k, v = linear(weights[1], None), linear(weights[2], None)
+    moved = out.bias
+    if biases[2] is not None:
+        through = out.weight.detach().double() @ biases[2].detach().double()
+        moved = (through if moved is None else through + moved.detach()).to(out.weight.dtype)
+    return PlainAttention(q, k, v, linear(out.weight, moved), heads)
 
 
 def replace_attention(root: nn.Module) -> int:

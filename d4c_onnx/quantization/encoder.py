@@ -14,12 +14,20 @@ from d4c_onnx.graph.bits import LayerBits, layer_bits
 from d4c_onnx.graph.files import load_graph, save_graph, set_metadata, strip_notes
 from d4c_onnx.graph.index import GraphIndex, drop_unused
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.quantization.deployment import compute_pooled_row_only, fuse_attention, target_of
-from d4c_onnx.quantization.folding import dead_start_rows, fold_batch_norms, pin_start_token, smooth
+from d4c_onnx.quantization.deployment import compute_pooled_row_only, convolve_pools, fuse_attention, target_of
+from d4c_onnx.quantization.folding import (
+    dead_start_rows,
+    fold_batch_norms,
+    pin_start_token,
+    skip_idle_pools,
+    smooth,
+    unfold_patches,
+)
 from d4c_onnx.quantization.layout import (
     MINIMUM_ORT,
     clip_activations,
     find_token_table,
+    omit_zero_points,
     store_int4,
     store_token_table,
 )
@@ -116,7 +124,12 @@ def quantize_encoder(
     one_row = section.pooled_row_only and compute_pooled_row_only(quantized)
     fused = fuse_attention(quantized) if form.fused_attention and section.attention == "float" else 0
     layout = form.int4_layout
-    store_int4(quantized, [f"{name}_quantized" for name, weight in weights.items() if weight.num_bits == 4], layout)
+    narrow = [f"{name}_quantized" for name, weight in weights.items() if weight.num_bits == 4]
+    pools: list[str] = []
+    if layout != "native":  # there nothing is multiplied as int8, and compilers are given every zero point
+        pools = convolve_pools(quantized) if form.convolved_pools else []
+        omit_zero_points(quantized, [f"{name}_quantized" for name in weights])
+    store_int4(quantized, [*narrow, *pools] if narrow else [], layout)
     table = find_token_table(quantized.graph)
     table_bits = None
     if table is not None:
@@ -150,6 +163,9 @@ def fold(
 ) -> tuple[Plan, dict[str, float]]:
     """All exact rewrites, in place; returns the plan of the rewritten graph and the smoothing that was chosen."""
     fold_batch_norms(model)
+    skip_idle_pools(model)
+    if target_of(section).patch_product:
+        unfold_patches(model)
     plan = make_plan(model.graph, section, raised)
     dead_rows = dead_start_rows(model, plan, reader, section, provider=provider, threads=threads)
     plan = replace(plan, dead_rows=dead_rows)

@@ -1,5 +1,6 @@
 """The deployed graph answers as the plain one, for every target and layout."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ from d4c_onnx.calibration import CalibrationSet, open_calibration_set
 from d4c_onnx.errors import CheckFailed
 from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
+from d4c_onnx.graph.index import GraphIndex, attribute
 from d4c_onnx.quantization import half_bundle_files, quantize_bundle_files
-from d4c_onnx.quantization.deployment import TARGETS, compute_pooled_row_only, fuse_attention
+from d4c_onnx.quantization.deployment import TARGETS, compute_pooled_row_only, convolve_pools, fuse_attention
 from d4c_onnx.quantization.layout import store_int4
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime import optimizer
 from d4c_onnx.runtime.optimizer import OptimizerEffect
-from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.session import EncoderSession, optimized_graph
 
 SOT, EOT = 49406, 49407
 
@@ -213,6 +215,103 @@ def test_cpu_target_fuses_attention(
         for batch in batches:
             one, other = (EncoderSession(entry.encoders[tower]).run(batch) for entry in (fused, layouts["cast"]))
             assert (one * other).sum(-1).min() > 0.999  # an activation may round to the neighbouring step
+
+
+def test_causal_masks_are_known_not_given(vit_bundle: Bundle) -> None:
+    """All attentions but the last one, whose only query stands at the end token, need no mask."""
+    model = load_graph(vit_bundle.text_encoder)
+    compute_pooled_row_only(model)
+    fuse_attention(model)
+    fused = [node for node in model.graph.node if node.op_type == "MultiHeadAttention"]
+    causal = [attribute(node, "unidirectional") for node in fused]
+    assert causal == [1] * (len(fused) - 1) + [0]
+    assert [len(node.input) for node in fused] == [3] * (len(fused) - 1) + [6]
+
+    prefix = load_graph(vit_bundle.text_encoder)  # the first two tokens see each other: not causal
+    mask = next(tensor for tensor in prefix.graph.initializer if "mask" in tensor.name and len(tensor.dims) == 2)
+    values = numpy_helper.to_array(mask).copy()
+    values[0, 1] = 0
+    mask.CopyFrom(numpy_helper.from_array(values, mask.name))
+    plain = copy.deepcopy(prefix)
+    fuse_attention(prefix)
+    fused = [node for node in prefix.graph.node if node.op_type == "MultiHeadAttention"]
+    assert not any(attribute(node, "unidirectional") for node in fused)
+    ids = np.array([[SOT, 320, 321, 322, EOT]], np.int64)
+    np.testing.assert_allclose(_run(prefix, ids), _run(plain, ids), atol=2e-6)
+
+
+def test_pools_become_depthwise_convolutions(rn_bundle: Bundle, rn_calibration: Path, tmp_path: Path) -> None:
+    data = open_calibration_set(rn_calibration)
+    pooled = _quantized(rn_bundle, data, tmp_path / "pools", "convolved_pools=false")
+    convolved = _quantized(rn_bundle, data, tmp_path / "convolutions")
+    before, after = (load_graph(bundle.image_encoder) for bundle in (pooled, convolved))
+    pools = sum(node.op_type == "AveragePool" for node in before.graph.node)
+    assert pools == sum(node.op_type == "AveragePool" for node in load_graph(rn_bundle.image_encoder).graph.node) - 1
+    assert not any(node.op_type == "AveragePool" for node in after.graph.node)
+    depthwise = [layer for layer in layer_bits(after) if layer.shape[1:] == (1, 2, 2)]
+    assert len(depthwise) == pools
+    assert {layer.bits for layer in depthwise} == {4}
+    running = [node.op_type for node in optimized_graph(convolved.image_encoder).graph.node]
+    assert "QLinearAveragePool" not in running
+    assert running.count("QLinearConv") == sum(node.op_type == "Conv" for node in after.graph.node)
+    for batch in _feeds(convolved, np.random.default_rng(0))["image"]:
+        one, other = (_run(model, batch, optimize=False) for model in (before, after))
+        np.testing.assert_allclose(other, one, atol=2e-3)  # a mean halfway between two steps may go either way
+        assert (one * other).sum(-1).min() > 0.9999
+
+
+@given(st.integers(0, 2**31 - 1), st.floats(0.5, 2), st.sampled_from([(2, 2), (2, 3)]))
+@settings(max_examples=15, deadline=None)
+def test_convolved_pool_averages(seed: int, ratio: float, kernel: tuple[int, int]) -> None:
+    """Against the pool itself, integers with scales of their own on both sides: at most one step apart."""
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "w": rng.integers(-60, 60, (4, 3, 1, 1), np.int8),
+        "w_scale": np.float32(0.01),
+        "w_zero": np.int8(0),
+        "in_scale": np.float32(0.02),
+        "in_zero": np.uint8(rng.integers(0, 256)),
+        "out_scale": np.float32(0.02 * ratio),
+        "out_zero": np.uint8(rng.integers(0, 256)),
+    }
+    nodes = [helper.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["w_real"], "w_real")]
+    for op, source, made in (
+        ("Conv", "x", "y"),
+        ("QuantizeLinear", "y", "in_q"),
+        ("DequantizeLinear", "in_q", "in_d"),
+        ("AveragePool", "in_d", "mean"),
+        ("QuantizeLinear", "mean", "out_q"),
+        ("DequantizeLinear", "out_q", "out_d"),
+    ):
+        grid = [f"{made.split('_')[0]}_scale", f"{made.split('_')[0]}_zero"] if "Linear" in op else []
+        window = {"kernel_shape": kernel, "strides": kernel} if op == "AveragePool" else {}
+        names = [source, *grid, *(["w_real"] if op == "Conv" else [])]
+        nodes.append(helper.make_node(op, names, [made], made, **window))
+    graph = helper.make_graph(
+        nodes,
+        "pool",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 6, 6])],
+        [helper.make_tensor_value_info("out_d", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()],
+    )
+    plain = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    changed = copy.deepcopy(plain)
+    assert convolve_pools(changed) == [f"pool_4x{kernel[0]}x{kernel[1]}_quantized"]
+    batch = rng.standard_normal((1, 3, 6, 6), dtype=np.float32)
+    steps = [np.rint(_run(model, batch, optimize=False) / arrays["out_scale"]) for model in (plain, changed)]
+    assert np.abs(steps[0] - steps[1]).max() <= 1
+    assert np.mean(steps[0] != steps[1]) < 0.3  # a quarter of the means of four integers are ties
+
+
+def test_weights_of_products_have_no_zero_points(layouts: dict[str, Bundle]) -> None:
+    """One per channel slows onnxruntime's int8 product down; compilers are given them all the same."""
+    for name, bundle in layouts.items():
+        model = load_graph(bundle.image_encoder)
+        index = GraphIndex(model.graph)
+        for layer in layer_bits(model):
+            node = next(node for node in model.graph.node if node.name == layer.node)
+            weight = index.producer[node.input[1]]
+            assert len(weight.input) == (3 if name == "native" or node.op_type == "Conv" else 2)
 
 
 def test_half_bundle_finds_the_end_token(vit_bundle: Bundle, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from d4c_onnx.graph.index import GraphIndex, set_initializer
 from d4c_onnx.graph.layers import weighted_layers
 from d4c_onnx.quantization import quantize_encoder
 from d4c_onnx.quantization.folding.batch_norm import fold_batch_norms
+from d4c_onnx.quantization.folding.idle_pools import skip_idle_pools
+from d4c_onnx.quantization.folding.patches import unfold_patches
 from d4c_onnx.quantization.folding.places import Place, apply_scale, find_places
 from d4c_onnx.quantization.folding.start_token import dead_start_rows, pin_start_token
 from d4c_onnx.quantization.folding.stress import inflate
@@ -154,6 +156,81 @@ def test_batch_norm_folds_exactly(bias: bool) -> None:
     assert [node.op_type for node in model.graph.node] == ["Conv"]
     onnx.checker.check_model(model)
     assert np.allclose(EncoderSession(model.SerializeToString()).run(x), expected, atol=1e-4)
+
+
+def _patch_model(weight: np.ndarray, bias: np.ndarray | None, size: tuple[int, int], **attributes) -> onnx.ModelProto:
+    """What a ViT begins with: pixel_values -> Conv -> [batch, channels, patches] -> [batch, patches, channels]."""
+    names = ["w"] if bias is None else ["w", "b"]
+    arrays = {"w": weight, "shape": np.array([0, len(weight), -1], np.int64)} | ({} if bias is None else {"b": bias})
+    nodes = [
+        helper.make_node("Conv", ["pixel_values", *names], ["map"], "patches", **attributes),
+        helper.make_node("Reshape", ["map", "shape"], ["flat"], "flat"),
+        helper.make_node("Transpose", ["flat"], ["tokens"], "turn", perm=[0, 2, 1]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "vit",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", weight.shape[1], *size])],
+        [helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ["batch", None, None])],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+@given(st.tuples(st.integers(1, 4), st.integers(1, 4)), st.tuples(st.integers(1, 3), st.integers(1, 3)), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_patches_unfold_exactly(kernel: tuple[int, int], grid: tuple[int, int], with_bias: bool) -> None:
+    """Oblong patches and grids included."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((5, 3, *kernel), dtype=np.float32)
+    bias = rng.standard_normal(5, dtype=np.float32) if with_bias else None
+    size = (kernel[0] * grid[0], kernel[1] * grid[1])
+    plain, changed = (_patch_model(weight, bias, size, kernel_shape=kernel, strides=kernel) for _ in range(2))
+    assert unfold_patches(changed)
+    onnx.checker.check_model(changed)
+    assert [layer.op for layer in weighted_layers(changed.graph)] == ["MatMul"]
+    batch = rng.standard_normal((2, 3, *size), dtype=np.float32)
+    one, other = (EncoderSession(model.SerializeToString()).run(batch) for model in (plain, changed))
+    np.testing.assert_allclose(other, one, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "attributes"),
+    [
+        ((8, 8), {"strides": [2, 2]}),  # patches overlap
+        ((8, 8), {"strides": [4, 4], "pads": [1, 1, 1, 1]}),
+        ((8, 10), {"strides": [4, 4]}),  # the last columns belong to no patch
+        ((8, 8), {"strides": [4, 4], "auto_pad": "SAME_UPPER"}),
+    ],
+)
+def test_other_convolutions_are_no_patches(size: tuple[int, int], attributes: dict) -> None:
+    model = _patch_model(np.ones((5, 3, 4, 4), np.float32), None, size, kernel_shape=[4, 4], **attributes)
+    before = model.SerializeToString()
+    assert not unfold_patches(model)
+    assert model.SerializeToString() == before
+
+
+def test_a_pool_of_single_values_is_skipped(rn_bundle: Bundle, rng: np.random.Generator) -> None:
+    """The first stage has one; the others average 2 x 2 values and stay."""
+    model, changed = load_graph(rn_bundle.image_encoder), load_graph(rn_bundle.image_encoder)
+    assert skip_idle_pools(changed) == 1
+    pools = [[node.op_type for node in entry.graph.node].count("AveragePool") for entry in (model, changed)]
+    assert pools[1] == pools[0] - 1 > 0
+    batch = rng.standard_normal((2, 3, *rn_bundle.manifest["preprocess"]["size"]), dtype=np.float32)
+    one, other = (EncoderSession(entry.SerializeToString()).run(batch) for entry in (model, changed))
+    np.testing.assert_allclose(other, one, atol=1e-6)
+
+
+def test_a_vit_has_patches_and_a_resnet_has_none(vit_bundle: Bundle, rn_bundle: Bundle) -> None:
+    model, changed = load_graph(vit_bundle.image_encoder), load_graph(vit_bundle.image_encoder)
+    assert unfold_patches(changed)
+    assert len(weighted_layers(changed.graph)) == len(weighted_layers(model.graph))
+    assert "Conv" not in {node.op_type for node in changed.graph.node}
+    size = vit_bundle.manifest["preprocess"]["size"]
+    batch = np.random.default_rng(0).standard_normal((3, 3, *size), dtype=np.float32)
+    one, other = (EncoderSession(entry.SerializeToString()).run(batch) for entry in (model, changed))
+    np.testing.assert_allclose(other, one, atol=2e-6)
+    assert not unfold_patches(load_graph(rn_bundle.image_encoder))
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])

@@ -214,7 +214,8 @@ def test_six_bit_activations_never_leave_their_grid(
     for tensor in graph.graph.initializer:
         if tensor.data_type == TensorProto.INT8 and tensor.name.endswith("_quantized") and len(tensor.dims) == 2:
             values = numpy_helper.to_array(tensor)
-            assert (values.min() >= -32 and values.max() <= 31) or values.shape == (128, 128)  # the projection keeps 8
+            wide = values.shape in ((192, 128), (128, 128))  # the patches and the projection keep 8
+            assert wide or (values.min() >= -32 and values.max() <= 31)
     quantizers = [node for node in graph.graph.node if node.op_type == "QuantizeLinear"]
     opened = copy.deepcopy(graph)
     for node in quantizers:

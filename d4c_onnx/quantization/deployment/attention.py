@@ -8,13 +8,15 @@ from d4c_onnx.graph.index import GraphIndex, drop_unused, replace_nodes, set_ini
 from d4c_onnx.quantization.deployment.pattern import Heads, find_attention
 
 CONTRIB = "com.microsoft"
+_HIDDEN = -1e4  # what is added to a hidden score: its exponential is 0
 
 
 def fuse_attention(model: onnx.ModelProto) -> int:
     """Replace float attention by `com.microsoft.MultiHeadAttention`, in place; returns how many.
 
-    The operator exists in onnxruntime only. It keeps scores in cache and needs none of the four Transposes; the answer
-    is the same up to float32 rounding. What has another form stays as it is.
+    The operator exists in onnxruntime only. It keeps scores in cache, needs none of the four Transposes, and knows a
+    causal mask without being given one; the answer is the same up to float32 rounding. What has another form stays as
+    it is.
     """
     graph = model.graph
     index = GraphIndex(graph)
@@ -23,7 +25,7 @@ def fuse_attention(model: onnx.ModelProto) -> int:
         return 0
     # a pooled row's mask has its four axes already
     pooled = {name for node in graph.node if node.op_type == "Unsqueeze" for name in node.output}
-    replaced = {heads.join[1].name: _fused(graph, heads, pooled) for heads in found}
+    replaced = {heads.join[1].name: _fused(graph, index, heads, pooled) for heads in found}
     replace_nodes(graph, [new for node in graph.node for new in replaced.get(node.name, [node])])
     drop_unused(graph)
     if all(entry.domain != CONTRIB for entry in model.opset_import):
@@ -31,11 +33,12 @@ def fuse_attention(model: onnx.ModelProto) -> int:
     return len(found)
 
 
-def _fused(graph: onnx.GraphProto, heads: Heads, pooled: set[str]) -> list[onnx.NodeProto]:
+def _fused(graph: onnx.GraphProto, index: GraphIndex, heads: Heads, pooled: set[str]) -> list[onnx.NodeProto]:
     name = f"{heads.softmax.name}_attention"
     inputs = [heads.query, heads.key, heads.value]
     nodes = []
-    if heads.mask is not None:
+    causal = heads.mask is not None and _is_causal(index, heads.mask)
+    if heads.mask is not None and not causal:
         mask = heads.mask
         if mask not in pooled:
             axes = "attention_mask_axes"
@@ -52,6 +55,22 @@ def _fused(graph: onnx.GraphProto, heads: Heads, pooled: set[str]) -> list[onnx.
             domain=CONTRIB,
             num_heads=heads.heads,
             scale=1.0,  # the query carries 1 / sqrt(d) already
+            unidirectional=int(causal),
         )
     )
     return nodes
+
+
+def _is_causal(index: GraphIndex, mask: str) -> bool:
+    """Whether a mask [length, length] is the top left corner of a constant that hides exactly what comes later."""
+    while (maker := index.producer.get(mask)) is not None:
+        starts = index.array(maker.input[1]) if maker.op_type == "Slice" else None
+        steps = index.array(maker.input[4]) if maker.op_type == "Slice" and len(maker.input) > 4 else None
+        if starts is None or starts.any() or (steps is not None and (steps != 1).any()):
+            return False
+        mask = maker.input[0]
+    whole = index.array(mask)
+    if whole is None or whole.ndim != 2 or whole.shape[0] != whole.shape[1]:
+        return False
+    later = np.triu(np.ones(whole.shape, bool), 1)
+    return bool((whole[later] <= _HIDDEN).all() and not whole[~later].any())

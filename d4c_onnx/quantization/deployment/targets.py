@@ -13,6 +13,8 @@ class Target:
     Attributes:
         int4_layout: how 4-bit weights lie in the file (see `quantization.layout`).
         fused_attention: `com.microsoft.MultiHeadAttention` instead of standard operators.
+        patch_product: a ViT's patch convolution is quantised as a product of patches.
+        convolved_pools: average pools between integers are depthwise convolutions.
         symmetric: int8 activations with zero point 0 everywhere, instead of uint8 with any.
         quantize_bias: store a convolution's bias as int32; otherwise it stays float.
         reduce_range: 8-bit weights stay in [-64, 63]. onnxruntime's kernels for x86 without VNNI add two products of
@@ -24,6 +26,8 @@ class Target:
 
     int4_layout: Literal["cast", "native", "nibbles"]
     fused_attention: bool
+    patch_product: bool
+    convolved_pools: bool
     symmetric: bool
     quantize_bias: bool
     reduce_range: bool
@@ -37,6 +41,8 @@ TARGETS = {
     "cpu": Target(
         int4_layout="cast",
         fused_attention=True,
+        patch_product=True,
+        convolved_pools=True,
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
@@ -46,6 +52,8 @@ TARGETS = {
     "portable": Target(
         int4_layout="cast",
         fused_attention=False,
+        patch_product=True,
+        convolved_pools=True,
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
@@ -55,6 +63,8 @@ TARGETS = {
     "tensorrt": Target(
         int4_layout="native",
         fused_attention=False,
+        patch_product=False,
+        convolved_pools=False,
         symmetric=True,
         quantize_bias=False,
         reduce_range=False,
@@ -64,6 +74,8 @@ TARGETS = {
     "openvino": Target(
         int4_layout="native",
         fused_attention=False,
+        patch_product=False,
+        convolved_pools=False,
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
@@ -73,6 +85,8 @@ TARGETS = {
     "cuda": Target(
         int4_layout="cast",
         fused_attention=False,
+        patch_product=False,
+        convolved_pools=False,
         symmetric=False,
         quantize_bias=True,
         reduce_range=False,
@@ -88,8 +102,6 @@ def target_of(section: QuantizationSection) -> Target:
     target = TARGETS[section.target]
     if section.int4_layout != "auto":
         target = replace(target, int4_layout=section.int4_layout)
-    if section.fused_attention is not None:
-        target = replace(target, fused_attention=section.fused_attention)
-    if section.reduce_range is not None:
-        target = replace(target, reduce_range=section.reduce_range)
-    return target
+    keys = ("fused_attention", "patch_product", "convolved_pools", "reduce_range")
+    overruled = {key: value for key in keys if (value := getattr(section, key)) is not None}
+    return replace(target, **overruled)
