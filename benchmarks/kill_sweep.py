@@ -17,7 +17,7 @@ from pathlib import Path
 
 from d4c_onnx.files import sha256
 
-KEYS = ("images=24", "held_out=8", "batch=8", "steps=60", "checkpoint_steps=5")
+KEYS = ("images=24", "held_out=8", "batch=8", "steps=300", "checkpoint_steps=5")
 
 
 def main() -> None:
@@ -34,7 +34,8 @@ def main() -> None:
         while True:
             process = _start(Path(folder) / "killed")
             if len(moments) < args.kills:
-                wait = draw.uniform(0.25, 0.6) * seconds  # the start alone takes a quarter
+                # The start takes about as long as a tenth of the work; a run must live to make some progress.
+                wait = draw.uniform(0.1, 0.3) * seconds
                 try:
                     process.wait(timeout=wait)
                 except subprocess.TimeoutExpired:

@@ -5,6 +5,7 @@ torch is imported inside the steps that need it: quantising a bundle with a cali
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -250,7 +251,7 @@ def _calibration_set(
     on_step: OnStep,
     crew: Crew | None = None,
 ) -> tuple[Path, CalibrationSet]:
-    from d4c_onnx.calibration.dataset import open_calibration_set
+    from d4c_onnx.calibration.dataset import open_calibration_set, work_folder
     from d4c_onnx.calibration.key import calibration_key
     from d4c_onnx.evaluation.datasets import content_sha256
     from d4c_onnx.models.catalogue import embedded_models
@@ -262,6 +263,7 @@ def _calibration_set(
     key = calibration_key(origin.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed, digest)
     target = folder / f"calibration-{key['id']}"
     if target.exists():
+        shutil.rmtree(work_folder(target), ignore_errors=True)  # a run was killed after its last rename
         return target, open_calibration_set(target)
     from d4c_onnx.synthesis import synthesize
 

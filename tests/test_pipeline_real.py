@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from d4c_onnx import pipeline
+from d4c_onnx.calibration.dataset import work_folder
 from d4c_onnx.errors import DatasetError, RecipeError
 from d4c_onnx.recipe import load_recipe
 
@@ -28,8 +29,12 @@ def test_folder_becomes_a_set(tmp_path: Path) -> None:
     reds = np.unique(np.round(np.concatenate([made.pixel_values, made.held_out])[:, 0, 0, 0], 3))
     assert len(reds) == 4  # four of five, none twice
     assert "my photos" not in json.dumps(made.manifest)
+    left = work_folder(folder)  # as a run leaves it that is killed after its last rename
+    left.mkdir()
+    (left / "key.json").write_text("{}")
     again, _ = pipeline.synthesize_calibration_set("mini-vit", _recipe(photos), output=tmp_path / "out")
     assert again == folder
+    assert not left.exists()
     Image.new("RGB", (60, 50), (0, 9, 9)).save(photos / "3.png")
     changed, _ = pipeline.synthesize_calibration_set("mini-vit", _recipe(photos), output=tmp_path / "out")
     assert changed != folder

@@ -88,6 +88,11 @@ def save_calibration_set(target: Path, content: CalibrationSet, preview: np.ndar
     return open_calibration_set(target)
 
 
+def work_folder(target: Path) -> Path:
+    """Where the units of a set that is being made lie until it is whole."""
+    return target.with_name(f".work-{target.name}")
+
+
 def open_calibration_set(path: Path, verify: bool = True) -> CalibrationSet:
     """Read a set; images stay on disk until they are used.
 

@@ -6,7 +6,7 @@ drift on stale momentum).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from d4c_onnx.files import write_file
 from d4c_onnx.recipe import SynthesisSection
+from d4c_onnx.synthesis.coarse import CoarseView
 from d4c_onnx.synthesis.objectives import Objective, Seen, diversity, guidance, inside, structure, total_variation
 from d4c_onnx.synthesis.param import Images
 from d4c_onnx.synthesis.perturb import Perturbation, perturb
@@ -35,6 +36,7 @@ class Guide:
         perturbations: PAE's list; empty without PAE.
         perturbed_view: the view PAE acts on.
         taps: what the objective asks of the tower's inside.
+        coarse: the smaller size at which the first steps look, if any.
         earlier: unit vectors [M, D] of finished images, for diversity.
     """
 
@@ -44,6 +46,7 @@ class Guide:
     perturbations: tuple[Perturbation, ...]
     perturbed_view: str
     taps: Taps
+    coarse: CoarseView | None = None
     earlier: torch.Tensor | None = None
 
 
@@ -90,13 +93,15 @@ def optimize_unit(
     optimizer = torch.optim.Adam([values], lr=section.learning_rate)
     boxes = draw_boxes(len(values), section.box_area, generator).to(values.device)
     first, history = _resume(checkpoint, values, optimizer, generator)
+    coarse_steps = round(section.coarse * section.steps)
     for step in range(first, section.steps):
+        own = guide if step < coarse_steps else replace(guide, coarse=None)
         for chosen in _minibatches(len(values), section.batch, generator):
             current = boxes[chosen]
             if section.redraw_boxes:
                 current = draw_boxes(len(chosen), section.box_area, generator).to(values.device)
             pixels = images.render(values[chosen])
-            shown = optimize_step(pixels, current, targets[chosen], guide, section, optimizer, generator)
+            shown = optimize_step(pixels, current, targets[chosen], own, section, optimizer, generator)
         for name, value in shown.items():
             history.setdefault(name, []).append(value)
         on_step(step + 1, shown)
@@ -115,7 +120,7 @@ def optimize_step(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """One step of Adam on rendered pixels [B, 3, H, W]; the loss and its terms."""
+    """One step of Adam on rendered pixels [B, 3, H, W], at the guide's coarse size where it has one; the loss terms."""
     loss, shown = guide.objective(_look(pixels, boxes, targets, guide, section, generator))
     optimizer.zero_grad()
     loss.backward()
@@ -140,15 +145,16 @@ def _look(
 ) -> Seen:
     """Render the views the objective needs, and encode them in one forward pass."""
     wanted = sorted(guide.objective.views)
+    seen = guide.coarse.shrink(pixels) if guide.coarse else pixels
     views: dict[str, torch.Tensor] = {}
     for name in wanted:
         if name == "box":
-            views[name] = crop_boxes(pixels, boxes)
+            views[name] = crop_boxes(seen, boxes)
         elif name == "background":
-            noise = torch.randn(pixels.shape, generator=generator).to(pixels.device) * section.background_noise
-            views[name] = cut_boxes(pixels, boxes, noise)
+            noise = torch.randn(seen.shape, generator=generator).to(seen.device) * section.background_noise
+            views[name] = cut_boxes(seen, boxes, noise)
         else:
-            views[name] = pixels
+            views[name] = seen
         if name == guide.perturbed_view:
             views[name] = perturb(views[name], guide.perturbations, generator)
     count = len(pixels)

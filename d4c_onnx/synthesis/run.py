@@ -15,7 +15,13 @@ from torch import nn
 
 from d4c_onnx.bundle import versions
 from d4c_onnx.calibration.controls import noise_images
-from d4c_onnx.calibration.dataset import CalibrationSet, cut_to_end, open_calibration_set, save_calibration_set
+from d4c_onnx.calibration.dataset import (
+    CalibrationSet,
+    cut_to_end,
+    open_calibration_set,
+    save_calibration_set,
+    work_folder,
+)
 from d4c_onnx.calibration.key import calibration_key
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.files import translate_os_error, write_file, write_json
@@ -23,6 +29,7 @@ from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import PromptSection, SynthesisSection
 from d4c_onnx.runtime.preprocess import denormalize
+from d4c_onnx.synthesis.coarse import coarse_view
 from d4c_onnx.synthesis.compute import prepare_tower, resolve_device, resolve_precision
 from d4c_onnx.synthesis.crew import Crew, check_divisible
 from d4c_onnx.synthesis.loop import Guide, build_objective, optimize_unit
@@ -217,13 +224,15 @@ def _guide(
     precision: torch.dtype,
 ) -> Guide:
     objective = build_objective(section)
+    coarse = coarse_view(tower, loaded.preprocess["size"]) if section.coarse else None
     return Guide(
-        encode=prepare_tower(tower, device, precision),
+        encode=prepare_tower(tower, device, precision, coarse),
         texts=embed_prompts(loaded, section.template, nouns).to(device),
         objective=objective,
         perturbations=published(mean, std) if section.pae and section.method == "d4c" else (),
         perturbed_view="box" if section.scg else "whole",
         taps=Taps(tower, objective.inside),
+        coarse=coarse,
     )
 
 
@@ -236,7 +245,7 @@ def embed_prompts(loaded: LoadedModel, template: str, nouns: tuple[str, ...]) ->
 
 def _work_folder(target: Path, key: dict[str, Any], compute: dict[str, str]) -> Path:
     """Finished units of an earlier, interrupted run of the very same key are kept; anything else is dropped."""
-    work = target.with_name(f".work-{target.name}")
+    work = work_folder(target)
     note = work / "key.json"
     # torch and thread count decide the last bits of every sum, so they belong to the state of a half-done run
     state = {"key": key["id"], "versions": versions(), "threads": torch.get_num_threads(), **compute}

@@ -40,7 +40,7 @@ class Taps:
         self._names = sorted(names)
         self._norms: list[tuple[nn.BatchNorm2d, torch.Tensor]] = []
         self._attended: list[torch.Tensor] = []
-        self._patches = 0
+        self._prefix = 0  # tokens in front of the patches
         if "bns" in names:
             norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
             if not norms:
@@ -53,7 +53,7 @@ class Taps:
             if blocks is None:
                 raise RecipeError("synthesis, pse: this image tower is no open_clip ViT. Use bns, or d4c without pse.")
             height, width = visual.grid_size
-            self._patches = int(height) * int(width)
+            self._prefix = len(visual.positional_embedding) - int(height) * int(width)
             for block in blocks:
                 block.attn.register_forward_hook(self._see_attention)
 
@@ -80,10 +80,8 @@ class Taps:
 
     def _pse(self, rows: slice) -> torch.Tensor:
         """Minus the mean entropy: losses fall."""
-        step = -(-self._patches // _PATCHES)
-        return -torch.stack(
-            [patch_entropy(x[rows, -self._patches :][:, ::step].float()) for x in self._attended]
-        ).mean()
+        patches = [x[rows, self._prefix :] for x in self._attended]
+        return -torch.stack([patch_entropy(x[:, :: -(-x.shape[1] // _PATCHES)].float()) for x in patches]).mean()
 
 
 def norm_distance(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,11 @@ from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.calibration.dataset import open_calibration_set
 from d4c_onnx.errors import CalibrationError, RecipeError
 from d4c_onnx.files import sha256
+from d4c_onnx.models.load import load_model
 from d4c_onnx.recipe import Recipe, load_recipe
 from d4c_onnx.synthesis import Crew, synthesize
+from d4c_onnx.synthesis.coarse import coarse_view
+from d4c_onnx.synthesis.compute import prepare_tower
 from d4c_onnx.synthesis.loop import build_objective
 from d4c_onnx.synthesis.objectives import Seen, diversity, guidance, structure, total_variation
 from d4c_onnx.synthesis.param import fourier_scale, start_images
@@ -184,7 +187,11 @@ def _hashes(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("synthesis.shared_optimizer=true", "synthesis.image=pixel", "synthesis.redraw_boxes=false")]
+    "extra",
+    [
+        ("synthesis.coarse=0.5",),
+        ("synthesis.shared_optimizer=true", "synthesis.image=pixel", "synthesis.redraw_boxes=false"),
+    ],
 )
 def test_interrupted_run_resumes_to_the_same_files(tmp_path: Path, mini_vit, extra: tuple[str, ...]) -> None:
     keys = ("images=4", "held_out=2", "batch=3", "steps=4", "checkpoint_steps=1")
@@ -330,6 +337,8 @@ def test_baselines_refuse_towers_without_what_they_match(tmp_path: Path, model: 
         "label_smoothing=0.1",
         "background_temperature=0.5",
         "precision=bfloat16",
+        "coarse=1.0",
+        "coarse=1.0 synthesis.pse_weight=0.1",
     ],
 )
 def test_every_key_changes_the_images_and_they_still_learn(tmp_path: Path, key: str, mini_vit) -> None:
@@ -345,6 +354,42 @@ def test_every_key_changes_the_images_and_they_still_learn(tmp_path: Path, key: 
     assert len(changed.losses) == 2
     for losses in changed.losses:
         assert np.mean(losses["loss"][-3:]) < np.mean(losses["loss"][:3])
+
+
+def test_coarse_view_halves_the_tokens(mini_vit) -> None:
+    """At its own size the tower is unchanged; at half of it, patches are where they were and nothing is trained."""
+    tower = mini_vit.deployed_towers()[0]
+    coarse = coarse_view(tower, (48, 48))
+    assert coarse.size == (24, 24)
+    [(name, embedding)] = coarse.parameters.items()
+    own = dict(tower.named_parameters())[name].detach()
+    assert embedding.shape == (1 + 3 * 3, own.shape[1])
+    assert torch.equal(embedding[0], own[0])  # the class token has no place
+    assert torch.allclose(embedding[1:].mean(0), own[1:].mean(0), atol=0.05 * float(own.abs().max()))
+    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    encode = prepare_tower(tower, torch.device("cpu"), torch.float32, coarse)
+    with torch.no_grad():
+        np.testing.assert_allclose(encode(pixels), tower(pixels), atol=1e-6)
+        assert encode(coarse.shrink(pixels)).shape == (2, 128)
+    gray = torch.full((1, 3, 48, 48), 0.3)
+    assert torch.allclose(coarse.shrink(gray), gray[:, :, :24, :24])
+
+
+def test_coarse_view_of_a_resnet() -> None:
+    """224 pixels are 7 x 7 tokens; 4 x 4 are 128 pixels."""
+    tower = load_model("RN50", pretrained="random").deployed_towers()[0]
+    coarse = coarse_view(tower, (224, 224))
+    assert coarse.size == (128, 128)
+    encode = prepare_tower(tower, torch.device("cpu"), torch.float32, coarse)
+    with torch.no_grad():
+        assert encode(torch.zeros(1, 3, 128, 128)).shape == (1, 1024)
+
+
+def test_towers_that_cannot_be_halved_are_refused(mini_rn) -> None:
+    with pytest.raises(RecipeError, match="cannot take other sizes"):
+        coarse_view(torch.nn.Linear(2, 2), (32, 32))
+    with pytest.raises(RecipeError, match=r"4 tokens \(2 x 2\) at 64 x 64 pixels"):
+        coarse_view(mini_rn.deployed_towers()[0], (64, 64))
 
 
 @given(st.integers(2, 9), st.floats(0, 0.5), st.floats(0, 0.9))
