@@ -53,8 +53,11 @@ class PlainAttentionPool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float32 [batch, channels, height, width]. Returns [batch, embed]."""
+        mean = x.mean((2, 3))[
+            :, None
+        ]  # before the transposition: OpenVINO 2026.4 takes a wrong mean of quantised tokens
         tokens = x.flatten(2).transpose(1, 2)  # [batch, height * width, channels]
-        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + self.positional_embedding
+        tokens = torch.cat([mean, tokens], 1) + self.positional_embedding
         return self.attention(tokens[:, :1], tokens)[0].squeeze(1)
 
 

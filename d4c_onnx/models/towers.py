@@ -45,9 +45,10 @@ class CausalTextTower(nn.Module):
         length = input_ids.shape[1]
         x = self.token_embedding(input_ids) + self.positional_embedding[:length]
         x = self.transformer(x, attn_mask=self.causal_mask[:length, :length])
-        # CUDA's provider has no integer ArgMax; token ids are exact in float32.
-        score = input_ids.float() if self.pool_type == "argmax" else torch.eq(input_ids, self.eos_id or 0).float()
-        index = score.argmax(1)[:, None, None].expand(-1, 1, x.shape[2])  # [batch, 1, width]
+        # The end token is the highest id. CUDA's provider has no integer ArgMax, and among ids in bfloat16 (OpenVINO's
+        # choice where the processor multiplies it) or float16 the start token would be as high.
+        end = input_ids.amax(1, keepdim=True) if self.pool_type == "argmax" else self.eos_id or 0
+        index = torch.eq(input_ids, end).float().argmax(1)[:, None, None].expand(-1, 1, x.shape[2])  # [batch, 1, width]
         x = self.ln_final(x.gather(1, index).squeeze(1))
         if isinstance(self.text_projection, nn.Linear):
             x = self.text_projection(x)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import onnx
-from onnx import TensorProto
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle
@@ -47,20 +46,9 @@ def half_bundle_files(bundle: Bundle, target: Path) -> Bundle:
 def _half(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     strip_notes(model)
     compute_pooled_row_only(model)
-    _exact_token_ids(model.graph)
     try:
         half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
     except Exception as error:  # the converter and onnx's shape inference raise kinds of their own
         raise GraphError(f"{name}: onnxruntime's float16 converter refused it ({str(error)[:300]}).") from error
     strip_notes(half)
     return half
-
-
-def _exact_token_ids(graph: onnx.GraphProto) -> None:
-    """Look for the end token among doubles: float16 ends at 65504 and makes 49406 and 49407 one number."""
-    sought = {node.input[0] for node in graph.node if node.op_type == "ArgMax"}
-    for node in graph.node:
-        if node.op_type == "Cast" and node.output[0] in sought:
-            for entry in node.attribute:
-                if entry.name == "to":
-                    entry.i = TensorProto.DOUBLE

@@ -61,6 +61,16 @@ def test_attention_is_one_matmul_per_projection(vit_bundle: Bundle) -> None:
     assert "Split" not in ops
 
 
+def test_end_token_is_found_whatever_the_precision(vit_bundle: Bundle) -> None:
+    """Runtimes may compute floats in bfloat16 (OpenVINO does), where the start and the end token are one number."""
+    graph = onnx.load(vit_bundle.text_encoder).graph
+    maker = {name: node for node in graph.node for name in node.output}
+    [sought] = [node.input[0] for node in graph.node if node.op_type == "ArgMax"]
+    assert maker[sought].op_type == "Cast"
+    assert maker[maker[sought].input[0]].op_type == "Equal"  # zeros and ones, compared as integers
+    assert not [node for node in graph.node if node.op_type == "Cast" and node.input[0] == "input_ids"]
+
+
 def test_raw_export_is_recorded_and_not_normalised(tmp_path: Path, mini_vit) -> None:
     bundle = export_fp32(mini_vit, tmp_path / "raw", seed=0, raw=True)
     assert bundle.manifest["model"]["normalized"] is False
