@@ -33,7 +33,7 @@ from d4c_onnx.synthesis.loop import Guide, build_objective, optimize_step
 from d4c_onnx.synthesis.param import start_images
 from d4c_onnx.synthesis.perturb import published
 from d4c_onnx.synthesis.run import embed_prompts
-from d4c_onnx.synthesis.taps import Taps
+from d4c_onnx.synthesis.taps import Taps, keeps_statistics
 from d4c_onnx.synthesis.views import draw_boxes
 from d4c_onnx.vocabulary import generic_nouns
 
@@ -110,7 +110,7 @@ def ours(loaded: LoadedModel, texts: torch.Tensor, batch: int, recipe: str, prec
     values = images.values.requires_grad_(True)
     targets = torch.eye(len(texts))[torch.arange(batch) % len(texts)]
     tower, _ = loaded.deployed_towers()
-    objective = build_objective(section)
+    objective = build_objective(section, keeps_statistics(tower))
     encode = prepare_tower(tower, CPU, resolve_precision(precision, CPU))
     guide = Guide(encode, texts, objective, published(mean, std), "box", Taps(tower, objective.inside))
     optimizer = torch.optim.Adam([values], lr=section.learning_rate)

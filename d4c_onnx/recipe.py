@@ -52,7 +52,12 @@ class SynthesisSection(_Section):
     background_temperature: float | None = Field(
         None, gt=0, description="tau of SCG's backgrounds; none: that of the prompts, as published"
     )
-    bns_weight: float = Field(0.0, ge=0, description="d4c: weight of the BatchNorm statistics' distance (ResNets)")
+    bns_weight: float | None = Field(
+        None,
+        ge=0,
+        description="d4c: weight of the BatchNorm statistics' distance. none: 30 where the tower keeps such statistics "
+        "(ResNets), else 0",
+    )
     pse_weight: float = Field(0.0, ge=0, description="d4c: weight of the patch similarity entropy (ViTs)")
     diversity_weight: float = Field(
         0.0, ge=0, description="weight of the mean similarity to the batch's other and to all earlier images"

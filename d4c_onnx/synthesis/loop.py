@@ -22,6 +22,8 @@ from d4c_onnx.synthesis.perturb import Perturbation, perturb
 from d4c_onnx.synthesis.taps import INSIDE, Taps
 from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 
+_STATISTICS_WEIGHT = 30.0  # of the distance to a ResNet's BatchNorms (docs/synthesis.md)
+
 StepReport = Callable[[int, dict[str, float]], None]
 
 
@@ -50,8 +52,13 @@ class Guide:
     earlier: torch.Tensor | None = None
 
 
-def build_objective(section: SynthesisSection) -> Objective:
-    """The published sum, plus the terms that a recipe adds; for the baselines, their one term and total variation."""
+def build_objective(section: SynthesisSection, keeps_statistics: bool = False) -> Objective:
+    """The published sum, plus the terms that a recipe adds; for the baselines, their one term and total variation.
+
+    Args:
+        section: the recipe's.
+        keeps_statistics: whether the tower has BatchNorms to be faithful to, where the recipe leaves that open.
+    """
     smooth = section.tv_weight * total_variation()
     if section.method in INSIDE:
         return inside(section.method) + smooth
@@ -62,7 +69,10 @@ def build_objective(section: SynthesisSection) -> Objective:
         )
     if section.diversity_weight:
         objective = objective + section.diversity_weight * diversity()
-    for name, weight in (("bns", section.bns_weight), ("pse", section.pse_weight)):
+    statistics = section.bns_weight
+    if statistics is None:
+        statistics = _STATISTICS_WEIGHT if keeps_statistics else 0.0
+    for name, weight in (("bns", statistics), ("pse", section.pse_weight)):
         if weight:
             objective = objective + weight * inside(name)
     return objective + smooth

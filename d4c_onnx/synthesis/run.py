@@ -37,7 +37,7 @@ from d4c_onnx.synthesis.param import start_images
 from d4c_onnx.synthesis.perturb import published
 from d4c_onnx.synthesis.prompts import draw_labels, draw_targets, draw_texts
 from d4c_onnx.synthesis.settling import Settling
-from d4c_onnx.synthesis.taps import INSIDE, Taps
+from d4c_onnx.synthesis.taps import INSIDE, Taps, keeps_statistics
 from d4c_onnx.vocabulary import templates
 
 # images float32 [N, 3, H, W], and their loss terms, one value per pass
@@ -223,7 +223,7 @@ def _guide(
     device: torch.device,
     precision: torch.dtype,
 ) -> Guide:
-    objective = build_objective(section)
+    objective = build_objective(section, keeps_statistics(tower))
     coarse = coarse_view(tower, loaded.preprocess["size"]) if section.coarse else None
     return Guide(
         encode=prepare_tower(tower, device, precision, coarse),

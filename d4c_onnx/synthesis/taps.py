@@ -25,6 +25,11 @@ _GRID = 64  # points of the density estimate over similarities in -1..1
 _PATCHES = 64  # similarities are quadratic in patches; evenly spaced ones are enough for a density
 
 
+def keeps_statistics(tower: nn.Module) -> bool:
+    """Whether the tower has BatchNorms that remember the training images' means and variances."""
+    return any(isinstance(module, nn.BatchNorm2d) and module.track_running_stats for module in tower.modules())
+
+
 class Taps:
     """Hooks on a tower for the named terms.
 

@@ -317,6 +317,22 @@ def test_baselines_lower_their_own_loss(tmp_path: Path, model: str, name: str, r
     assert made.labels == ()
 
 
+@pytest.mark.parametrize(("model", "expected"), [("mini_vit", False), ("mini_rn", True)])
+def test_towers_that_keep_statistics_are_asked_for_them(tmp_path: Path, model: str, expected: bool, request) -> None:
+    loaded = request.getfixturevalue(model)
+    keys = ("images=2", "held_out=0", "batch=2", "steps=2")
+    recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
+
+    def terms(section) -> set[str]:
+        made = synthesize(loaded, tmp_path / "set", section, recipe.text, loaded.embedded.nouns, seed=0)
+        return set(made.losses[0])
+
+    assert ("bns" in terms(recipe.synthesis)) is expected
+    assert "bns" not in terms(recipe.synthesis.model_copy(update={"bns_weight": 0.0}))
+    paper = build_objective(load_recipe("paper").synthesis, keeps_statistics=True)
+    assert "bns" not in [term.name for term in paper.terms]
+
+
 @pytest.mark.parametrize(("model", "name"), [("mini_vit", "bns"), ("mini_rn", "pse")])
 def test_baselines_refuse_towers_without_what_they_match(tmp_path: Path, model: str, name: str, request) -> None:
     loaded = request.getfixturevalue(model)
