@@ -62,6 +62,12 @@ def integer_attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     return found if isinstance(found, int) else default
 
 
+def is_padded(node: onnx.NodeProto) -> bool:
+    """Whether a two-dimensional Conv or pool reaches beyond the edges of its input."""
+    chosen = attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
+    return chosen or any(integers_attribute(node, "pads", 4, 0))
+
+
 def set_initializer(graph: onnx.GraphProto, name: str, values: np.ndarray) -> None:
     """Replace (or add) an initialiser."""
     tensor = numpy_helper.from_array(np.ascontiguousarray(values), name)

@@ -14,6 +14,7 @@ from d4c_onnx.graph.index import (
     attribute,
     drop_unused,
     integers_attribute,
+    is_padded,
     replace_nodes,
     set_initializer,
 )
@@ -70,11 +71,8 @@ def _op(node: onnx.NodeProto | None) -> str:
 
 
 def _plain(pool: onnx.NodeProto) -> bool:
-    padded = attribute(pool, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or any(
-        integers_attribute(pool, "pads", 4, 0)
-    )
     whole = not attribute(pool, "ceil_mode", 0) and integers_attribute(pool, "dilations", 2) == [1, 1]
-    return not padded and whole
+    return whole and not is_padded(pool)
 
 
 def _channels(index: GraphIndex, name: str) -> int | None:

@@ -6,7 +6,7 @@ stage that stride is 1.
 
 import onnx
 
-from d4c_onnx.graph.index import GraphIndex, drop_unused, integers_attribute
+from d4c_onnx.graph.index import GraphIndex, drop_unused, integers_attribute, is_padded
 
 
 def skip_idle_pools(model: onnx.ModelProto) -> int:
@@ -18,7 +18,7 @@ def skip_idle_pools(model: onnx.ModelProto) -> int:
         idle = pool.op_type == "AveragePool" and all(
             integers_attribute(pool, name, 2) == [1, 1] for name in ("kernel_shape", "strides")
         )
-        if not idle or pool.output[0] in index.outputs or any(integers_attribute(pool, "pads", 4, 0)):
+        if not idle or pool.output[0] in index.outputs or is_padded(pool):
             continue
         for reader in index.consumers[pool.output[0]]:
             for position, name in enumerate(reader.input):

@@ -9,7 +9,15 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, integers_attribute, replace_nodes, set_initializer
+from d4c_onnx.graph.index import (
+    GraphIndex,
+    attribute,
+    drop_unused,
+    integers_attribute,
+    is_padded,
+    replace_nodes,
+    set_initializer,
+)
 
 
 def unfold_patches(model: onnx.ModelProto) -> bool:
@@ -61,11 +69,8 @@ def unfold_patches(model: onnx.ModelProto) -> bool:
 
 def _looks_once(conv: onnx.NodeProto, kernel: list[int], size: tuple[int, int]) -> bool:
     """Each pixel belongs to one patch, and no edge is padded or left over."""
-    padded = attribute(conv, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or any(
-        integers_attribute(conv, "pads", 4, 0)
-    )
     return (
-        not padded
+        not is_padded(conv)
         and integers_attribute(conv, "strides", 2) == kernel
         and integers_attribute(conv, "dilations", 2) == [1, 1]
         and attribute(conv, "group", 1) == 1
