@@ -34,8 +34,7 @@ def main() -> None:
         while True:
             process = _start(Path(folder) / "killed")
             if len(moments) < args.kills:
-                # The start takes about as long as a tenth of the work; a run must live to make some progress.
-                wait = draw.uniform(0.1, 0.3) * seconds
+                wait = draw.uniform(0.2, 0.5) * seconds  # the start takes a quarter; several runs make it together
                 try:
                     process.wait(timeout=wait)
                 except subprocess.TimeoutExpired:
