@@ -53,9 +53,8 @@ class PlainAttentionPool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float32 [batch, channels, height, width]. Returns [batch, embed]."""
-        mean = x.mean((2, 3))[
-            :, None
-        ]  # before the transposition: OpenVINO 2026.4 takes a wrong mean of quantised tokens
+        # The mean is taken of the map: OpenVINO 2026.4 takes a wrong one of quantised tokens behind a Transpose.
+        mean = x.mean((2, 3))[:, None]
         tokens = x.flatten(2).transpose(1, 2)  # [batch, height * width, channels]
         tokens = torch.cat([mean, tokens], 1) + self.positional_embedding
         return self.attention(tokens[:, :1], tokens)[0].squeeze(1)
