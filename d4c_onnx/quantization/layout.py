@@ -106,8 +106,8 @@ def _nibbles(graph: onnx.GraphProto, index: GraphIndex, name: str, values: np.nd
     return [*nodes, helper.make_node("Reshape", [pairs, shape], [name], name=f"{name}_unpack")]
 
 
-def omit_zero_points(model: onnx.ModelProto, names: Iterable[str]) -> int:
-    """Drop the zero points of symmetric weights that products read, in place; returns how many.
+def omit_zero_points(model: onnx.ModelProto, names: Iterable[str]) -> None:
+    """Drop the zero points of symmetric weights that products read, in place.
 
     ONNX takes an absent one as 0. Given one zero per channel, onnxruntime's product corrects each channel for it.
 
@@ -115,16 +115,13 @@ def omit_zero_points(model: onnx.ModelProto, names: Iterable[str]) -> int:
         names: int8 initialisers.
     """
     index = GraphIndex(model.graph)
-    dropped = 0
     for name in names:
         for node in index.consumers.get(name, []):
             products = all(reader.op_type == "MatMul" for reader in index.consumers[node.output[0]])
             zero = index.array(node.input[2]) if len(node.input) > 2 else None
             if node.op_type == "DequantizeLinear" and products and zero is not None and not zero.any():
                 del node.input[2]
-                dropped += 1
     drop_unused(model.graph)
-    return dropped
 
 
 def find_token_table(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, str] | None:

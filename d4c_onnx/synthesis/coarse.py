@@ -50,7 +50,7 @@ def coarse_view(tower: nn.Module, size: tuple[int, int]) -> CoarseView:
     visual: Any = getattr(tower, "visual", tower)
     side = round(tokens**0.5)
     rows, columns = getattr(visual, "grid_size", (side, side))
-    halves = (rows // 2 + rows % 2, columns // 2 + columns % 2)
+    halves = ((rows + 1) // 2, (columns + 1) // 2)
     whole = size[0] % max(1, rows) == 0 and size[1] % max(1, columns) == 0
     if rows * columns != tokens or min(halves) < 2 or not whole:
         raise RecipeError(

@@ -56,5 +56,6 @@ def test_readme_commands_exist() -> None:
 
 
 def test_no_source_file_holds_a_machine_path() -> None:
-    for file in [*ROOT.glob("d4c_onnx/**/*.py"), *ROOT.glob("recipes/*.*"), ROOT / "README.md"]:
+    recipes = [file for file in ROOT.glob("recipes/*") if file.is_file()]  # importing them leaves a cache folder
+    for file in [*ROOT.glob("d4c_onnx/**/*.py"), *recipes, ROOT / "README.md"]:
         assert "/work/" not in file.read_text("utf-8"), file

@@ -36,7 +36,7 @@ def convolve_pools(model: onnx.ModelProto) -> list[str]:
     graph = model.graph
     index = GraphIndex(graph)
     fresh: dict[str, list[onnx.NodeProto]] = {}
-    weights: dict[str, np.ndarray] = {}
+    weights: dict[str, None] = {}  # pools of one size share theirs
     for pool in graph.node:
         kernel = integers_attribute(pool, "kernel_shape", 2) if pool.op_type == "AveragePool" else []
         maker, reader = index.producer.get(pool.input[0]), index.only_consumer(pool.output[0])
@@ -48,8 +48,8 @@ def convolve_pools(model: onnx.ModelProto) -> list[str]:
             continue
         name = f"pool_{channels}x{kernel[0]}x{kernel[1]}"
         stored, scale, real = f"{name}_quantized", f"{name}_scale", f"{pool.name}_weight"
-        weights[stored] = np.ones((channels, 1, *kernel), np.int8)
-        set_initializer(graph, stored, weights[stored])
+        weights[stored] = None
+        set_initializer(graph, stored, np.ones((channels, 1, *kernel), np.int8))
         set_initializer(graph, scale, np.array(1 / (kernel[0] * kernel[1]), np.float32))
         strides = integers_attribute(pool, "strides", 2)
         fresh[pool.name] = [

@@ -41,7 +41,7 @@ TARGETS = {
     "cpu": Target(
         int4_layout="cast",
         fused_attention=True,
-        patch_product=False,
+        patch_product=True,
         convolved_pools=True,
         symmetric=False,
         quantize_bias=True,
@@ -52,7 +52,7 @@ TARGETS = {
     "portable": Target(
         int4_layout="cast",
         fused_attention=False,
-        patch_product=False,
+        patch_product=True,
         convolved_pools=True,
         symmetric=False,
         quantize_bias=True,

@@ -1,0 +1,131 @@
+"""What the tower says of images: its statistics, its patches, when it has seen enough, and at half the resolution."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d4c_onnx.errors import RecipeError
+from d4c_onnx.models.load import load_model
+from d4c_onnx.recipe import load_recipe
+from d4c_onnx.synthesis import synthesize
+from d4c_onnx.synthesis.coarse import coarse_view
+from d4c_onnx.synthesis.compute import prepare_tower
+from d4c_onnx.synthesis.loop import build_objective
+from d4c_onnx.synthesis.settling import Settling
+from d4c_onnx.synthesis.taps import norm_distance, patch_entropy
+
+
+def test_batch_norm_distance_is_zero_for_matching_statistics_and_grows_away_from_them() -> None:
+    norm = torch.nn.BatchNorm2d(3)
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    norm.running_mean, norm.running_var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    near = norm_distance(norm, x)
+    assert float(near) == pytest.approx(0, abs=1e-8)
+    assert float(norm_distance(norm, x + 0.5)) == pytest.approx(0.25 / 1.01, rel=0.02)
+    assert float(norm_distance(norm, x + 1)) > float(norm_distance(norm, x + 0.5))
+
+
+def test_patch_entropy_tells_pictures_from_uniform_patches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    same = torch.ones(2, 36, 16) + 0.01 * torch.randn(2, 36, 16, generator=generator)
+    halves = same * torch.where(torch.arange(36)[None, :, None] < 18, 1.0, -1.0)
+    spread = torch.randn(2, 36, 4, generator=generator)
+    assert float(patch_entropy(same)) < float(patch_entropy(halves)) < float(patch_entropy(spread))
+    still = torch.ones(1, 9, 4, requires_grad=True)
+    patch_entropy(still).backward()
+    assert still.grad is not None
+    assert bool(still.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(("model", "name"), [("mini_vit", "pse"), ("mini_rn", "bns")])
+def test_baselines_lower_their_own_loss(tmp_path: Path, model: str, name: str, request) -> None:
+    loaded = request.getfixturevalue(model)
+    keys = (f"method={name}", "images=4", "held_out=0", "batch=4", "steps=12")
+    recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
+    made = synthesize(loaded, tmp_path / "set", recipe.synthesis, recipe.text, loaded.embedded.nouns, seed=0)
+    [losses] = made.losses
+    assert sorted(losses) == sorted(["loss", name, "tv"])
+    assert len(losses[name]) == 12
+    assert losses[name][-1] < losses[name][0]
+    assert made.labels == ()
+
+
+@pytest.mark.parametrize(("model", "expected"), [("mini_vit", False), ("mini_rn", True)])
+def test_towers_that_keep_statistics_are_asked_for_them(tmp_path: Path, model: str, expected: bool, request) -> None:
+    loaded = request.getfixturevalue(model)
+    keys = ("images=2", "held_out=0", "batch=2", "steps=2")
+    recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
+
+    def terms(section) -> set[str]:
+        made = synthesize(loaded, tmp_path / "set", section, recipe.text, loaded.embedded.nouns, seed=0)
+        return set(made.losses[0])
+
+    assert ("bns" in terms(recipe.synthesis)) is expected
+    assert "bns" not in terms(recipe.synthesis.model_copy(update={"bns_weight": 0.0}))
+    paper = build_objective(load_recipe("paper").synthesis, keeps_statistics=True)
+    assert "bns" not in [term.name for term in paper.terms]
+
+
+@pytest.mark.parametrize(("model", "name"), [("mini_vit", "bns"), ("mini_rn", "pse")])
+def test_baselines_refuse_towers_without_what_they_match(tmp_path: Path, model: str, name: str, request) -> None:
+    loaded = request.getfixturevalue(model)
+    recipe = load_recipe(None, [f"synthesis.method={name}"])
+    with pytest.raises(RecipeError, match=f"synthesis, {name}: this image tower"):
+        synthesize(loaded, tmp_path / "set", recipe.synthesis, recipe.text, ("a", "b"), seed=0)
+
+
+def test_coarse_view_halves_the_tokens(mini_vit) -> None:
+    """At its own size the tower is unchanged; at half of it, patches are where they were and nothing is trained."""
+    tower = mini_vit.deployed_towers()[0]
+    coarse = coarse_view(tower, (48, 48))
+    assert coarse.size == (24, 24)
+    [(name, embedding)] = coarse.parameters.items()
+    own = dict(tower.named_parameters())[name].detach()
+    assert embedding.shape == (1 + 3 * 3, own.shape[1])
+    assert torch.equal(embedding[0], own[0])  # the class token has no place
+    assert torch.allclose(embedding[1:].mean(0), own[1:].mean(0), atol=0.05 * float(own.abs().max()))
+    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    encode = prepare_tower(tower, torch.device("cpu"), torch.float32, coarse)
+    with torch.no_grad():
+        np.testing.assert_allclose(encode(pixels), tower(pixels), atol=1e-6)
+        assert encode(coarse.shrink(pixels)).shape == (2, 128)
+    gray = torch.full((1, 3, 48, 48), 0.3)
+    assert torch.allclose(coarse.shrink(gray), gray[:, :, :24, :24])
+
+
+def test_coarse_view_of_a_resnet() -> None:
+    """224 pixels are 7 x 7 tokens; 4 x 4 are 128 pixels."""
+    tower = load_model("RN50", pretrained="random").deployed_towers()[0]
+    coarse = coarse_view(tower, (224, 224))
+    assert coarse.size == (128, 128)
+    encode = prepare_tower(tower, torch.device("cpu"), torch.float32, coarse)
+    with torch.no_grad():
+        assert encode(torch.zeros(1, 3, 128, 128)).shape == (1, 1024)
+
+
+def test_towers_that_cannot_be_halved_are_refused(mini_rn) -> None:
+    with pytest.raises(RecipeError, match="cannot take other sizes"):
+        coarse_view(torch.nn.Linear(2, 2), (32, 32))
+    with pytest.raises(RecipeError, match=r"4 tokens \(2 x 2\) at 64 x 64 pixels"):
+        coarse_view(mini_rn.deployed_towers()[0], (64, 64))
+
+
+def test_settling_sees_what_calibration_would_see() -> None:
+    """Nothing moves when a batch comes again; another batch moves the spectrum, a larger one the range."""
+    generator = torch.Generator().manual_seed(0)
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    batch = torch.randn(6, 3, 8, 8, generator=generator)
+    settling = Settling(tower)
+    assert settling.add(tower, batch) == float("inf")
+    assert settling.add(tower, batch) == pytest.approx(0, abs=1e-6)
+    flat = batch.mean((2, 3), keepdim=True).expand_as(batch)
+    assert settling.add(tower, flat) > 1e-3
+    assert settling.add(tower, 3 * batch) > 0.3
+    assert not any(module._forward_pre_hooks for module in tower.modules())
+
+
+def test_settling_needs_batches() -> None:
+    with pytest.raises(RecipeError, match="shared_optimizer"):
+        load_recipe(None, ["synthesis.settle=0.01", "synthesis.shared_optimizer=true"])
