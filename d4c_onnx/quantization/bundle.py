@@ -159,8 +159,8 @@ def _check_optimizer(
 def _unseen(batch: np.ndarray) -> np.ndarray:
     """Images mirrored: the rounding was not fitted to those.
 
-    On a few images that it was fitted to, it undoes the very steps that activations were rounded by (eight images: a
-    quarter of the distance to FP32 of any others), and every other rounding of them then looks like a change.
+    On few images that it was fitted to, it undoes the very steps that activations were rounded by; every other rounding
+    of them, such as that of fused kernels, then looks like a change.
     """
     return np.ascontiguousarray(batch[..., ::-1]) if batch.ndim == 4 else batch
 

@@ -1,8 +1,7 @@
 """Average pools as depthwise convolutions with equal weights.
 
 onnxruntime's integer pool (QLinearAveragePool) looks every value up as a float, adds, and rounds again; its depthwise
-integer convolution adds in vectors. The same numbers, several times faster: in a CLIP ResNet's W4A8 file the pools are
-a seventh of the time.
+integer convolution adds in vectors. The same numbers, in less time (docs/performance.md).
 """
 
 import numpy as np
