@@ -48,7 +48,12 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "plain pixels": ("default", "image=bounded", MODELS),
     "background temperature 0.5": ("default", "background_temperature=0.5", MODELS),
     "without BatchNorm statistics": ("default", "bns_weight=0.0", ("mini-rn",)),
+    "BatchNorm statistics, weight 100": ("default", "bns_weight=100.0", ("mini-rn",)),
+    "PGSI + BatchNorm statistics": ("default", "scg=false pae=false", ("mini-rn",)),
+    "PGSI + PAE + BatchNorm statistics": ("default", "scg=false", ("mini-rn",)),
     "d4c + pse 1": ("default", "pse_weight=1.0", ("mini-vit",)),
+    "d4c + attention priors 0.3": ("default", "attention_weight=0.3", ("mini-vit",)),
+    "d4c + attention priors 1": ("default", "attention_weight=1.0", ("mini-vit",)),
     "diversity 1": ("default", "diversity_weight=1.0", MODELS),
     "second class 0.3": ("default", "second_class=0.3", MODELS),
     "coarse 0.5": ("default", "coarse=0.5", ("mini-vit",)),  # mini-rn's 2 x 2 tokens cannot be halved

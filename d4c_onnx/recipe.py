@@ -59,6 +59,9 @@ class SynthesisSection(_Section):
         "(ResNets), else 0",
     )
     pse_weight: float = Field(0.0, ge=0, description="d4c: weight of the patch similarity entropy (ViTs)")
+    attention_weight: float = Field(
+        0.0, ge=0, description="d4c: weight of the class token's attention against random priors (ViTs)"
+    )
     diversity_weight: float = Field(
         0.0, ge=0, description="weight of the mean similarity to the batch's other and to all earlier images"
     )
@@ -276,6 +279,10 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
     if recipe.synthesis.settle is not None and recipe.synthesis.shared_optimizer:
         raise RecipeError(
             f"{where}, synthesis.settle: needs batches that are finished one by one: no shared_optimizer."
+        )
+    if recipe.synthesis.coarse and recipe.synthesis.attention_weight:
+        raise RecipeError(
+            f"{where}, synthesis.attention_weight: its priors are drawn for the whole resolution. Use coarse: 0."
         )
     low, high = recipe.synthesis.box_area
     if not 0 < low <= high < 1:

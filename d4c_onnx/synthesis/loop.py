@@ -72,7 +72,8 @@ def build_objective(section: SynthesisSection, keeps_statistics: bool = False) -
     statistics = section.bns_weight
     if statistics is None:
         statistics = _STATISTICS_WEIGHT if keeps_statistics else 0.0
-    for name, weight in (("bns", statistics), ("pse", section.pse_weight)):
+    terms = (("bns", statistics), ("pse", section.pse_weight), ("attention", section.attention_weight))
+    for name, weight in terms:
         if weight:
             objective = objective + weight * inside(name)
     return objective + smooth
@@ -102,6 +103,7 @@ def optimize_unit(
     values = images.values.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([values], lr=section.learning_rate)
     boxes = draw_boxes(len(values), section.box_area, generator).to(values.device)
+    priors = guide.taps.draw(len(values), generator)
     first, history = _resume(checkpoint, values, optimizer, generator)
     coarse_steps = round(section.coarse * section.steps)
     for step in range(first, section.steps):
@@ -111,7 +113,8 @@ def optimize_unit(
             if section.redraw_boxes:
                 current = draw_boxes(len(chosen), section.box_area, generator).to(values.device)
             pixels = images.render(values[chosen])
-            shown = optimize_step(pixels, current, targets[chosen], own, section, optimizer, generator)
+            asked = None if priors is None else priors[chosen]
+            shown = optimize_step(pixels, current, targets[chosen], own, section, optimizer, generator, asked)
         for name, value in shown.items():
             history.setdefault(name, []).append(value)
         on_step(step + 1, shown)
@@ -129,9 +132,10 @@ def optimize_step(
     section: SynthesisSection,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
+    priors: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """One step of Adam on rendered pixels [B, 3, H, W], at the guide's coarse size where it has one; the loss terms."""
-    loss, shown = guide.objective(_look(pixels, boxes, targets, guide, section, generator))
+    loss, shown = guide.objective(_look(pixels, boxes, targets, guide, section, generator, priors))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -152,6 +156,7 @@ def _look(
     guide: Guide,
     section: SynthesisSection,
     generator: torch.Generator,
+    priors: torch.Tensor | None,
 ) -> Seen:
     """Render the views the objective needs, and encode them in one forward pass."""
     wanted = sorted(guide.objective.views)
@@ -175,7 +180,7 @@ def _look(
         dict(zip(wanted, embeds.split(count), strict=True)),
         guide.texts,
         targets,
-        guide.taps.read(slice(whole, whole + count)),
+        guide.taps.read(slice(whole, whole + count), priors),
         guide.earlier,
     )
 

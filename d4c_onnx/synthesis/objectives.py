@@ -133,5 +133,5 @@ def diversity() -> Objective:
 
 
 def inside(name: str) -> Objective:
-    """A value from within the tower as a loss: `bns` or `pse` (`taps` has both)."""
+    """A value from within the tower as a loss: `bns`, `pse` or `attention` (`taps` has them)."""
     return Objective((Term(name, frozenset({"whole"}), lambda seen: seen.inside[name], inside=frozenset({name})),))

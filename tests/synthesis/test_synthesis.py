@@ -185,7 +185,12 @@ def _hashes(path: Path) -> dict[str, str]:
     "extra",
     [
         ("synthesis.coarse=0.5",),
-        ("synthesis.shared_optimizer=true", "synthesis.image=pixel", "synthesis.redraw_boxes=false"),
+        (
+            "synthesis.shared_optimizer=true",
+            "synthesis.image=pixel",
+            "synthesis.redraw_boxes=false",
+            "synthesis.attention_weight=1.0",
+        ),
     ],
 )
 def test_interrupted_run_resumes_to_the_same_files(tmp_path: Path, mini_vit, extra: tuple[str, ...]) -> None:
