@@ -76,7 +76,7 @@ def is_bundle(path: Path) -> bool:
     return (path / MANIFEST).is_file() and (path / IMAGE_ENCODER).is_file()
 
 
-def open_bundle(path: Path, verify: bool = True) -> Bundle:
+def open_bundle(path: str | Path, verify: bool = True) -> Bundle:
     """Read a bundle.
 
     Args:
@@ -86,6 +86,7 @@ def open_bundle(path: Path, verify: bool = True) -> Bundle:
     Raises:
         BundleError: the folder, its manifest or one of its files is missing, damaged or of another format.
     """
+    path = Path(path)
     file = path / MANIFEST
     if not file.is_file():
         raise BundleError(f"{path}: not a bundle (no {MANIFEST}). Make one with d4c-onnx export.")

@@ -40,10 +40,10 @@ class Machine:
 
 
 def evaluate_bundles(
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     recipe: Recipe,
     *,
-    calibration: Path | None = None,
+    calibration: str | Path | None = None,
     machine: Machine | None = None,
     on_step: OnStep = silent,
 ) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def evaluate_bundles(
     return result
 
 
-def inspect_bundle(path: Path) -> dict[str, Any]:
+def inspect_bundle(path: str | Path) -> dict[str, Any]:
     """What a bundle's files hold, and how onnxruntime's CPU provider runs them.
 
     Returns:
@@ -87,7 +87,11 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
 
 
 def report_calibration_set(
-    folder: Path, *, against: Sequence[Path] = (), machine: Machine | None = None, on_step: OnStep = silent
+    folder: str | Path,
+    *,
+    against: Sequence[str | Path] = (),
+    machine: Machine | None = None,
+    on_step: OnStep = silent,
 ) -> Path:
     """Write `<set>.html` beside a calibration set in its bundle's folder: one self-contained page to look at.
 
@@ -111,9 +115,9 @@ def report_calibration_set(
     from d4c_onnx.evaluation.page import calibration_page
     from d4c_onnx.runtime.preprocess import denormalize
 
-    machine = machine or Machine()
+    machine, folder = machine or Machine(), Path(folder)
     bundle, made = open_bundle(folder.parent), open_calibration_set(folder)
-    sets = {"these images": made, **{path.name: open_calibration_set(path) for path in against}}
+    sets = {"these images": made, **{Path(path).name: open_calibration_set(path) for path in against}}
     for other in sets.values():
         check_images_fit(other, bundle)
     images = {name: np.asarray(other.pixel_values) for name, other in sets.items()}
@@ -147,13 +151,13 @@ def report_calibration_set(
 
 
 def benchmark_bundles(
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     *,
     batches: Sequence[int] = (1, 8, 16, 32),
     sequence: int = 16,
     rounds: int = 15,
     peers: bool = False,
-    picture: Path | None = None,
+    picture: str | Path | None = None,
     machine: Machine | None = None,
     on_step: OnStep = silent,
 ) -> dict[str, Any]:
@@ -217,7 +221,7 @@ def benchmark_bundles(
     if picture is not None:
         from d4c_onnx.evaluation.picture import draw_benchmark
 
-        draw_benchmark(report, picture)
+        draw_benchmark(report, Path(picture))
     return report
 
 

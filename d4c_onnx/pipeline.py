@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from d4c_onnx.synthesis import Crew
 
 
-def bundle_folder(output: Path, model: str) -> Path:
+def bundle_folder(output: str | Path, model: str) -> Path:
     """`<output>/<model>`, with what a folder name cannot hold replaced."""
-    return output / model.replace("hf-hub:", "").replace("/", "--")
+    return Path(output) / model.replace("hf-hub:", "").replace("/", "--")
 
 
 def export_bundle(
     model: str,
-    output: Path,
+    output: str | Path,
     recipe: Recipe,
     *,
     pretrained: str | None = None,
@@ -65,9 +65,9 @@ def synthesize_calibration_set(
     source: str,
     recipe: Recipe,
     *,
-    output: Path,
+    output: str | Path,
     pretrained: str | None = None,
-    prompts: Path | None = None,
+    prompts: str | Path | None = None,
     machine: Machine | None = None,
     on_step: OnStep = silent,
 ) -> tuple[Path, CalibrationSet]:
@@ -97,10 +97,10 @@ def quantize_bundle(
     source: str,
     recipe: Recipe,
     *,
-    output: Path,
+    output: str | Path,
     pretrained: str | None = None,
-    prompts: Path | None = None,
-    calibration: Path | None = None,
+    prompts: str | Path | None = None,
+    calibration: str | Path | None = None,
     overwrite: bool = False,
     machine: Machine | None = None,
     on_step: OnStep = silent,

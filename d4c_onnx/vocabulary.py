@@ -16,14 +16,14 @@ def templates() -> tuple[str, ...]:
     return _lines((resources.files("d4c_onnx.recipes") / "templates.txt").read_text("utf-8"))
 
 
-def read_nouns(path: Path) -> tuple[str, ...]:
+def read_nouns(path: str | Path) -> tuple[str, ...]:
     """The user's vocabulary.
 
     Raises:
         RecipeError: the file cannot be read, is empty, or names one noun twice.
     """
     try:
-        nouns = _lines(path.read_text("utf-8"))
+        nouns = _lines(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--prompts {path}: cannot be read as UTF-8 text ({error}).") from error
     if len(nouns) < 2:

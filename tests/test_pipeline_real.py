@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import d4c_onnx
 from d4c_onnx import pipeline
 from d4c_onnx.calibration.dataset import work_folder
 from d4c_onnx.errors import DatasetError, RecipeError
+from d4c_onnx.measure import inspect_bundle
 from d4c_onnx.recipe import load_recipe
 
 
@@ -40,6 +42,26 @@ def test_folder_becomes_a_set(tmp_path: Path) -> None:
     assert changed != folder
     with pytest.raises(DatasetError, match=r"holds 5 images; images \+ held_out are 10"):
         pipeline.synthesize_calibration_set("mini-vit", _recipe(photos, 9), output=tmp_path / "out")
+
+
+def test_public_functions_take_paths_as_strings(tmp_path: Path) -> None:
+    """A notebook's user writes strings."""
+    nouns = tmp_path / "nouns.txt"
+    nouns.write_text("cat\ndog\n")
+    keys = ("method=noise", "images=4", "held_out=2")
+    recipe = load_recipe(
+        None,
+        [f"synthesis.{key}" for key in keys] + ["text.prompts=4", "text.held_out=2", "evaluation.dataset=fidelity"],
+    )
+    output = str(tmp_path / "out")
+    folder, _ = d4c_onnx.synthesize_calibration_set("mini-vit", recipe, output=output, prompts=str(nouns))
+    made = d4c_onnx.quantize_bundle(
+        str(folder.parent), recipe, output=output, calibration=str(folder), prompts=str(nouns)
+    )
+    assert isinstance(made["bundle"], str)
+    compared = d4c_onnx.evaluate_bundles([str(folder.parent), made["bundle"]], recipe, calibration=str(folder))
+    assert len(compared["bundles"]) == 2
+    assert inspect_bundle(made["bundle"])["weight_bits_average"] < 4.3
 
 
 def test_source_and_method_belong_together(tmp_path: Path) -> None:

@@ -93,12 +93,13 @@ def work_folder(target: Path) -> Path:
     return target.with_name(f".work-{target.name}")
 
 
-def open_calibration_set(path: Path, verify: bool = True) -> CalibrationSet:
+def open_calibration_set(path: str | Path, verify: bool = True) -> CalibrationSet:
     """Read a set; images stay on disk until they are used.
 
     Raises:
         CalibrationError: the folder is not a set, or a file is missing, damaged or of another shape.
     """
+    path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         prompts = json.loads((path / PROMPTS).read_text("utf-8"))

@@ -61,7 +61,7 @@ class D4CCalibrationDataReader(_BatchReader):
         Raises:
             CalibrationError: the folder is not a calibration set, or holds no image.
         """
-        dataset = source if isinstance(source, CalibrationSet) else open_calibration_set(Path(source))
+        dataset = source if isinstance(source, CalibrationSet) else open_calibration_set(source)
         if not len(dataset.pixel_values):
             raise CalibrationError("the calibration set holds no image. Raise synthesis.images.")
         self._pixels, self._batch = dataset.pixel_values, batch
@@ -98,7 +98,7 @@ class PromptCalibrationDataReader(_BatchReader):
             CalibrationError: the folder is not a calibration set, or there is no prompt.
         """
         if isinstance(source, (str, Path)):
-            source = open_calibration_set(Path(source))
+            source = open_calibration_set(source)
         rows = source.input_ids if isinstance(source, CalibrationSet) else source
         if not len(rows):
             raise CalibrationError("the calibration set holds no prompt. Raise text.prompts.")
