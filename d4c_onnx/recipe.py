@@ -156,6 +156,11 @@ class QuantizationSection(_Section):
         description="cast: INT4 and a Cast to int8, for onnxruntime 1.23 and newer; native: INT4 straight into "
         "DequantizeLinear, for compilers; nibbles: two in a uint8, for older onnxruntime. auto: the target's",
     )
+    external_data: bool = Field(
+        False,
+        description="weights beside each graph, in <encoder>.onnx.data, which onnxruntime maps instead of copying. "
+        "false: only where one file cannot hold them",
+    )
     fused_attention: bool | None = Field(
         None, description="attention as com.microsoft.MultiHeadAttention; none: as the target has it"
     )

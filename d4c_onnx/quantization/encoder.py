@@ -138,7 +138,7 @@ def quantize_encoder(
         table_bits = section.table_bits if rows.shape[1] % 2 == 0 else 8
         store_token_table(quantized, gather, name, make_rounding("nearest").round(rows, table_bits))
     set_metadata(quantized, metadata)
-    save_graph(quantized, target)
+    save_graph(quantized, target, limit_bytes=0 if section.external_data else None)
     int4 = any(weight.num_bits == 4 for weight in weights.values())
     return EncoderReport(
         tuple(layer_bits(quantized)),

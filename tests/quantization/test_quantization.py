@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, numpy_helper
 
-from d4c_onnx.bundle import Bundle
+from d4c_onnx.bundle import Bundle, file_size_bytes
 from d4c_onnx.calibration import CalibrationSet, D4CCalibrationDataReader, PromptCalibrationDataReader
-from d4c_onnx.errors import GraphError, RecipeError
+from d4c_onnx.errors import BundleError, GraphError, RecipeError
 from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex
@@ -289,6 +289,22 @@ def test_encoders_beyond_one_protobuf(
     ids = np.array(vit_calibration[1].input_ids[0], np.int64)[None]
     one, large = (EncoderSession(tmp_path / f"{name}.onnx").run(ids) for name in ("one", "large"))
     assert np.array_equal(one, large)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_external_data_holds_the_weights_and_answers_the_same(
+    tower: str, tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
+) -> None:
+    _quantize(vit_bundle, tower, vit_calibration[0], tmp_path / "one.onnx")
+    _quantize(vit_bundle, tower, vit_calibration[0], tmp_path / "two.onnx", "quantization.external_data=true")
+    assert not (tmp_path / "one.onnx.data").exists()
+    assert file_size_bytes(tmp_path / "two.onnx") * 6 <= vit_bundle.encoders[tower].stat().st_size
+    fed = np.array(vit_calibration[1].pixel_values if tower == "image" else [vit_calibration[1].input_ids[0]])
+    one, two = (EncoderSession(tmp_path / f"{name}.onnx").run(fed) for name in ("one", "two"))
+    assert np.array_equal(one, two)
+    (tmp_path / "two.onnx.data").unlink()
+    with pytest.raises(BundleError, match="cannot load"):
+        EncoderSession(tmp_path / "two.onnx")
 
 
 def test_attention_products_in_int8_on_request(
