@@ -49,7 +49,7 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
         ),
     }
     with staged_folder(target) as stage:
-        tokenizer = write_tokenizer(loaded.tokenizer, context, stage / TOKENIZER)
+        tokenizer = write_tokenizer(loaded.tokenizer, context, stage / TOKENIZER, fixed=not dynamic)
         tokenizer |= {"causal": dynamic, "dynamic_sequence": dynamic}
         properties = _properties(loaded, raw, tokenizer)
         sidecar = {"preprocess": json.dumps(loaded.preprocess), "tokenizer": json.dumps(tokenizer)}

@@ -29,13 +29,19 @@ class PlainAttention(nn.Module):
         attn_mask: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """All float32 [batch, length, width]; the mask is additive. Returns ([batch, length, width], None)."""
+        """All float32 [batch, length, width]. Returns ([batch, length, width], None).
+
+        Args:
+            query, key, value: what attends, and what is attended to; by default the query.
+            need_weights: ignored; no weights are returned.
+            attn_mask: additive, [query, key], or [batch * heads, query, key] where each text has its own (CoCa).
+        """
         key = query if key is None else key
         value = key if value is None else value
         q, k, v = self._split(self.q_proj(query)), self._split(self.k_proj(key)), self._split(self.v_proj(value))
         scores = q @ k.transpose(-1, -2)  # [batch, heads, query, key]
         if attn_mask is not None:
-            scores = scores + attn_mask
+            scores = scores + (attn_mask.unflatten(0, (-1, self.heads)) if attn_mask.ndim == 3 else attn_mask)
         mixed = (scores.softmax(-1) @ v).transpose(1, 2)  # [batch, query, heads, width / heads]
         return self.out_proj(mixed.flatten(2)), None
 

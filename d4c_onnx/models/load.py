@@ -64,8 +64,10 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
+        """Where texts are cut: a Hugging Face encoder could take more (514 ids) than its tokenizer gives it."""
         text = getattr(self.model, "text", self.model)
-        return int(getattr(text, "context_length", None) or self.tokenizer.context_length)
+        lengths = [getattr(owner, "context_length", None) for owner in (text, self.tokenizer)]
+        return min(int(length) for length in lengths if length)
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
         """int64 [len(texts), context_length]."""
@@ -148,6 +150,10 @@ def _load_registry(name: str, pretrained: str | None, seed: int) -> LoadedModel:
             )
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # the hub client raises a dozen types, none of them public
+        if isinstance(error, ModuleNotFoundError):
+            raise ModelError(
+                f"{name}: needs the Python package {error.name}. Install it with pip install 'd4c-onnx[hf]'."
+            ) from error
         raise ModelError(f"{name} {pretrained or ''}: cannot be loaded ({_short(error)}). {WAYS_OUT}") from error
     if pretrained is not None and tag is None and pretrained != "random":
         _load_file(model, name, Path(pretrained))

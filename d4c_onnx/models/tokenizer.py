@@ -13,18 +13,21 @@ SOT, EOT = "<|startoftext|>", "<|endoftext|>"  # the field's names for open_clip
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def write_tokenizer(tokenizer: Any, context_length: int, path: Path) -> dict[str, Any]:
+def write_tokenizer(tokenizer: Any, context_length: int, path: Path, fixed: bool = False) -> dict[str, Any]:
     """Write `tokenizer.json` and return what the manifest says of it.
 
     Args:
         tokenizer: open_clip's SimpleTokenizer, or its wrapper of a Hugging Face tokenizer.
+        context_length: what longer texts are cut to.
+        path: of the file.
+        fixed: pad every text to that length (the text encoder takes no other), not only to the longest of a batch.
     """
     if hasattr(tokenizer, "bpe_ranks"):
-        return _write_clip(tokenizer, context_length, path)
+        return _write_clip(tokenizer, context_length, path, fixed)
     return _write_wrapped(tokenizer, context_length, path)
 
 
-def _write_clip(tokenizer: Any, context_length: int, path: Path) -> dict[str, Any]:
+def _write_clip(tokenizer: Any, context_length: int, path: Path, fixed: bool) -> dict[str, Any]:
     vocab = dict(tokenizer.encoder)
     sot, eot = tokenizer.sot_token_id, tokenizer.eot_token_id
     vocab = {token: index for token, index in vocab.items() if index not in (sot, eot)} | {SOT: sot, EOT: eot}
@@ -40,7 +43,7 @@ def _write_clip(tokenizer: Any, context_length: int, path: Path) -> dict[str, An
         single=f"{SOT} $A {EOT}", special_tokens=[(SOT, sot), (EOT, eot)]
     )
     fast.enable_truncation(context_length)
-    fast.enable_padding(pad_id=0, pad_token=fast.id_to_token(0))
+    fast.enable_padding(length=context_length if fixed else None, pad_id=0, pad_token=fast.id_to_token(0))
     fast.save(str(path))
     return {
         "type": "clip-bpe",

@@ -118,13 +118,17 @@ class _Running:
     def __init__(self, graph: onnx.GraphProto) -> None:
         products = [node for node in graph.node if node.op_type in (*INT8_KERNELS, *FLOAT_KERNELS)]
         self._by_output = {name: node.op_type for node in products for name in node.output}
-        self._by_input = {name: node.op_type for node in products for name in node.input}
-        # channels-last and blocked convolutions keep the node's or its output's name with a mark behind it
-        self._by_name = {node.name.split("_token_")[0].removesuffix("_nchwc"): node.op_type for node in products}
+        self._by_input = {name: node.op_type for node in products for name in node.input if name}
+        # channels-last and blocked convolutions and scaled products keep the node's or its output's name with a mark
+        # behind it
+        self._by_name = {
+            node.name.split("_token_")[0].split("/MatMulScale")[0].removesuffix("_nchwc"): node.op_type
+            for node in products
+        }
 
     def kernel(self, index: GraphIndex, node: onnx.NodeProto, weight: str | None) -> str:
         """By the weight it reads, its name, or the value it makes (or the first one behind that survived)."""
-        for found in (self._by_input.get(weight or ""), self._by_name.get(node.name)):
+        for found in (self._by_input.get(weight) if weight else None, self._by_name.get(node.name)):
             if found is not None:
                 return str(found)
         queue = [node.output[0]]

@@ -17,5 +17,9 @@ class TextTokenizer:
         self._tokenizer = Tokenizer.from_file(str(path))
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """int64 [len(texts), longest]: truncated to the context length, padded to the longest of the batch."""
+        """Token ids, truncated to the context length.
+
+        Returns:
+            int64 [len(texts), longest of them]; [len(texts), context length] where the text encoder takes no other.
+        """
         return np.array([encoding.ids for encoding in self._tokenizer.encode_batch(texts)], np.int64)

@@ -1,5 +1,7 @@
 """Loading and re-expressing towers: exactness, and clear refusals."""
 
+import copy
+import dataclasses
 import pickle
 from pathlib import Path
 
@@ -21,16 +23,18 @@ from d4c_onnx.models.load import load_model
 from d4c_onnx.models.tokenizer import write_tokenizer
 
 
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 8), st.booleans())
-@settings(max_examples=20, deadline=None)
-def test_plain_attention_is_exact(heads: int, length: int, batch: int, masked: bool) -> None:
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 8), st.sampled_from(["none", "one", "each"]))
+@settings(max_examples=30, deadline=None)
+def test_plain_attention_is_exact(heads: int, length: int, batch: int, masked: str) -> None:
     torch.manual_seed(0)
     original = nn.MultiheadAttention(heads * 8, heads, batch_first=True).eval()
     nn.init.normal_(original.in_proj_bias)
     plain = plain_attention(original)
     assert plain is not None
     x = torch.randn(batch, length, heads * 8)
-    mask = torch.full((length, length), float("-inf")).triu(1) if masked else None
+    mask = None if masked == "none" else torch.full((length, length), float("-inf")).triu(1)
+    if mask is not None and masked == "each":
+        mask = mask + torch.randn(batch * heads, length, length)
     expected = original(x, x, x, need_weights=False, attn_mask=mask)[0]
     assert torch.allclose(plain(x, attn_mask=mask)[0], expected, atol=1e-5)
 
@@ -141,6 +145,26 @@ def test_unreachable_hub_names_three_ways_out(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(open_clip.factory, "download_pretrained", refuse)
     with pytest.raises(ModelError, match=r"unreachable.*Three ways out.*--pretrained FILE.*random"):
         load_model("ViT-B-32", "openai")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SigLIP's tokenizer and Hugging Face text towers need transformers."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", refuse)
+    with pytest.raises(ModelError, match=r"needs the Python package transformers.*pip install 'd4c-onnx\[hf\]'"):
+        load_model("ViT-S-32", "random")
+
+
+def test_texts_are_as_long_as_tower_and_tokenizer_both_take(mini_vit) -> None:
+    """XLM-RoBERTa has 514 positions; open_clip's tokenizer for it cuts at 77."""
+    long = copy.copy(mini_vit.model)
+    long.context_length = 514
+    assert dataclasses.replace(mini_vit, model=long).context_length == mini_vit.context_length
+    short = open_clip.SimpleTokenizer(context_length=9)
+    assert dataclasses.replace(mini_vit, tokenizer=short).context_length == 9
 
 
 def test_a_hub_without_a_name_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:

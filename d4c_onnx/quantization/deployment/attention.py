@@ -5,7 +5,7 @@ import onnx
 from onnx import helper
 
 from d4c_onnx.graph.index import GraphIndex, drop_unused, replace_nodes, set_initializer
-from d4c_onnx.quantization.deployment.pattern import Heads, find_attention
+from d4c_onnx.quantization.deployment.pattern import Heads, find_attention, mask_axes
 
 CONTRIB = "com.microsoft"
 _HIDDEN = -1e4  # what is added to a hidden score: its exponential is 0
@@ -20,12 +20,16 @@ def fuse_attention(model: onnx.ModelProto) -> int:
     """
     graph = model.graph
     index = GraphIndex(graph)
-    found = [heads for node in graph.node if node.op_type == "Softmax" and (heads := find_attention(index, node))]
+    found = [
+        heads
+        for node in graph.node
+        if node.op_type == "Softmax"
+        and (heads := find_attention(index, node))
+        and (heads.mask is None or mask_axes(index, heads.mask) in (2, 4))
+    ]
     if not found:
         return 0
-    # a pooled row's mask has its four axes already
-    pooled = {name for node in graph.node if node.op_type == "Unsqueeze" for name in node.output}
-    replaced = {heads.join[1].name: _fused(graph, index, heads, pooled) for heads in found}
+    replaced = {heads.join[1].name: _fused(graph, index, heads) for heads in found}
     replace_nodes(graph, [new for node in graph.node for new in replaced.get(node.name, [node])])
     drop_unused(graph)
     if all(entry.domain != CONTRIB for entry in model.opset_import):
@@ -33,14 +37,14 @@ def fuse_attention(model: onnx.ModelProto) -> int:
     return len(found)
 
 
-def _fused(graph: onnx.GraphProto, index: GraphIndex, heads: Heads, pooled: set[str]) -> list[onnx.NodeProto]:
+def _fused(graph: onnx.GraphProto, index: GraphIndex, heads: Heads) -> list[onnx.NodeProto]:
     name = f"{heads.softmax.name}_attention"
     inputs = [heads.query, heads.key, heads.value]
     nodes = []
     causal = heads.mask is not None and _is_causal(index, heads.mask)
     if heads.mask is not None and not causal:
         mask = heads.mask
-        if mask not in pooled:
+        if mask_axes(index, mask) == 2:
             axes = "attention_mask_axes"
             set_initializer(graph, axes, np.array([0, 1], np.int64))
             mask = f"{name}_mask"  # [length, length] -> [1, 1, length, length]

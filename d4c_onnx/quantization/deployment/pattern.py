@@ -76,6 +76,23 @@ def find_attention(index: GraphIndex, softmax: onnx.NodeProto) -> Heads | None:
     )
 
 
+def mask_axes(index: GraphIndex, mask: str) -> int | None:
+    """The axes of a mask: 2, [query, key]; 4, [batch or 1, heads or 1, query, key]; None where they are unknown."""
+    maker = index.producer.get(mask)
+    if maker is None:
+        whole = index.array(mask)
+        return None if whole is None else whole.ndim
+    if maker.op_type == "Slice":
+        return mask_axes(index, maker.input[0])
+    if maker.op_type == "Reshape":
+        shape = index.array(maker.input[1])
+        return None if shape is None else len(shape)
+    if maker.op_type == "Gather":  # of some rows
+        rows = index.array(maker.input[1])
+        return mask_axes(index, maker.input[0]) if rows is not None and rows.ndim == 1 else None
+    return 4 if maker.op_type == "Unsqueeze" else None  # the pooled row's, one for each text
+
+
 def _split(index: GraphIndex, name: str) -> tuple[tuple[onnx.NodeProto, onnx.NodeProto], list[int]] | None:
     turned = index.producer.get(name)
     shaped = index.producer.get(turned.input[0]) if turned is not None and turned.op_type == "Transpose" else None

@@ -11,7 +11,7 @@ import onnx
 from onnx import helper
 
 from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
-from d4c_onnx.quantization.deployment.pattern import Heads, find_attention
+from d4c_onnx.quantization.deployment.pattern import Heads, find_attention, mask_axes
 
 # Operators that give row r of their output from row r of their inputs alone, for [batch, row, width] and constants.
 _ROW_WISE = ("Add", "Mul", "Sigmoid", "Gelu", "Erf", "Div", "Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
@@ -168,9 +168,16 @@ class _Rewrite:
         return result
 
     def _mask_row(self, mask: str) -> str:
-        """[length, length] -> [batch or 1, 1, 1, length]."""
+        """[length, length] -> [batch or 1, 1, 1, length]; one for each text and head keeps its axes."""
         end = None if self._pool.op_type == "Gather" else _end_positions(self._index, self._pool.input[1])
         row, result = f"{mask}_row", f"{mask}_pooled"
+        known = mask_axes(self._index, mask)
+        if known == 4 and end is None:
+            inputs = [mask, self._position()]
+            self._new.append(helper.make_node("Gather", inputs, [result], name=f"{result}_gather", axis=2))
+            return result
+        if known != 2:
+            raise _NotRowWise
         axes = self._constant("pooled_row_mask_axes", np.array([1, 2], np.int64))
         self._new.append(
             helper.make_node("Gather", [mask, end or self._position()], [row], name=f"{row}_gather", axis=0)

@@ -1,0 +1,75 @@
+"""Other families of CLIPs than the minis, as small as they get, with random weights: all the way to int8 kernels."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+
+from d4c_onnx import pipeline
+from d4c_onnx.bundle import open_bundle
+from d4c_onnx.calibration import open_calibration_set
+from d4c_onnx.models.load import load_model
+from d4c_onnx.recipe import load_recipe
+from d4c_onnx.runtime.inspection import inspect_encoder
+from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.tokenizer import TextTokenizer
+
+TEXT = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+POOLER = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4}
+FAMILIES: dict[str, dict] = {
+    # CoCa: an attention pooler, tokens beside the embedding, a class token behind the text and a mask for each text
+    "tiny-coca": {
+        "vision_cfg": {**VIT, **POOLER, "output_tokens": True},
+        "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
+        "custom_text": True,
+    },
+    # SigLIP: timm's ViT under an attention pool of its own; a text tower that is not causal, pooled at its last token
+    "tiny-bidirectional": {
+        "embed_dim": 96,  # no projection: that of test_vit3
+        "vision_cfg": {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160},
+        "text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+        "custom_text": True,
+    },
+    # LAION's ConvNeXts: depthwise convolutions, and LayerNorms over channels
+    "tiny-convnext": {
+        "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear", "image_size": 160},
+        "text_cfg": TEXT,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("configs")
+    for name, config in FAMILIES.items():
+        (folder / f"{name}.json").write_text(json.dumps({"embed_dim": 64, **config}))
+    open_clip.add_model_config(folder)
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("name", "target"), [("tiny-coca", "cpu"), ("tiny-bidirectional", "portable"), ("tiny-convnext", "cpu")]
+)
+def test_family(tmp_path: Path, name: str, target: str) -> None:
+    keys = ("images=4", "held_out=2", "batch=2", "steps=1")
+    rest = ("text.prompts=16", "text.held_out=4", "quantization.rounding=nearest", "evaluation.dataset=fidelity")
+    recipe = load_recipe(None, [*(f"synthesis.{key}" for key in keys), *rest, f"quantization.target={target}"])
+    report = pipeline.quantize_bundle(name, recipe, output=tmp_path, pretrained="random")
+    original = open_bundle(tmp_path / name)
+    assert max(original.manifest["parity_max_abs_difference"].values()) <= 1e-4
+    quantized = open_bundle(Path(report["bundle"]))
+    [folder] = (tmp_path / name).glob("calibration-*")
+    made = open_calibration_set(folder)
+    loaded = load_model(name, "random")
+    ids = TextTokenizer(original.tokenizer)(["a cat", "a photo of the dog"])
+    assert np.array_equal(ids, loaded.tokenize(["a cat", "a photo of the dog"])[:, : ids.shape[1]])
+    feeds = {"image": np.array(made.held_out), "text": ids}
+    for tower, feed in feeds.items():
+        float_embeds, embeds = (EncoderSession(bundle.encoders[tower]).run(feed) for bundle in (original, quantized))
+        assert (float_embeds * embeds).sum(1).min() > 0.9
+        layers = inspect_encoder(quantized.encoders[tower]).layers
+        assert [layer.node for layer in layers if layer.int8 != bool(layer.bits)] == []  # attention stays in float
