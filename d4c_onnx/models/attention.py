@@ -49,6 +49,19 @@ class PlainAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [batch, heads, length, width / heads]
 
 
+class PlainTimmAttention(nn.Module):
+    """Self-attention with separate projections; call-compatible with timm's `Attention` (SigLIP, PE, MobileCLIP-B)."""
+
+    def __init__(self, attention: PlainAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """x: float32 [batch, length, width]; the mask is additive. Returns [batch, length, width]."""
+        assert not is_causal
+        return self.attention(x, attn_mask=attn_mask)[0]
+
+
 class PlainAttentionPool(nn.Module):
     """CLIP's ResNet attention pool with one query, the mean token: the only row that the original returns."""
 
@@ -94,6 +107,16 @@ def plain_attention_pool(module: nn.Module) -> PlainAttentionPool:
     return PlainAttentionPool(attention, pool.positional_embedding)
 
 
+def plain_timm_attention(module: nn.Module) -> PlainTimmAttention | None:
+    """Re-express timm's `Attention`; None where it normalises or gates something (no plain form here)."""
+    timm: Any = module
+    parts = [getattr(timm, name, None) for name in ("q_norm", "k_norm", "norm", "gate")]
+    if any(part is not None and not isinstance(part, nn.Identity) for part in parts):
+        return None
+    biases = timm.qkv.bias.chunk(3) if timm.qkv.bias is not None else (None, None, None)
+    return PlainTimmAttention(from_projections(timm.qkv.weight.chunk(3), biases, timm.proj, timm.num_heads))
+
+
 def from_projections(weights: Any, biases: Any, out: nn.Linear, heads: int) -> PlainAttention:
     """Build a `PlainAttention`; q's weight and bias carry the 1/sqrt(width / heads), the output's bias that of v."""
     scale = (weights[0].shape[0] // heads) ** -0.5
@@ -116,6 +139,8 @@ def replace_attention(root: nn.Module) -> int:
                 plain = plain_attention(child)
             elif type(child).__name__ == "AttentionPool2d" and hasattr(child, "c_proj"):
                 plain = plain_attention_pool(child)
+            elif type(child).__name__ == "Attention" and type(child).__module__.startswith("timm.layers"):
+                plain = plain_timm_attention(child)
             if plain is not None:
                 setattr(parent, name, plain.train(child.training))
                 replaced += 1

@@ -150,9 +150,10 @@ def _load_registry(name: str, pretrained: str | None, seed: int) -> LoadedModel:
             )
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # the hub client raises a dozen types, none of them public
-        if isinstance(error, ModuleNotFoundError):
+        if isinstance(error, ModuleNotFoundError) or "pip install transformers" in str(error):
+            package = getattr(error, "name", None) or "transformers"
             raise ModelError(
-                f"{name}: needs the Python package {error.name}. Install it with pip install 'd4c-onnx[hf]'."
+                f"{name}: needs the Python package {package}. Install it with pip install 'd4c-onnx[hf]'."
             ) from error
         raise ModelError(f"{name} {pretrained or ''}: cannot be loaded ({_short(error)}). {WAYS_OUT}") from error
     if pretrained is not None and tag is None and pretrained != "random":

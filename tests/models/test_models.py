@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,10 +40,28 @@ def test_plain_attention_is_exact(heads: int, length: int, batch: int, masked: s
     assert torch.allclose(plain(x, attn_mask=mask)[0], expected, atol=1e-5)
 
 
-def test_attention_without_a_plain_form_is_left_alone() -> None:
-    module = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4, vdim=4, batch_first=True))
+@pytest.mark.parametrize("bias", [True, False])
+def test_plain_timm_attention_is_exact(bias: bool) -> None:
+    torch.manual_seed(0)
+    original = nn.Sequential(timm.layers.Attention(24, 3, qkv_bias=bias, proj_bias=bias)).eval()
+    plain = copy.deepcopy(original)
+    assert replace_attention(plain) == 1
+    x = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        assert torch.allclose(plain(x), original(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        nn.MultiheadAttention(8, 2, kdim=4, vdim=4, batch_first=True),
+        timm.layers.Attention(8, 2, qk_norm=True, norm_layer=nn.LayerNorm),
+    ],
+)
+def test_attention_without_a_plain_form_is_left_alone(attention: nn.Module) -> None:
+    module = nn.Sequential(attention)
     assert replace_attention(module) == 0
-    assert type(module[0]) is nn.MultiheadAttention
+    assert module[0] is attention
 
 
 @pytest.mark.parametrize("fixture", ["mini_vit", "mini_rn"])
