@@ -50,7 +50,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainTimmAttention(nn.Module):
-    """Self-attention with separate projections; call-compatible with timm's `Attention` (SigLIP, PE, MobileCLIP-B)."""
+    """Self-attention with separate projections; call-compatible with timm's `Attention` (SigLIP, MobileCLIP-B)."""
 
     def __init__(self, attention: PlainAttention) -> None:
         super().__init__()
