@@ -174,7 +174,9 @@ class QuantizationSection(_Section):
     pooled_row_only: bool = Field(
         True, description="compute only the row that is pooled in a transformer's last block; exact"
     )
-    batch: int = Field(8, ge=1, le=4096, description="calibration batch")
+    batch: int | None = Field(
+        None, ge=1, le=4096, description="calibration batch; none: 8, and 2 images where an encoder is above 1 GiB"
+    )
 
     @property
     def weight_bits(self) -> int:

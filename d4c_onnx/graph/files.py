@@ -53,13 +53,7 @@ def save_graph(
         limit_bytes: how many bytes of weights one file may hold; none: as many as a protobuf can.
         replaced: other values for an initialiser of that name, of its own shape and type; None leaves it.
     """
-    shell = onnx.ModelProto()
-    for field, value in model.ListFields():
-        if field.name != "graph":
-            _copy_field(shell, field.name, value)
-    for field, value in model.graph.ListFields():
-        if field.name != "initializer":
-            _copy_field(shell.graph, field.name, value)
+    shell = without_weights(model)
     beside = weight_bytes(model) > (PROTOBUF_LIMIT_BYTES if limit_bytes is None else limit_bytes)
     with contextlib.ExitStack() as stack:
         data = stack.enter_context(path.with_name(path.name + EXTERNAL_SUFFIX).open("wb")) if beside else None
@@ -79,6 +73,18 @@ def save_graph(
                 written.external_data.add(key=key, value=str(value))
             data.write(raw)
     path.write_bytes(shell.SerializeToString())
+
+
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of everything but the initialisers, which are most of what a model takes in memory."""
+    shell = onnx.ModelProto()
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            _copy_field(shell, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            _copy_field(shell.graph, field.name, value)
+    return shell
 
 
 def _copy_field(target: Any, name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
-from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, write_manifest
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, file_size_bytes, write_manifest
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.calibration.readers import D4CCalibrationDataReader, PromptCalibrationDataReader, first_batches
 from d4c_onnx.errors import CheckFailed
@@ -28,6 +28,9 @@ from d4c_onnx.runtime.session import EXACT_PRODUCTS, EncoderSession
 
 # Eight images once looked like an optimiser that took a quarter of the error away (mini-rn, w6a6); thirty-two do not.
 _OPTIMIZER_SAMPLES = 32
+_BATCH = 8
+# All activations of a batch are looked at: of 8 images they take 1.4 GB in a ViT-L/14, several times that on their way.
+_LARGE_BYTES, _LARGE_BATCH = 2**30, 2
 GOLDEN_TOLERANCE = 0.05  # max abs difference of a quantised embedding between machines (other int8 kernels)
 
 
@@ -59,8 +62,8 @@ def quantize_bundle_files(
     """
     fixed = EncoderSession(bundle.text_encoder).fixed_length
     readers = {
-        IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch),
-        TEXT_ENCODER: PromptCalibrationDataReader(dataset, section.batch, fixed_length=fixed),
+        IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch or _images_at_a_time(bundle.image_encoder)),
+        TEXT_ENCODER: PromptCalibrationDataReader(dataset, section.batch or _BATCH, fixed_length=fixed),
     }
     form = target_of(section)
     raised = _spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
@@ -106,6 +109,10 @@ def quantize_bundle_files(
             },
         )
     return Bundle(target, written.manifest)
+
+
+def _images_at_a_time(encoder: Path) -> int:
+    return _LARGE_BATCH if file_size_bytes(encoder) > _LARGE_BYTES else _BATCH
 
 
 def finish_bundle(bundle: Bundle, stage: Path, tolerance: float, content: dict[str, Any]) -> Bundle:

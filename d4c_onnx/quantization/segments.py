@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader
 
-from d4c_onnx.graph.index import set_initializer
 from d4c_onnx.runtime.session import EncoderSession
 
 
@@ -20,15 +19,24 @@ class SegmentedEncoder:
     """An encoder that stands at a position of its own node list, with the live values of every batch in memory."""
 
     def __init__(
-        self, model: onnx.ModelProto, reader: CalibrationDataReader, provider: str = "cpu", threads: int = 0
+        self,
+        model: onnx.ModelProto,
+        reader: CalibrationDataReader,
+        provider: str = "cpu",
+        threads: int = 0,
+        weights: onnx.ModelProto | None = None,
     ) -> None:
         """Read all batches.
 
         Args:
-            model: nodes in topological order; initialisers may be replaced as long as no node read them yet.
+            model: nodes in topological order. It is read, never changed, and must stay as it is meanwhile.
             reader: rewindable.
+            weights: whose initialisers the model has beside its own; they are shared, not copied.
         """
         self.model = model
+        self._constants = {
+            tensor.name: tensor for owner in (weights, model) if owner for tensor in owner.graph.initializer
+        }
         self._provider, self._threads = provider, threads
         self._position = 0
         self._live: list[dict[str, np.ndarray]] = []
@@ -37,8 +45,8 @@ class SegmentedEncoder:
             self._live.append(dict(feed))
 
     def replace(self, name: str, values: np.ndarray) -> None:
-        """Give a layer that has not run yet its new weights."""
-        set_initializer(self.model.graph, name, values)
+        """Give a layer that has not run yet its new weights; here only, not in the model."""
+        self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
 
     def advance(self, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         """Run on until all `names` are computed; yield them batch by batch. The iterator must be used up."""
@@ -51,6 +59,7 @@ class SegmentedEncoder:
         outputs = [name for name in dict.fromkeys((*sorted(later & produced), *names)) if name in produced]
         session = self._session(nodes, outputs) if outputs else None
         self._position = stop
+        self._constants = {name: tensor for name, tensor in self._constants.items() if name in later}
         for number, live in enumerate(self._live):
             fed = {name: live[name] for name in session.input_names} if session else {}
             fresh = session.run_named(fed) if session else {}
@@ -65,7 +74,7 @@ class SegmentedEncoder:
             for name, value in sorted(self._live[0].items())
             if name in read
         ]
-        constants = [tensor for tensor in self.model.graph.initializer if tensor.name in read]
+        constants = [tensor for name, tensor in self._constants.items() if name in read]
         # outputs carry no type: onnxruntime infers it
         graph = helper.make_graph(
             nodes, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], constants

@@ -16,6 +16,7 @@ from onnx import helper
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams
+from d4c_onnx.graph.files import without_weights
 from d4c_onnx.graph.index import (
     GraphIndex,
     attribute,
@@ -111,7 +112,8 @@ class StatisticsCollector:
         self._index = GraphIndex(model.graph)
         self._nodes = {node.name: node for node in model.graph.node}
         self._plain = SegmentedEncoder(model, reader, provider, threads)
-        self._twin = SegmentedEncoder(fake_quantize(model, plan, ranges), reader, provider, threads)
+        twin = fake_quantize(without_weights(model), plan, ranges)
+        self._twin = SegmentedEncoder(twin, reader, provider, threads, weights=model)
 
     def replace(self, name: str, values: np.ndarray) -> None:
         """Give the twin an initialiser's new float values."""

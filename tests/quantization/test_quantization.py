@@ -18,6 +18,7 @@ from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex
 from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
+from d4c_onnx.quantization.bundle import _images_at_a_time
 from d4c_onnx.quantization.layout import int4_initializer, pack_halves, pack_int4, store_token_table, unpack_int4
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.ranges import collect_ranges
@@ -369,3 +370,12 @@ def test_levels_of_every_channel_are_at_most_sixteen(
         assert all(len(np.unique(values[:, channel])) <= 16 for channel in range(values.shape[1]))
         seen |= set(values.ravel().tolist())
     assert seen == set(range(-8, 8))
+
+
+def test_a_large_encoders_images_come_in_small_batches(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.onnx", tmp_path / "large.onnx"
+    small.write_bytes(b"graph")
+    large.write_bytes(b"graph")
+    with large.with_name("large.onnx.data").open("wb") as file:
+        file.truncate(2**30 + 1)  # weights beside the graph count, too
+    assert (_images_at_a_time(small), _images_at_a_time(large)) == (8, 2)

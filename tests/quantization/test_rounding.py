@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from d4c_onnx.calibration import D4CCalibrationDataReader, PromptCalibrationDataReader
 from d4c_onnx.errors import GraphError, RecipeError
-from d4c_onnx.graph.files import load_graph
+from d4c_onnx.graph.files import load_graph, weight_bytes, without_weights
 from d4c_onnx.graph.index import GraphIndex
 from d4c_onnx.quantization import quantize_encoder
 from d4c_onnx.quantization.budget import LayerCost, measure_costs, spend
@@ -168,6 +168,22 @@ def test_twin_rounds_activations_to_their_grid(vit_bundle, vit_calibration) -> N
     twin = SegmentedEncoder(fake_quantize(model, plan, ranges), reader)
     values = np.concatenate([batch[name] for batch in twin.advance([name])])
     assert len(np.unique(values)) <= 16
+
+
+def test_a_twin_shares_its_models_weights_until_they_are_replaced(vit_bundle, vit_calibration) -> None:
+    model, _, reader, plan, ranges = _twin(vit_bundle, vit_calibration[0])
+    before = model.SerializeToString()
+    layer = plan.layers[2]
+    names = [layer.output]
+    whole = SegmentedEncoder(fake_quantize(model, plan, ranges), reader)
+    shell = fake_quantize(without_weights(model), plan, ranges)
+    assert weight_bytes(shell) < 0.01 * weight_bytes(model)
+    shared, changed = (SegmentedEncoder(shell, reader, weights=model) for _ in range(2))
+    changed.replace(layer.weight, 2 * GraphIndex(model.graph).array(layer.weight))
+    for expected, got, doubled in zip(*(part.advance(names) for part in (whole, shared, changed)), strict=True):
+        assert np.array_equal(expected[layer.output], got[layer.output])
+        assert np.allclose(2 * got[layer.output], doubled[layer.output], rtol=1e-4, atol=1e-5)
+    assert model.SerializeToString() == before
 
 
 @pytest.mark.parametrize("bundle", ["vit_bundle", "rn_bundle"])

@@ -81,7 +81,8 @@ def smooth(
 
 
 def _observe(seen: dict[str, _Seen], name: str, rows: np.ndarray) -> None:
-    low, high, sample = rows.min(0), rows.max(0), rows[:: max(1, len(rows) // 16)]
+    # a copy: a view would keep the whole batch in memory, all batches of all places together
+    low, high, sample = rows.min(0), rows.max(0), rows[:: max(1, len(rows) // 16)].copy()
     known = seen.setdefault(name, _Seen(low, high, []))
     known.low, known.high = np.minimum(known.low, low), np.maximum(known.high, high)
     known.rows.append(sample)

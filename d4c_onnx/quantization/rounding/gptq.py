@@ -38,6 +38,7 @@ class GptqRounding:
         assert moments is not None
         # q, k and v come one after the other with the same moments: the factors are worth keeping for the next call
         if self._solved is None or self._solved[0] is not moments:
+            self._solved = None  # the room of the last factors is needed for the next
             self._solved = moments, _solve(moments, self.damping)
         solved = self._solved[1]
         target = weight.astype(np.float64) @ solved.shift
@@ -66,16 +67,20 @@ class _Solved:
 def _solve(moments: InputMoments, damping: float) -> _Solved:
     inputs = len(moments.gram)
     ridge = damping * max(float(np.trace(moments.gram)) / inputs, 1e-12)
-    gram = moments.gram + ridge * np.eye(inputs)
-    inverse = np.linalg.inv(gram)
+    gram = _with_ridge(moments.gram, ridge)
+    importance, inverse = np.diag(gram).copy(), np.linalg.inv(gram)
+    del gram  # one of these matrices is 134 MB for a ViT-L
     order = np.argsort(-np.diag(moments.gram), kind="stable")
     # the same ridge on C: with no quantisation error (C = G) the target is W itself
-    return _Solved(
-        shift=(moments.cross + ridge * np.eye(inputs)) @ inverse,
-        importance=np.diag(gram).copy(),
-        order=order,
-        factor=np.linalg.cholesky(inverse[np.ix_(order, order)]).T,  # upper triangular
-    )
+    shift = _with_ridge(moments.cross, ridge) @ inverse
+    inverse = inverse[np.ix_(order, order)]
+    return _Solved(shift, importance, order, factor=np.linalg.cholesky(inverse).T)  # upper triangular
+
+
+def _with_ridge(matrix: np.ndarray, ridge: float) -> np.ndarray:
+    added = matrix.copy()
+    np.einsum("ii->i", added)[:] += ridge
+    return added
 
 
 def _repair(target: np.ndarray, factor: np.ndarray, scale: np.ndarray, num_bits: int) -> np.ndarray:
