@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, open_bundle, write_manifest
 from d4c_onnx.export.parity import TOLERANCE, check_parity
 from d4c_onnx.export.trace import trace_tower
 from d4c_onnx.files import staged_folder
-from d4c_onnx.graph.files import save_graph, set_metadata
+from d4c_onnx.graph.files import save_graph, set_metadata, without_weights
 from d4c_onnx.graph.signature import signature
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.models.tokenizer import write_tokenizer
@@ -32,30 +33,33 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
         GraphError: torch cannot trace a tower.
         BundleError: the folder cannot be written.
     """
-    image, text = loaded.deployed_towers(normalize=not raw)
     height, width = loaded.preprocess["size"]
     example_ids = torch.from_numpy(loaded.tokenize(["a photo of a cat.", "two words"]))
-    dynamic = text.dynamic_sequence
+    dynamic = loaded.dynamic_sequence
     context = loaded.context_length
-    graphs = {
-        IMAGE_ENCODER: trace_tower(image, torch.randn(2, 3, height, width), "pixel_values", "image_embeds"),
-        TEXT_ENCODER: trace_tower(
-            # an odd, short example length: nothing may be specialised to the context length
-            text,
-            example_ids[:, : min(11, context)] if dynamic else example_ids,
-            "input_ids",
-            "text_embeds",
-            context if dynamic else None,
-        ),
-    }
+    # an odd, short example length: nothing may be specialised to the context length
+    short = example_ids[:, : min(11, context)] if dynamic else example_ids
     with staged_folder(target) as stage:
         tokenizer = write_tokenizer(loaded.tokenizer, context, stage / TOKENIZER, fixed=not dynamic)
         tokenizer |= {"causal": dynamic, "dynamic_sequence": dynamic}
         properties = _properties(loaded, raw, tokenizer)
-        sidecar = {"preprocess": json.dumps(loaded.preprocess), "tokenizer": json.dumps(tokenizer)}
-        for name, graph in graphs.items():
-            set_metadata(graph, {key: str(value) for key, value in properties.items()} | sidecar)
-            save_graph(graph, stage / name)
+        notes = {key: str(value) for key, value in properties.items()}
+        notes |= {"preprocess": json.dumps(loaded.preprocess), "tokenizer": json.dumps(tokenizer)}
+        image, text = loaded.deployed_towers(normalize=not raw)
+        # one after the other: the weights of a graph are a copy of the tower's
+        shells = {
+            IMAGE_ENCODER: _write(
+                trace_tower(image, torch.randn(2, 3, height, width), "pixel_values", "image_embeds"),
+                notes,
+                stage / IMAGE_ENCODER,
+            ),
+            TEXT_ENCODER: _write(
+                trace_tower(text, short, "input_ids", "text_embeds", context if dynamic else None),
+                notes,
+                stage / TEXT_ENCODER,
+            ),
+        }
+        del image, text
         ids = loaded.tokenize([TEXT])
         golden = {"pixel_values": golden_input(loaded.preprocess), "input_ids": ids}
         worst = check_parity(loaded, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, golden, seed)
@@ -68,12 +72,19 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
                 "model": properties,
                 "preprocess": loaded.preprocess,
                 "tokenizer": tokenizer,
-                "io": signature(graphs),
+                "io": signature(shells),
                 "seed": seed,
                 "parity_max_abs_difference": {tower: float(f"{value:.3g}") for tower, value in worst.items()},
             },
         )
     return open_bundle(target, verify=False)
+
+
+def _write(graph: onnx.ModelProto, notes: dict[str, str], path: Path) -> onnx.ModelProto:
+    """Write an encoder; what it is without its weights."""
+    set_metadata(graph, notes)
+    save_graph(graph, path)
+    return without_weights(graph)
 
 
 def _properties(loaded: LoadedModel, raw: bool, tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -78,10 +78,23 @@ class LoadedModel:
         mean, std = (torch.tensor(self.preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
         return mean, std
 
+    @property
+    def dynamic_sequence(self) -> bool:
+        """Whether the deployed text tower takes prompts of any length up to the context's."""
+        return text_tower(self.model).dynamic_sequence
+
     def deployed_towers(self, normalize: bool = True) -> tuple[ImageTower, CausalTextTower | FixedTextTower]:
-        """Copies of both towers in the form that is exported; the original stays as it is for the parity check."""
-        model = copy.deepcopy(self.model)
+        """Both towers in the form that is exported, frozen; the original stays as it is for the parity check.
+
+        What is not re-expressed has parameters of its own over the same memory: moved to another device, or trained in
+        another layout, they leave the original alone, and a large model is in memory once.
+        """
+        shared: dict[int, Any] = {
+            id(own): nn.Parameter(own.detach(), requires_grad=False) for own in self.model.parameters()
+        }
+        model = copy.deepcopy(self.model, shared | {id(own): own for own in self.model.buffers()})
         replace_attention(model)
+        model.requires_grad_(False)
         return ImageTower(model, normalize).eval(), text_tower(model, normalize).eval()
 
 

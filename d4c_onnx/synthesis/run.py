@@ -104,9 +104,12 @@ def synthesize(
     labels = labels[chosen] if section.method == "d4c" else labels[:0]  # the others are made for no noun
     texts, held_out_texts = draw_texts(nouns, templates(), text.prompts, text.held_out, seed)
     ids = loaded.tokenize(texts)
-    dynamic = loaded.deployed_towers()[1].dynamic_sequence
     end = getattr(loaded.tokenizer, "eot_token_id", None)
-    rows = cut_to_end(ids, end) if dynamic and end is not None else tuple(tuple(row) for row in ids.tolist())
+    rows = (
+        cut_to_end(ids, end)
+        if loaded.dynamic_sequence and end is not None
+        else tuple(tuple(row) for row in ids.tolist())
+    )
     content = CalibrationSet(
         pixel_values=pixels[chosen < section.images],
         held_out=pixels[chosen >= section.images],

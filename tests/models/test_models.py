@@ -78,6 +78,23 @@ def test_deployed_towers_equal_the_model(fixture: str, request: pytest.FixtureRe
     assert any(isinstance(module, nn.MultiheadAttention) for module in loaded.model.modules()) or fixture == "mini_rn"
 
 
+@pytest.mark.parametrize("fixture", ["mini_vit", "mini_rn"])
+def test_deployed_towers_share_memory_and_leave_the_model_alone(fixture: str, request: pytest.FixtureRequest) -> None:
+    """A large model is in memory once; another device, layout or type of a tower is the tower's own."""
+    loaded = request.getfixturevalue(fixture)
+    image, text = loaded.deployed_towers()
+    own = {value.data_ptr() for value in loaded.model.parameters()}
+    deployed = [*image.parameters(), *text.parameters()]
+    shared = sum(value.numel() for value in deployed if value.data_ptr() in own)
+    assert shared > 0.5 * sum(value.numel() for value in deployed)
+    assert not any(value.requires_grad for value in deployed)
+    pixels = torch.randn(2, 3, *loaded.preprocess["size"])
+    before = loaded.model.encode_image(pixels)
+    image.to(torch.float64)  # as a move to a GPU would, it gives every parameter other memory
+    assert {value.dtype for value in loaded.model.parameters()} == {torch.float32}
+    assert torch.equal(loaded.model.encode_image(pixels), before)
+
+
 def test_raw_towers_are_not_normalised(mini_vit) -> None:
     image, _ = mini_vit.deployed_towers(normalize=False)
     pixels = torch.randn(2, 3, *mini_vit.preprocess["size"])
