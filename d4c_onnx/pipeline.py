@@ -47,6 +47,7 @@ def export_bundle(
     raw: bool = False,
     overwrite: bool = False,
     machine: Machine | None = None,
+    on_step: OnStep = silent,
 ) -> Bundle:
     """Export a model to `<output>/<model>/` in FP32, checked against torch.
 
@@ -58,7 +59,7 @@ def export_bundle(
     target = bundle_folder(output, model)
     refuse_existing(target, overwrite)
     _use_threads(machine or Machine())
-    return _export(_load(model, pretrained, recipe.seed), target, recipe, raw)
+    return _export(_load(model, pretrained, recipe.seed, on_step), target, recipe, raw, on_step)
 
 
 def synthesize_calibration_set(
@@ -89,7 +90,7 @@ def synthesize_calibration_set(
     folder = Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
     _use_threads(machine)
     crew = join_crew(machine.rank, machine.world_size, machine.local_rank)
-    _, origin = crew.one_by_one(lambda: _source_bundle(source, folder, recipe, pretrained))
+    _, origin = crew.one_by_one(lambda: _source_bundle(source, folder, recipe, pretrained, on_step))
     return _calibration_set(origin, folder, recipe, nouns, machine, on_step, crew)
 
 
@@ -137,7 +138,7 @@ def quantize_bundle(
     if dataset is None:
         _use_threads(machine)
     clock = _Clock()
-    bundle, origin = _source_bundle(source, folder, recipe, pretrained)
+    bundle, origin = _source_bundle(source, folder, recipe, pretrained, on_step)
     clock.lap("export")
     if dataset is None:
         _, dataset = _calibration_set(origin, folder, recipe, nouns, machine, on_step)
@@ -187,7 +188,7 @@ class _Origin:
         assert self.bundle is not None
         return self.bundle.model_name
 
-    def load(self) -> LoadedModel:
+    def load(self, on_step: OnStep) -> LoadedModel:
         """The model, compared with the bundle by the SHA-256 of its weights."""
         if self.loaded is None:
             assert self.bundle is not None
@@ -201,6 +202,7 @@ class _Origin:
                 model["name"],
                 None if known in ("embedded", "hub") else self.pretrained or known,
                 self.bundle.manifest["seed"],
+                on_step,
             )
             if self.loaded.weights_sha256 != model["weights_sha256"]:
                 raise ModelError(
@@ -209,14 +211,16 @@ class _Origin:
         return self.loaded
 
 
-def _source_bundle(source: str, folder: Path, recipe: Recipe, pretrained: str | None) -> tuple[Bundle, _Origin]:
+def _source_bundle(
+    source: str, folder: Path, recipe: Recipe, pretrained: str | None, on_step: OnStep
+) -> tuple[Bundle, _Origin]:
     if is_bundle(folder):
         bundle = _float_bundle(folder, pretrained)
         return bundle, _Origin(pretrained, bundle)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BundleError(f"{folder}: exists, but is not a bundle. Move it away, or choose another --output.")
-    loaded = _load(source, pretrained, recipe.seed)
-    return _export(loaded, folder, recipe, raw=False), _Origin(pretrained, loaded=loaded)
+    loaded = _load(source, pretrained, recipe.seed, on_step)
+    return _export(loaded, folder, recipe, False, on_step), _Origin(pretrained, loaded=loaded)
 
 
 def _float_bundle(path: Path, pretrained: str | None) -> Bundle:
@@ -230,16 +234,19 @@ def _float_bundle(path: Path, pretrained: str | None) -> Bundle:
     return bundle
 
 
-def _load(model: str, pretrained: str | None, seed: int) -> LoadedModel:
+def _load(model: str, pretrained: str | None, seed: int, on_step: OnStep) -> LoadedModel:
+    on_step("load", 0, 1, {})
     from d4c_onnx.models.load import load_model
 
-    return load_model(model, pretrained, seed)
+    loaded = load_model(model, pretrained, seed)
+    on_step("load", 1, 1, {})
+    return loaded
 
 
-def _export(loaded: LoadedModel, target: Path, recipe: Recipe, raw: bool) -> Bundle:
+def _export(loaded: LoadedModel, target: Path, recipe: Recipe, raw: bool, on_step: OnStep) -> Bundle:
     from d4c_onnx.export import export_fp32
 
-    return export_fp32(loaded, target, seed=recipe.seed, raw=raw)
+    return export_fp32(loaded, target, seed=recipe.seed, raw=raw, on_step=on_step)
 
 
 def _calibration_set(
@@ -267,7 +274,7 @@ def _calibration_set(
         return target, open_calibration_set(target)
     from d4c_onnx.synthesis import synthesize
 
-    loaded = origin.load()
+    loaded = origin.load(on_step)
     made = synthesize(
         loaded,
         target,

@@ -36,10 +36,17 @@ def command(
     recipe = options.resolve_recipe(recipe_name, overrides, seed)
     from d4c_onnx import measure, pipeline
 
-    with show.stdout_to_stderr(), show.waiting(f"exporting {model}", quiet or as_json):
+    with show.stdout_to_stderr(), show.progress(quiet) as on_step:
         machine = measure.Machine(threads=threads)
         bundle = pipeline.export_bundle(
-            model, output, recipe, pretrained=pretrained, raw=raw, overwrite=overwrite, machine=machine
+            model,
+            output,
+            recipe,
+            pretrained=pretrained,
+            raw=raw,
+            overwrite=overwrite,
+            machine=machine,
+            on_step=on_step,
         )
     from d4c_onnx.bundle import encoder_size_bytes
 

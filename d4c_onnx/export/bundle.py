@@ -16,10 +16,11 @@ from d4c_onnx.graph.files import save_graph, set_metadata, without_weights
 from d4c_onnx.graph.signature import signature
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.models.tokenizer import write_tokenizer
+from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.runtime.golden import TEXT, golden_input, write_golden
 
 
-def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = False) -> Bundle:
+def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = False, on_step: OnStep = silent) -> Bundle:
     """Export both towers, check them against torch, and write a complete bundle; or leave nothing behind.
 
     Args:
@@ -27,12 +28,14 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
         target: the bundle's folder.
         seed: of the random parity input; also, for random weights, what makes the model again.
         raw: leave the embeddings unnormalised.
+        on_step: told after each of four steps.
 
     Raises:
         CheckFailed: a written file differs from torch by more than 1e-4.
         GraphError: torch cannot trace a tower.
         BundleError: the folder cannot be written.
     """
+    on_step("export", 0, 4, {})
     height, width = loaded.preprocess["size"]
     example_ids = torch.from_numpy(loaded.tokenize(["a photo of a cat.", "two words"]))
     dynamic = loaded.dynamic_sequence
@@ -47,22 +50,19 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
         notes |= {"preprocess": json.dumps(loaded.preprocess), "tokenizer": json.dumps(tokenizer)}
         image, text = loaded.deployed_towers(normalize=not raw)
         # one after the other: the weights of a graph are a copy of the tower's
-        shells = {
-            IMAGE_ENCODER: _write(
-                trace_tower(image, torch.randn(2, 3, height, width), "pixel_values", "image_embeds"),
-                notes,
-                stage / IMAGE_ENCODER,
-            ),
-            TEXT_ENCODER: _write(
-                trace_tower(text, short, "input_ids", "text_embeds", context if dynamic else None),
-                notes,
-                stage / TEXT_ENCODER,
-            ),
-        }
-        del image, text
+        pixels = torch.randn(2, 3, height, width)
+        graph = trace_tower(image, pixels, "pixel_values", "image_embeds")
+        shells = {IMAGE_ENCODER: _write(graph, notes, stage / IMAGE_ENCODER)}
+        del graph, image
+        on_step("export", 1, 4, {})
+        graph = trace_tower(text, short, "input_ids", "text_embeds", context if dynamic else None)
+        shells[TEXT_ENCODER] = _write(graph, notes, stage / TEXT_ENCODER)
+        del graph, text
+        on_step("export", 2, 4, {})
         ids = loaded.tokenize([TEXT])
         golden = {"pixel_values": golden_input(loaded.preprocess), "input_ids": ids}
         worst = check_parity(loaded, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, golden, seed)
+        on_step("export", 3, 4, {})
         fed = ids[:, : int((ids != 0).sum())] if dynamic else ids
         write_golden(stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, loaded.preprocess, fed, TOLERANCE)
         write_manifest(
@@ -77,6 +77,7 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
                 "parity_max_abs_difference": {tower: float(f"{value:.3g}") for tower, value in worst.items()},
             },
         )
+    on_step("export", 4, 4, {})
     return open_bundle(target, verify=False)
 
 

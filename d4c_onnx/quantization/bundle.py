@@ -83,7 +83,7 @@ def quantize_bundle_files(
         }
         # full-range weights saturate on x86 without VNNI: their sessions need a setting, and the manifest says so
         entries = {} if form.reduce_range else EXACT_PRODUCTS
-        optimizer = _check_optimizer(bundle, stage, readers, threads, entries)
+        optimizer = _check_optimizer(bundle, stage, readers, threads, entries, on_step)
         layers = [layer for report in reports.values() for layer in report.layers]
         written = finish_bundle(
             bundle,
@@ -150,9 +150,11 @@ def _check_optimizer(
     readers: Mapping[str, CalibrationDataReader],
     threads: int,
     entries: Mapping[str, str],
+    on_step: OnStep,
 ) -> dict[str, OptimizerEffect]:
-    effects = {}
+    effects: dict[str, OptimizerEffect] = {}
     for name, reader in readers.items():
+        on_step("check", len(effects), len(readers), {})
         batches = [_unseen(batch) for batch in first_batches(reader, _OPTIMIZER_SAMPLES)]
         effect = effects[name] = optimizer_effect(stage / name, bundle.path / name, batches, threads, entries)
         if not effect.harmless:
@@ -160,6 +162,7 @@ def _check_optimizer(
                 f"{name}: onnxruntime's graph optimiser changes the answers: without it they are {effect.literal:.2e} "
                 f"(rms) from FP32, with it {effect.optimized:.2e}. Nothing was written; please report the model."
             )
+    on_step("check", len(effects), len(readers), {})
     return effects
 
 

@@ -99,17 +99,20 @@ def quantize_encoder(
         section: widths, rounding, ranges.
         raised: nodes whose weights get 8 bits whatever the recipe's width.
         provider, threads: of the calibration runs.
-        on_step: told after each calibration batch.
+        on_step: told where it is: fold, calibrate, round, write.
 
     Raises:
         GraphError: the graph cannot be quantised.
         CalibrationError: an activation is not finite.
     """
+    on_step("fold", 0, 1, {})
     model = load_graph(source)
     strip_notes(model)
     plan, smoothed = fold(model, reader, section, raised, provider=provider, threads=threads)
+    on_step("fold", 1, 1, {})
     ranges = collect_ranges(model, plan, reader, section, provider=provider, threads=threads, on_step=on_step)
     rounded = round_weights(model, plan, ranges, reader, section, provider=provider, threads=threads, on_step=on_step)
+    on_step("write", 0, 1, {})
     weights = rounded.weights
     place_biases(model, rounded.biases)
     form = target_of(section)
@@ -139,6 +142,7 @@ def quantize_encoder(
         store_token_table(quantized, gather, name, make_rounding("nearest").round(rows, table_bits))
     set_metadata(quantized, metadata)
     save_graph(quantized, target, limit_bytes=0 if section.external_data else None)
+    on_step("write", 1, 1, {})
     int4 = any(weight.num_bits == 4 for weight in weights.values())
     return EncoderReport(
         tuple(layer_bits(quantized)),

@@ -55,8 +55,9 @@ def round_weights(
     result = RoundedWeights()
     corrects = section.correction != "none"
     if not rounding.uses_data and not corrects:
-        for layer in plan.layers:
+        for number, layer in enumerate(plan.layers):
             _round_layer(index, layer, plan, rounding, [], result)
+            on_step("round", number + 1, len(plan.layers), {})
         return result
     collector = StatisticsCollector(model, plan, ranges, reader, provider, threads)
     stages = _stages(plan) if rounding.sequential else [list(plan.layers)]

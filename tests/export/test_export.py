@@ -72,7 +72,9 @@ def test_end_token_is_found_whatever_the_precision(vit_bundle: Bundle) -> None:
 
 
 def test_raw_export_is_recorded_and_not_normalised(tmp_path: Path, mini_vit) -> None:
-    bundle = export_fp32(mini_vit, tmp_path / "raw", seed=0, raw=True)
+    told: list[tuple[str, int, int]] = []
+    bundle = export_fp32(mini_vit, tmp_path / "raw", seed=0, raw=True, on_step=lambda *step: told.append(step[:3]))
+    assert told == [("export", done, 4) for done in range(5)]
     assert bundle.manifest["model"]["normalized"] is False
     pixels = np.random.default_rng(0).standard_normal((2, 3, 48, 48)).astype(np.float32)
     norms = np.linalg.norm(EncoderSession(bundle.image_encoder).run(pixels), axis=1)

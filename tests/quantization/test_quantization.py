@@ -248,10 +248,18 @@ def test_full_range_names_the_session_it_needs(
 ) -> None:
     for name, extra, entries in (("reduced", (), {}), ("full", (FULL_RANGE,), EXACT_PRODUCTS)):
         section = load_recipe(None, ("quantization.bits=w8a8", *extra)).quantization
+        told: dict[str, tuple[int, int]] = {}
         made = quantize_bundle_files(
-            vit_bundle, vit_calibration[1], tmp_path / name, section, recipe_dump={"seed": 0, "quantization": {}}
+            vit_bundle,
+            vit_calibration[1],
+            tmp_path / name,
+            section,
+            recipe_dump={"seed": 0, "quantization": {}},
+            on_step=lambda stage, done, total, _, told=told: told.update({stage: (done, total)}),
         )
         assert made.session_entries == entries
+        assert list(told) == ["fold", "calibrate", "round", "write", "check"]  # whoever waits sees where it is
+        assert all(done == total for done, total in told.values())
 
 
 def test_token_table_rows_are_dequantised_one_by_one(
