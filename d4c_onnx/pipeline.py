@@ -23,6 +23,7 @@ from d4c_onnx.bundle import (
 from d4c_onnx.errors import BundleError, DatasetError, ModelError
 from d4c_onnx.files import refuse_existing
 from d4c_onnx.measure import Machine, check_dataset_name, check_images_fit, check_limits, evaluate
+from d4c_onnx.memory import release_freed
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import generic_nouns, read_nouns
@@ -143,6 +144,7 @@ def quantize_bundle(
     if dataset is None:
         _, dataset = _calibration_set(origin, folder, recipe, nouns, machine, on_step)
     del origin  # the torch model, if it was loaded: a large one leaves no room for what follows
+    release_freed()
     check_images_fit(dataset, bundle)
     clock.lap("synthesize")
     quantized = quantize_bundle_files(

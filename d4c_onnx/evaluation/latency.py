@@ -28,9 +28,10 @@ _WARM_UP, _LOADS = 2, 3
 # A session in a process of its own: how long it loads and its first batch takes, what it adds to the resident memory
 # when it loads, how much of that is held (the rest is what the allocator keeps for later), and the peak after a batch.
 _PROCESS_PROBE = """
-import ctypes, json, os, sys, time
+import json, os, sys, time
 import numpy as np
 from pathlib import Path
+from d4c_onnx.memory import release_freed
 from d4c_onnx.runtime.session import EncoderSession
 def resident():
     if not Path("/proc/self/statm").exists():
@@ -45,8 +46,7 @@ load_ms = 1e3 * (time.perf_counter() - start)
 loaded = held = peak = None
 if before is not None:
     loaded = held = resident() - before
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
+    if release_freed():
         held = resident() - before
 start = time.perf_counter()
 session.run(first)

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise GraphError(f"{path}: not an ONNX model ({str(error)[:200]}).") from error
 
 
-def weight_bytes(model: onnx.ModelProto) -> int:
-    """What a model's initialisers take."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+def weight_bytes(model: onnx.ModelProto, shared: Iterable[onnx.TensorProto] = ()) -> int:
+    """What a model's initialisers take, and those of others that it shares."""
+    return sum(len(tensor.raw_data) for tensor in (*model.graph.initializer, *shared))
 
 
 def save_graph(
@@ -44,6 +44,7 @@ def save_graph(
     path: Path,
     limit_bytes: int | None = None,
     replaced: Callable[[str], np.ndarray | None] = lambda _: None,
+    shared: Sequence[onnx.TensorProto] = (),
 ) -> None:
     """Write a model to a staged path; weights go to `<path>.data` when one file cannot hold them.
 
@@ -52,12 +53,13 @@ def save_graph(
     Args:
         limit_bytes: how many bytes of weights one file may hold; none: as many as a protobuf can.
         replaced: other values for an initialiser of that name, of its own shape and type; None leaves it.
+        shared: initialisers of other models, which the file shall have, too.
     """
     shell = without_weights(model)
-    beside = weight_bytes(model) > (PROTOBUF_LIMIT_BYTES if limit_bytes is None else limit_bytes)
+    beside = weight_bytes(model, shared) > (PROTOBUF_LIMIT_BYTES if limit_bytes is None else limit_bytes)
     with contextlib.ExitStack() as stack:
         data = stack.enter_context(path.with_name(path.name + EXTERNAL_SUFFIX).open("wb")) if beside else None
-        for tensor in model.graph.initializer:
+        for tensor in (*model.graph.initializer, *shared):
             other = replaced(tensor.name)
             written = shell.graph.initializer.add()
             if data is None or len(tensor.raw_data) < _EXTERNAL_FROM_BYTES:

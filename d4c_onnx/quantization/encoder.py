@@ -13,6 +13,7 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.graph.bits import LayerBits, layer_bits
 from d4c_onnx.graph.files import load_graph, save_graph, set_metadata, strip_notes
 from d4c_onnx.graph.index import GraphIndex, drop_unused
+from d4c_onnx.memory import release_freed
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.deployment import compute_pooled_row_only, convolve_pools, fuse_attention, target_of
 from d4c_onnx.quantization.folding import (
@@ -109,8 +110,10 @@ def quantize_encoder(
     model = load_graph(source)
     strip_notes(model)
     plan, smoothed = fold(model, reader, section, raised, provider=provider, threads=threads)
+    release_freed()
     on_step("fold", 1, 1, {})
     ranges = collect_ranges(model, plan, reader, section, provider=provider, threads=threads, on_step=on_step)
+    release_freed()
     rounded = round_weights(model, plan, ranges, reader, section, provider=provider, threads=threads, on_step=on_step)
     on_step("write", 0, 1, {})
     weights = rounded.weights
@@ -121,6 +124,7 @@ def quantize_encoder(
         placed = Path(folder) / "float.onnx"
         save_placed(model, plan, weights, placed)
         del model  # quantize_static loads the file again, several times over: a large encoder needs the room
+        release_freed()
         quantized = quantize_file(placed, plan, weights, ranges, reader, form)
     strip_notes(quantized)
     clip_activations(quantized, ranges)

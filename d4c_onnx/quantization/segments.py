@@ -76,9 +76,7 @@ class SegmentedEncoder:
         ]
         constants = [tensor for name, tensor in self._constants.items() if name in read]
         # outputs carry no type: onnxruntime infers it
-        graph = helper.make_graph(
-            nodes, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in outputs], constants
-        )
+        graph = helper.make_graph(nodes, "segment", inputs, [onnx.ValueInfoProto(name=name) for name in outputs])
         part = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
         # literal: a float weight behind a DequantizeLinear stays the weight that was placed there
-        return EncoderSession.of_model(part, self._provider, self._threads, literal=True)
+        return EncoderSession.of_model(part, self._provider, self._threads, literal=True, shared=constants)

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,21 +89,34 @@ class EncoderSession:
 
     @classmethod
     def of_model(
-        cls, model: "onnx.ModelProto", provider: str = "cpu", threads: int = 0, literal: bool = False
+        cls,
+        model: "onnx.ModelProto",
+        provider: str = "cpu",
+        threads: int = 0,
+        literal: bool = False,
+        shared: "Sequence[onnx.TensorProto]" = (),
     ) -> "EncoderSession":
         """A session of a graph in memory, of any size: the weights of a large one are read from a file, not copied.
+
+        Args:
+            shared: initialisers of other models that the graph reads beside its own.
 
         Raises:
             BundleError: onnxruntime cannot load it.
         """
         from d4c_onnx.graph.files import save_graph, weight_bytes
 
-        if weight_bytes(model) <= _IN_MEMORY_BYTES:
+        if weight_bytes(model, shared) <= _IN_MEMORY_BYTES:
+            if shared:
+                whole = type(model)()
+                whole.CopyFrom(model)
+                whole.graph.initializer.extend(shared)
+                model = whole
             return cls(model.SerializeToString(), provider, threads, literal=literal)
         # what onnxruntime has mapped stays readable after the file is gone
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             path = Path(folder) / "model.onnx"
-            save_graph(model, path, limit_bytes=0)
+            save_graph(model, path, limit_bytes=0, shared=shared)
             return cls(path, provider, threads, literal=literal)
 
     @property
