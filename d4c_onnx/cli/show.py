@@ -10,6 +10,9 @@ import click
 
 from d4c_onnx.progress import OnStep, silent
 
+_BAR_WIDTH = 20
+_WIDTH_BESIDE = 39  # stage, percentage, both times and the spaces between
+
 
 @contextlib.contextmanager
 def progress(quiet: bool) -> Iterator[OnStep]:
@@ -22,14 +25,16 @@ def progress(quiet: bool) -> Iterator[OnStep]:
 
     columns = (
         TextColumn("{task.description:<11}"),
-        BarColumn(),
+        BarColumn(_BAR_WIDTH),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[values]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    room = max(0, console.width - _BAR_WIDTH - _WIDTH_BESIDE)  # in a narrow terminal values are cut, not stages
+    with Progress(*columns, console=console) as bar:
         tasks: dict[str, Any] = {}
 
         def on_step(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
@@ -38,7 +43,7 @@ def progress(quiet: bool) -> Iterator[OnStep]:
             shown = "  ".join(
                 f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in values.items()
             )
-            bar.update(tasks[stage], completed=done, total=total, values=shown)
+            bar.update(tasks[stage], completed=done, total=total, values=shown[:room])
 
         yield on_step
 

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.cli import show
 from d4c_onnx.cli.main import COMMANDS, group
 
 TINY = [
@@ -248,3 +249,15 @@ def test_two_processes_make_the_files_of_one(tmp_path: Path) -> None:
     one, two = ({file.name: file.read_bytes() for file in path.iterdir()} for path in sets)
     assert one == two
     assert not list(sets[1].parent.glob(".work-*"))
+
+
+def test_a_narrow_terminal_cuts_values_and_not_the_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with show.progress(quiet=False) as on_step:
+        on_step("synthesize", 8, 16, {"images": 16, "loss": 8.585, "scg": 5.294, "pgsi": 3.241, "whole": 3.1})
+    line = capsys.readouterr().err
+    assert "synthesize" in line
+    assert "images 16" in line
+    assert "whole" not in line
