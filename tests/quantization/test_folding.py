@@ -358,7 +358,7 @@ def test_pinning_saves_the_answers_of_an_encoder_with_an_outlying_start_token(
 
 
 def test_what_smoothing_remembers_of_a_batch_is_small() -> None:
-    """A view of some rows would keep all batches of all places alive: 20 GB for a ViT-L/14 and 128 images."""
+    """A view of some rows would keep all batches of all places alive: 22 GB for a ViT-L/14 and 128 images."""
     seen: dict = {}
     tracemalloc.start()
     try:
