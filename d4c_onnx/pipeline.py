@@ -5,6 +5,7 @@ torch is imported inside the steps that need it: quantising a bundle with a cali
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -144,6 +145,7 @@ def quantize_bundle(
     if dataset is None:
         _, dataset = _calibration_set(origin, folder, recipe, nouns, machine, on_step)
     del origin  # the torch model, if it was loaded: a large one leaves no room for what follows
+    gc.collect()  # its modules refer to each other in circles
     release_freed()
     check_images_fit(dataset, bundle)
     clock.lap("synthesize")

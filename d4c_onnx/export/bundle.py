@@ -12,7 +12,7 @@ from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, open
 from d4c_onnx.export.parity import TOLERANCE, check_parity
 from d4c_onnx.export.trace import trace_tower
 from d4c_onnx.files import staged_folder
-from d4c_onnx.graph.files import save_graph, set_metadata, without_weights
+from d4c_onnx.graph.files import save_graph, set_metadata
 from d4c_onnx.graph.signature import signature
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.models.tokenizer import write_tokenizer
@@ -52,11 +52,11 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
         # one after the other: the weights of a graph are a copy of the tower's
         pixels = torch.randn(2, 3, height, width)
         graph = trace_tower(image, pixels, "pixel_values", "image_embeds")
-        shells = {IMAGE_ENCODER: _write(graph, notes, stage / IMAGE_ENCODER)}
+        io = _write(graph, notes, stage / IMAGE_ENCODER)
         del graph, image
         on_step("export", 1, 4, {})
         graph = trace_tower(text, short, "input_ids", "text_embeds", context if dynamic else None)
-        shells[TEXT_ENCODER] = _write(graph, notes, stage / TEXT_ENCODER)
+        io |= _write(graph, notes, stage / TEXT_ENCODER)
         del graph, text
         on_step("export", 2, 4, {})
         ids = loaded.tokenize([TEXT])
@@ -72,7 +72,7 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
                 "model": properties,
                 "preprocess": loaded.preprocess,
                 "tokenizer": tokenizer,
-                "io": signature(shells),
+                "io": io,
                 "seed": seed,
                 "parity_max_abs_difference": {tower: float(f"{value:.3g}") for tower, value in worst.items()},
             },
@@ -81,11 +81,11 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
     return open_bundle(target, verify=False)
 
 
-def _write(graph: onnx.ModelProto, notes: dict[str, str], path: Path) -> onnx.ModelProto:
-    """Write an encoder; what it is without its weights."""
+def _write(graph: onnx.ModelProto, notes: dict[str, str], path: Path) -> dict[str, Any]:
+    """Write an encoder; its signature."""
     set_metadata(graph, notes)
     save_graph(graph, path)
-    return without_weights(graph)
+    return signature({path.name: graph})
 
 
 def _properties(loaded: LoadedModel, raw: bool, tokenizer: dict[str, Any]) -> dict[str, Any]:

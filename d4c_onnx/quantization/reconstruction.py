@@ -45,7 +45,6 @@ def reconstruct_weights(
     exact = SegmentedEncoder(model, reader, provider, threads)
     rounded = SegmentedEncoder(twin, reader, provider, threads)
     chosen: dict[str, QuantizedWeight] = {}
-    placed: dict[str, np.ndarray] = {}  # a weight that two regions share is rounded in the first
     for number, region in enumerate(regions):
         inputs, samples = _gather(rounded.advance([region.input]), region, region.input, plan)
         outputs, _ = _gather(exact.advance([region.output]), region, region.output, plan)
@@ -62,7 +61,7 @@ def reconstruct_weights(
         }
         made = reconstruct(
             region.nodes,
-            {name: placed[name] if name in placed else index.constant(name) for name in read - set(weights)},
+            {name: rounded.constant(name) for name in read - set(weights)},
             weights,
             (region.input, inputs),
             (region.output, outputs),
@@ -75,8 +74,7 @@ def reconstruct_weights(
         chosen |= made
         for name, weight in made.items():
             _, shape, axis, _ = weights[name]
-            placed[name] = channels_back(weight.dequantize(), shape, axis)
-            rounded.replace(name, placed[name])
+            rounded.replace(name, channels_back(weight.dequantize(), shape, axis))
         on_step("round", number + 1, len(regions), {})
     return chosen
 

@@ -48,6 +48,10 @@ class SegmentedEncoder:
         """Give a layer that has not run yet its new weights; here only, not in the model."""
         self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
 
+    def constant(self, name: str) -> np.ndarray:
+        """An initialiser as the nodes that have not run yet will read it."""
+        return numpy_helper.to_array(self._constants[name])
+
     def advance(self, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         """Run on until all `names` are computed; yield them batch by batch. The iterator must be used up."""
         graph = self.model.graph

@@ -1,5 +1,6 @@
 """The commands as a user runs them: real processes, exit codes, one JSON object, nothing half-written."""
 
+import functools
 import json
 import os
 import shutil
@@ -185,9 +186,9 @@ def test_interrupted_run_leaves_no_half_result_and_resumes(own: Path, number: in
     command = [sys.executable, "-c", "from d4c_onnx.cli import main; main()", "synthesize", "-o", str(own), *TINY]
     command += ["--set", "synthesis.steps=4000", "--set", "synthesis.checkpoint_steps=5", "--quiet"]
     # a suite that runs in the background of a script inherits an ignored SIGINT
-    default = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
-    deadline = time.monotonic() + 300  # torch alone may take a minute to import on a busy machine
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    deadline = time.monotonic() + 120
     while not list((own / "mini-vit").glob(".work-*/unit-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
