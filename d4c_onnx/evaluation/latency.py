@@ -1,7 +1,8 @@
 """How fast encoders run, side by side in one run: interleaved, warmed up, medians with their spread.
 
 A machine's speed drifts while other work comes and goes. So no contender is timed alone: in every round each one runs
-once, one after the other, and ratios are those of medians over the same rounds.
+once, and ratios are those of medians over the same rounds. Every round has an order of its own: a contender finds the
+caches as the one before left them, and at batch 1 always running after FP32, say, costs some per cent.
 """
 
 import json
@@ -101,6 +102,7 @@ def measure_latency(
     """
     steps = sum(len(batches) * rounds for batches in feeds.values())
     done = 0
+    shuffled = np.random.default_rng(0)
     result: dict[str, list[dict[str, Any]]] = {}
     for tower, batches in feeds.items():
         running = [entry for entry in contenders if tower in entry.encoders]
@@ -127,10 +129,10 @@ def measure_latency(
                 for session in sessions.values():
                     session.run(feed)
             for _ in range(rounds):
-                for name, session in sessions.items():
+                for entry in (running[number] for number in shuffled.permutation(len(running))):
                     start = time.perf_counter()
-                    session.run(feed)
-                    times[name].append(time.perf_counter() - start)
+                    sessions[entry.name].run(feed)
+                    times[entry.name].append(time.perf_counter() - start)
                 done += 1
                 on_step("benchmark", done, steps, {})
             base = statistics.median(times[running[0].name])
