@@ -108,7 +108,7 @@ def ours(loaded: LoadedModel, texts: torch.Tensor, batch: int, recipe: str, prec
     generator = torch.Generator().manual_seed(0)
     images = start_images(section.image, (batch, 3, *loaded.preprocess["size"]), mean, std, generator)
     values = images.values.requires_grad_(True)
-    targets = torch.eye(len(texts))[torch.arange(batch) % len(texts)]
+    labels = torch.arange(batch) % len(texts)
     tower, _ = loaded.deployed_towers()
     objective = build_objective(section, keeps_statistics(tower))
     encode = prepare_tower(tower, CPU, resolve_precision(precision, CPU))
@@ -117,7 +117,7 @@ def ours(loaded: LoadedModel, texts: torch.Tensor, batch: int, recipe: str, prec
     boxes = draw_boxes(batch, section.box_area, generator)
 
     def step() -> None:
-        optimize_step(images.render(values), boxes, targets, guide, section, optimizer, generator)
+        optimize_step(images.render(values), boxes, labels, guide, section, optimizer, generator)
 
     return step
 

@@ -49,28 +49,16 @@ class SynthesisSection(_Section):
     whole_image_weight: float = Field(
         1.0, ge=0, description="weight of PGSI on the whole image beside SCG's box; calibration sees whole images"
     )
-    background_temperature: float | None = Field(
-        None, gt=0, description="tau of SCG's backgrounds; none: that of the prompts, as published"
-    )
     bns_weight: float | None = Field(
         None,
         ge=0,
         description="d4c: weight of the BatchNorm statistics' distance. none: 30 where the tower keeps such statistics "
         "(ResNets), else 0",
     )
-    pse_weight: float = Field(0.0, ge=0, description="d4c: weight of the patch similarity entropy (ViTs)")
-    attention_weight: float = Field(
-        0.0, ge=0, description="d4c: weight of the class token's attention against random priors (ViTs)"
-    )
-    diversity_weight: float = Field(
-        0.0, ge=0, description="weight of the mean similarity to the batch's other and to all earlier images"
-    )
-    second_class: float = Field(0.0, ge=0, le=0.5, description="share of a second noun in what an image is made for")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that is spread over all nouns")
-    image: Literal["bounded", "pixel", "pyramid", "fourier"] = Field(
+    image: Literal["fourier", "pixel"] = Field(
         "fourier",
         description="fourier: coefficients scaled with 1/f under a sigmoid, so that pixels cannot leave [0, 1]; "
-        "bounded, pyramid: the same over plain pixels, over several resolutions; pixel: free values, as published",
+        "pixel: free values, as published",
     )
     redraw_boxes: bool = Field(True, description="draw SCG's boxes at every step, not once")
     box_area: tuple[float, float] = Field((0.4, 0.7), strict=False, description="range of the box's share of the image")
@@ -286,10 +274,6 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
     if recipe.synthesis.settle is not None and recipe.synthesis.shared_optimizer:
         raise RecipeError(
             f"{where}, synthesis.settle: needs batches that are finished one by one: no shared_optimizer."
-        )
-    if recipe.synthesis.coarse and recipe.synthesis.attention_weight:
-        raise RecipeError(
-            f"{where}, synthesis.attention_weight: its priors are drawn for the whole resolution. Use coarse: 0."
         )
     low, high = recipe.synthesis.box_area
     if not 0 < low <= high < 1:

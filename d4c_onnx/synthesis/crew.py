@@ -62,11 +62,10 @@ def check_divisible(section: SynthesisSection, crew: Crew) -> None:
     """Refuse what makes a batch depend on others.
 
     Raises:
-        RecipeError: one optimiser for all images, diversity over the set, or an early stop.
+        RecipeError: one optimiser for all images, or an early stop.
     """
     bound = {
         "shared_optimizer": section.shared_optimizer,
-        "diversity_weight": section.diversity_weight,
         "settle": section.settle,
     }
     asked = [name for name, value in bound.items() if value]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from d4c_onnx.files import write_file
 from d4c_onnx.recipe import SynthesisSection
 from d4c_onnx.synthesis.coarse import CoarseView
-from d4c_onnx.synthesis.objectives import Objective, Seen, diversity, guidance, inside, structure, total_variation
+from d4c_onnx.synthesis.objectives import Objective, Seen, guidance, inside, structure, total_variation
 from d4c_onnx.synthesis.param import Images
 from d4c_onnx.synthesis.perturb import Perturbation, perturb
 from d4c_onnx.synthesis.taps import INSIDE, Taps
@@ -39,7 +39,6 @@ class Guide:
         perturbed_view: the view PAE acts on.
         taps: what the objective asks of the tower's inside.
         coarse: the smaller size at which the first steps look, if any.
-        earlier: unit vectors [M, D] of finished images, for diversity.
     """
 
     encode: Callable[[torch.Tensor], torch.Tensor]
@@ -49,11 +48,10 @@ class Guide:
     perturbed_view: str
     taps: Taps
     coarse: CoarseView | None = None
-    earlier: torch.Tensor | None = None
 
 
 def build_objective(section: SynthesisSection, keeps_statistics: bool = False) -> Objective:
-    """The published sum, plus the terms that a recipe adds; for the baselines, their one term and total variation.
+    """The published sum, plus what a recipe adds; for the baselines, their one term and total variation.
 
     Args:
         section: the recipe's.
@@ -64,24 +62,20 @@ def build_objective(section: SynthesisSection, keeps_statistics: bool = False) -
         return inside(section.method) + smooth
     objective = guidance("whole", section.temperature)
     if section.scg:
-        objective = structure(section.temperature, section.background_temperature) + (
+        objective = structure(section.temperature) + (
             section.whole_image_weight * objective if section.whole_image_weight else Objective()
         )
-    if section.diversity_weight:
-        objective = objective + section.diversity_weight * diversity()
     statistics = section.bns_weight
     if statistics is None:
         statistics = _STATISTICS_WEIGHT if keeps_statistics else 0.0
-    terms = (("bns", statistics), ("pse", section.pse_weight), ("attention", section.attention_weight))
-    for name, weight in terms:
-        if weight:
-            objective = objective + weight * inside(name)
+    if statistics:
+        objective = objective + statistics * inside("bns")
     return objective + smooth
 
 
 def optimize_unit(
     images: Images,
-    targets: torch.Tensor,
+    labels: torch.Tensor,
     guide: Guide,
     section: SynthesisSection,
     generator: torch.Generator,
@@ -92,7 +86,7 @@ def optimize_unit(
 
     Args:
         images: the unit's leaf and its renderer.
-        targets: float32 [N, K], what each image is made for.
+        labels: int64 [N], the prompt that each image is made for.
         generator: CPU generator, freshly seeded for this unit.
         checkpoint: state file, written every `checkpoint_steps` passes and removed by the caller.
         on_step: called after each pass with the pass's number and its loss terms.
@@ -103,7 +97,6 @@ def optimize_unit(
     values = images.values.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([values], lr=section.learning_rate)
     boxes = draw_boxes(len(values), section.box_area, generator).to(values.device)
-    priors = guide.taps.draw(len(values), generator)
     first, history = _resume(checkpoint, values, optimizer, generator)
     coarse_steps = round(section.coarse * section.steps)
     for step in range(first, section.steps):
@@ -113,8 +106,7 @@ def optimize_unit(
             if section.redraw_boxes:
                 current = draw_boxes(len(chosen), section.box_area, generator).to(values.device)
             pixels = images.render(values[chosen])
-            asked = None if priors is None else priors[chosen]
-            shown = optimize_step(pixels, current, targets[chosen], own, section, optimizer, generator, asked)
+            shown = optimize_step(pixels, current, labels[chosen], own, section, optimizer, generator)
         for name, value in shown.items():
             history.setdefault(name, []).append(value)
         on_step(step + 1, shown)
@@ -127,15 +119,14 @@ def optimize_unit(
 def optimize_step(
     pixels: torch.Tensor,
     boxes: torch.Tensor,
-    targets: torch.Tensor,
+    labels: torch.Tensor,
     guide: Guide,
     section: SynthesisSection,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
-    priors: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """One step of Adam on rendered pixels [B, 3, H, W], at the guide's coarse size where it has one; the loss terms."""
-    loss, shown = guide.objective(_look(pixels, boxes, targets, guide, section, generator, priors))
+    loss, shown = guide.objective(_look(pixels, boxes, labels, guide, section, generator))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -152,11 +143,10 @@ def _minibatches(count: int, batch: int, generator: torch.Generator) -> list[tor
 def _look(
     pixels: torch.Tensor,
     boxes: torch.Tensor,
-    targets: torch.Tensor,
+    labels: torch.Tensor,
     guide: Guide,
     section: SynthesisSection,
     generator: torch.Generator,
-    priors: torch.Tensor | None,
 ) -> Seen:
     """Render the views the objective needs, and encode them in one forward pass."""
     wanted = sorted(guide.objective.views)
@@ -179,9 +169,8 @@ def _look(
         pixels,
         dict(zip(wanted, embeds.split(count), strict=True)),
         guide.texts,
-        targets,
-        guide.taps.read(slice(whole, whole + count), priors),
-        guide.earlier,
+        labels,
+        guide.taps.read(slice(whole, whole + count)),
     )
 
 

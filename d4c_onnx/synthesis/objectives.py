@@ -22,17 +22,15 @@ class Seen:
         pixels: rendered pixel_values [B, 3, H, W].
         embeds: unit vectors [B, D] by view: `whole`, `box`, `background`; only the views an objective asked for.
         texts: unit vectors [K, D], one per noun.
-        targets: float32 [B, K], how much of each noun an image is made for; rows sum to 1.
+        labels: int64 [B], the noun each image is made for.
         inside: scalars from within the tower for the whole image, by name (`taps`); only those asked for.
-        earlier: unit vectors [M, D] of images that are finished.
     """
 
     pixels: torch.Tensor
     embeds: dict[str, torch.Tensor]
     texts: torch.Tensor
-    targets: torch.Tensor
+    labels: torch.Tensor
     inside: dict[str, torch.Tensor] = field(default_factory=dict)
-    earlier: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +83,18 @@ def guidance(view: str, temperature: float) -> Objective:
     """PGSI: cross-entropy of the image against all prompts, the image's own prompt being the answer."""
 
     def value(seen: Seen) -> torch.Tensor:
-        return F.cross_entropy(seen.embeds[view] @ seen.texts.T / temperature, seen.targets)
+        return F.cross_entropy(seen.embeds[view] @ seen.texts.T / temperature, seen.labels)
 
     return Objective((Term(f"pgsi_{view}", frozenset({view}), value),))
 
 
-def structure(temperature: float, background_temperature: float | None = None) -> Objective:
-    """SCG: the box is pulled to its prompt, away from the other prompts and from every background of the batch.
-
-    Args:
-        temperature: of the prompts, and of the backgrounds unless those have their own.
-        background_temperature: higher values weaken the push away from backgrounds; None is as published.
-    """
-    apart = background_temperature or temperature
+def structure(temperature: float) -> Objective:
+    """SCG: the box is pulled to its prompt, away from the other prompts and from every background of the batch."""
 
     def value(seen: Seen) -> torch.Tensor:
         box, background = seen.embeds["box"], seen.embeds["background"]
-        logits = torch.cat([box @ seen.texts.T / temperature, box @ background.T / apart], 1)
-        return F.cross_entropy(logits, F.pad(seen.targets, (0, len(background))))
+        logits = torch.cat([box @ seen.texts.T, box @ background.T], 1) / temperature
+        return F.cross_entropy(logits, seen.labels)
 
     return Objective((Term("scg", frozenset({"box", "background"}), value),))
 
@@ -117,21 +109,6 @@ def total_variation() -> Objective:
     return Objective((Term("tv", frozenset(), value),))
 
 
-def diversity() -> Objective:
-    """Mean cosine similarity of each image to the others of its batch and to those finished before it."""
-
-    def value(seen: Seen) -> torch.Tensor:
-        own = seen.embeds["whole"]
-        count = len(own)
-        others = own @ own.T - torch.eye(count, device=own.device)
-        total, pairs = others.sum(), count * (count - 1)
-        if seen.earlier is not None and len(seen.earlier):
-            total, pairs = total + (own @ seen.earlier.T).sum(), pairs + count * len(seen.earlier)
-        return total / max(1, pairs)
-
-    return Objective((Term("diversity", frozenset({"whole"}), value),))
-
-
 def inside(name: str) -> Objective:
-    """A value from within the tower as a loss: `bns`, `pse` or `attention` (`taps` has them)."""
+    """A value from within the tower as a loss: `bns` or `pse` (`taps` has them)."""
     return Objective((Term(name, frozenset({"whole"}), lambda seen: seen.inside[name], inside=frozenset({name})),))

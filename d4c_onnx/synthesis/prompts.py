@@ -16,23 +16,6 @@ def draw_labels(count: int, classes: int, how: str, seed: int) -> np.ndarray:
     return np.concatenate([rng.permutation(classes) for _ in range(-(-count // classes))])[:count]
 
 
-def draw_targets(labels: np.ndarray, classes: int, second_class: float, smoothing: float, seed: int) -> np.ndarray:
-    """What each image is made for, as shares of all nouns: float32 [len(labels), classes], rows sum to 1.
-
-    Args:
-        labels: int64 [N].
-        second_class: share of a second, random other noun.
-        smoothing: share that is spread over all nouns.
-    """
-    rng = np.random.default_rng([seed, 4])
-    others = (labels + rng.integers(1, max(2, classes), len(labels))) % classes
-    rows = np.arange(len(labels))
-    targets = np.full((len(labels), classes), smoothing / classes, np.float32)
-    np.add.at(targets, (rows, labels), (1 - smoothing) * (1 - second_class))
-    np.add.at(targets, (rows, others), (1 - smoothing) * second_class)
-    return targets
-
-
 def draw_texts(
     nouns: tuple[str, ...], templates: tuple[str, ...], count: int, held_out: int, seed: int
 ) -> tuple[list[str], list[str]]:

@@ -4,7 +4,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from d4c_onnx.synthesis.crew import Crew, check_divisible
 from d4c_onnx.synthesis.loop import Guide, build_objective, optimize_unit
 from d4c_onnx.synthesis.param import start_images
 from d4c_onnx.synthesis.perturb import published
-from d4c_onnx.synthesis.prompts import draw_labels, draw_targets, draw_texts
+from d4c_onnx.synthesis.prompts import draw_labels, draw_texts
 from d4c_onnx.synthesis.settling import Settling
 from d4c_onnx.synthesis.taps import INSIDE, Taps, keeps_statistics
 from d4c_onnx.vocabulary import templates
@@ -148,7 +147,6 @@ def _optimize(
     # than torch's fused attention.
     tower, _ = loaded.deployed_towers()
     guide = _guide(loaded, tower, section, nouns, mean, std, device, precision)
-    targets = torch.from_numpy(draw_targets(labels, len(nouns), section.second_class, section.label_smoothing, seed))
     size = len(labels) if section.shared_optimizer else section.batch
     parts: list[Unit] = []
     chosen: list[int] = []
@@ -163,7 +161,7 @@ def _optimize(
             shape = (stop - start, 3, *loaded.preprocess["size"])
             images = start_images(section.image, shape, mean, std, generator)
             report = _reporter(start, stop - start, len(labels), section.steps, on_step)
-            own = targets[start:stop].to(device)
+            own = torch.from_numpy(labels[start:stop]).to(device)
             made, history = optimize_unit(images, own, guide, section, generator, state_file, report)
             _save_unit(done_file, made.numpy(), history)
             state_file.unlink(missing_ok=True)
@@ -185,8 +183,6 @@ def _optimize(
         if settling and section.settle and not settled and stop <= section.images:
             settled = settling.add(guide.encode, torch.from_numpy(parts[-1][0]).to(device)) < section.settle
             guide.taps.clear()
-        if section.diversity_weight:
-            guide = replace(guide, earlier=_with_earlier(guide, torch.from_numpy(parts[-1][0]).to(device)))
     return np.array(chosen), parts
 
 
@@ -206,14 +202,6 @@ def _reporter(
         on_step("synthesize", first * steps + count * step, total * steps, values)
 
     return report
-
-
-def _with_earlier(guide: Guide, finished: torch.Tensor) -> torch.Tensor:
-    """The unit vectors of all finished images, those of one more unit [N, 3, H, W] included."""
-    with torch.no_grad():
-        embeds = F.normalize(guide.encode(finished), dim=-1)
-    guide.taps.clear()
-    return embeds if guide.earlier is None else torch.cat([guide.earlier, embeds])
 
 
 def _guide(

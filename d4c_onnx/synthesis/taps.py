@@ -1,7 +1,7 @@
-"""What the tower's inside says about an image: BatchNorm statistics (BNS), patch similarity (PSE), class attention.
+"""What the tower's inside says about an image: BatchNorm statistics (BNS) and patch similarity (PSE).
 
-The first two are published data-free baselines; all are terms that can be added to D4C. A tap is a forward hook; it
-keeps what one forward pass shows it for the rows of the whole image, and is emptied when it is read.
+Both are published data-free baselines; the first joins D4C's losses on ResNets. A tap is a forward hook; it keeps what
+one forward pass shows it for the rows of the whole image, and is emptied when it is read.
 
 BNS, Source: ZeroQ (arXiv 2001.00281), DeepInversion (arXiv 1912.08795), for ResNets. The published distance is in the
 layers' own units; here each channel counts in units of its stored variance: the squared Wasserstein-2 distance of two
@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.models.attention import PlainAttention
-from d4c_onnx.synthesis.attention import attention_distance, class_attention, draw_priors
 
 INSIDE = ("bns", "pse")
 _GRID = 64  # points of the density estimate over similarities in -1..1
@@ -37,7 +35,7 @@ class Taps:
 
     Args:
         tower: the image tower.
-        names: of `bns`, `pse` and `attention`, what will be asked for.
+        names: of `bns` and `pse`, what will be asked for.
 
     Raises:
         RecipeError: the tower has nothing of that kind.
@@ -48,56 +46,25 @@ class Taps:
         self._norms: list[tuple[nn.BatchNorm2d, torch.Tensor]] = []
         self._attended: list[torch.Tensor] = []
         self._prefix = 0  # tokens in front of the patches
-        self._grid = (0, 0)  # rows and columns of patches
-        self._late: list[PlainAttention] = []  # attention of the blocks whose class token is asked
-        self._tokens: list[torch.Tensor] = []
         if "bns" in names:
             norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
             if not norms:
                 raise RecipeError("synthesis, bns: this image tower has no BatchNorm. Use pse, or d4c without bns.")
             for norm in norms:
                 norm.register_forward_pre_hook(self._see_norm)
-        if names & {"pse", "attention"}:
+        if "pse" in names:
             visual: Any = getattr(tower, "visual", tower)
             blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
             if blocks is None:
-                asked = " and ".join(sorted(names - {"bns"}))
-                raise RecipeError(
-                    f"synthesis, {asked}: this image tower is no open_clip ViT. Use bns, or d4c without it."
-                )
+                raise RecipeError("synthesis, pse: this image tower is no open_clip ViT. Use bns, or d4c.")
             height, width = visual.grid_size
-            self._grid = (int(height), int(width))
             self._prefix = len(visual.positional_embedding) - int(height) * int(width)
-            attentions = [block.attn for block in blocks]
-            if "pse" in names:
-                for attention in attentions:
-                    attention.register_forward_hook(self._see_attention)
-            if "attention" in names:
-                # Source: SARDFQ asks the deeper half, where attention is about content.
-                self._late = attentions[len(attentions) // 2 :]
-                if not self._prefix or not all(isinstance(attention, PlainAttention) for attention in self._late):
-                    raise RecipeError("synthesis, attention: this image tower has no class token to ask. Leave it out.")
-                for attention in self._late:
-                    attention.register_forward_pre_hook(self._see_tokens)
+            for block in blocks:
+                block.attn.register_forward_hook(self._see_attention)
 
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor | None:
-        """What `attention` compares images with, float32 [count, heads, patches]; None where it is not asked for."""
-        return draw_priors(count, self._late[0].heads, self._grid, generator) if self._late else None
-
-    def read(self, rows: slice, priors: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """The terms of the last forward pass, each a float32 scalar, over these rows of its batch.
-
-        Args:
-            rows: those of the whole images.
-            priors: what `draw` gave for these images.
-        """
-        values = {}
-        for name in self._names:
-            if name == "attention":
-                assert priors is not None
-                values[name] = self._attention(rows, priors)
-            else:
-                values[name] = (self._bns if name == "bns" else self._pse)(rows)
+    def read(self, rows: slice) -> dict[str, torch.Tensor]:
+        """The terms of the last forward pass, each a float32 scalar, over these rows (whole images) of its batch."""
+        values = {name: (self._bns if name == "bns" else self._pse)(rows) for name in self._names}
         self.clear()
         return values
 
@@ -105,7 +72,6 @@ class Taps:
         """Forget the last forward pass."""
         self._norms.clear()
         self._attended.clear()
-        self._tokens.clear()
 
     def _see_norm(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(module, nn.BatchNorm2d)
@@ -114,9 +80,6 @@ class Taps:
     def _see_attention(self, _: nn.Module, __: object, output: tuple[torch.Tensor, None]) -> None:
         self._attended.append(output[0])
 
-    def _see_tokens(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self._tokens.append(inputs[0])
-
     def _bns(self, rows: slice) -> torch.Tensor:
         return torch.stack([norm_distance(norm, x[rows].float()) for norm, x in self._norms]).mean()
 
@@ -124,12 +87,6 @@ class Taps:
         """Minus the mean entropy: losses fall."""
         patches = [x[rows, self._prefix :] for x in self._attended]
         return -torch.stack([patch_entropy(x[:, :: -(-x.shape[1] // _PATCHES)].float()) for x in patches]).mean()
-
-    def _attention(self, rows: slice, priors: torch.Tensor) -> torch.Tensor:
-        maps = [
-            class_attention(at, x[rows].float(), self._prefix) for at, x in zip(self._late, self._tokens, strict=True)
-        ]
-        return torch.stack([attention_distance(found, priors.to(found.device)) for found in maps]).mean()
 
 
 def norm_distance(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:

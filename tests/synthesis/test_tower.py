@@ -10,7 +10,6 @@ from d4c_onnx.errors import RecipeError
 from d4c_onnx.models.load import load_model
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.synthesis import synthesize
-from d4c_onnx.synthesis.attention import attention_distance, class_attention, draw_priors
 from d4c_onnx.synthesis.coarse import coarse_view
 from d4c_onnx.synthesis.compute import prepare_tower
 from d4c_onnx.synthesis.loop import build_objective
@@ -125,49 +124,6 @@ def test_settling_sees_what_calibration_would_see() -> None:
     assert settling.add(tower, flat) > 1e-3
     assert settling.add(tower, 3 * batch) > 0.3
     assert not any(module._forward_pre_hooks for module in tower.modules())
-
-
-def test_attention_priors_are_distributions_that_differ_by_head_and_image() -> None:
-    priors = draw_priors(5, 3, (6, 4), torch.Generator().manual_seed(0))
-    assert priors.shape == (5, 3, 24)
-    assert torch.allclose(priors.sum(-1), torch.ones(5, 3))
-    assert float(priors.min()) >= 0
-    assert len({tuple(row.tolist()) for row in priors.flatten(0, 1)}) == 15
-    # a Gaussian is local: most of a map lies on less than half of the patches
-    assert float(priors.sort(-1, descending=True).values[..., :12].sum(-1).mean()) > 0.8
-    assert float(attention_distance(priors, priors)) == pytest.approx(0, abs=1e-6)
-    assert float(attention_distance(torch.full_like(priors, 1 / 24), priors)) > 0.1
-
-
-def test_class_attention_is_what_the_block_computes(mini_vit) -> None:
-    attention = mini_vit.deployed_towers()[0].visual.transformer.resblocks[-1].attn
-    tokens = torch.randn(2, 1 + 36, attention.q_proj.in_features, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        found = class_attention(attention, tokens, 1)
-        scores = attention._split(attention.q_proj(tokens)) @ attention._split(attention.k_proj(tokens)).mT
-    whole = scores.softmax(-1)[:, :, 0, 1:]
-    assert torch.allclose(found, whole / whole.sum(-1, keepdim=True), atol=1e-6)
-
-
-def test_attention_priors_pull_attention(tmp_path: Path, mini_vit) -> None:
-    keys = ("images=4", "held_out=0", "batch=4", "steps=30", "scg=false", "pae=false")
-    section = load_recipe(None, [f"synthesis.{key}" for key in keys]).synthesis
-    text = load_recipe(None, ["text.prompts=4"]).text
-
-    def last(weight: float) -> float:
-        own = section.model_copy(update={"attention_weight": weight})
-        [losses] = synthesize(mini_vit, tmp_path / "set", own, text, mini_vit.embedded.nouns, seed=0).losses
-        return losses["attention"][-1]
-
-    assert last(10.0) < 0.9 * last(0.001)
-
-
-def test_attention_priors_need_a_class_token_and_the_whole_resolution(tmp_path: Path, mini_rn) -> None:
-    recipe = load_recipe(None, ["synthesis.attention_weight=1.0"])
-    with pytest.raises(RecipeError, match="synthesis, attention: this image tower"):
-        synthesize(mini_rn, tmp_path / "set", recipe.synthesis, recipe.text, ("a", "b"), seed=0)
-    with pytest.raises(RecipeError, match="attention_weight"):
-        load_recipe(None, ["synthesis.attention_weight=1.0", "synthesis.coarse=0.5"])
 
 
 def test_settling_needs_batches() -> None:
