@@ -72,8 +72,8 @@ class Bundle:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether `path` looks like a bundle folder."""
-    return (path / MANIFEST).is_file() and (path / IMAGE_ENCODER).is_file()
+    """Whether `path` looks like a bundle folder, perhaps a damaged one."""
+    return (path / MANIFEST).is_file() and any((path / name).is_file() for name in (IMAGE_ENCODER, TEXT_ENCODER))
 
 
 def open_bundle(path: str | Path, verify: bool = True) -> Bundle:
@@ -101,7 +101,15 @@ def open_bundle(path: str | Path, verify: bool = True) -> Bundle:
         raise BundleError(
             f"{file}: format {manifest['format']}, this d4c-onnx reads {FORMAT}. Export the bundle again."
         )
-    for name, entry in manifest["files"].items():
+    files = manifest["files"]
+    if not (
+        isinstance(files, dict)
+        and {IMAGE_ENCODER, TEXT_ENCODER} <= files.keys()
+        and all(isinstance(entry, dict) and "sha256" in entry for entry in files.values())
+        and all(isinstance(manifest[key], dict) for key in ("model", "preprocess", "tokenizer"))
+    ):
+        raise BundleError(f"{file}: is damaged (model, preprocess, tokenizer or files). Export the bundle again.")
+    for name, entry in files.items():
         if not (path / name).is_file():
             raise BundleError(f"{path / name}: is missing. Export the bundle again.")
         if verify and sha256(path / name) != entry["sha256"]:

@@ -10,6 +10,8 @@ D4CError
 └── CheckFailed        a requested check ran and failed (exit code 1; all others are 2)
 """
 
+from typing import Any
+
 
 class D4CError(Exception):
     """Base of every error that d4c-onnx raises on purpose."""
@@ -40,4 +42,12 @@ class DatasetError(D4CError):
 
 
 class CheckFailed(D4CError):
-    """A requested check (parity, accuracy) ran to its end and failed."""
+    """A requested check (parity, accuracy) ran to its end and failed.
+
+    Attributes:
+        report: what was measured, in the form that the caller would have got; None where there is none.
+    """
+
+    def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = report

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d4c_onnx.bundle import Bundle, open_bundle
-from d4c_onnx.errors import BundleError, CalibrationError, CheckFailed
+from d4c_onnx.errors import BundleError, CalibrationError, CheckFailed, RecipeError
 from d4c_onnx.files import write_text
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
@@ -50,15 +50,30 @@ def evaluate_bundles(
     """Measure bundles side by side, the first one being the baseline.
 
     Args:
+        paths: bundles of one model.
         calibration: the set whose held-out part label-free fidelity uses.
+
+    Raises:
+        BundleError: a folder is not a bundle, or they are of different models.
+        CalibrationError: the set is of another model, or holds nothing out.
+        CheckFailed: top-1 or cosine fell by more than the recipe allows; its `report` is what would be returned.
     """
     from d4c_onnx.calibration.dataset import open_calibration_set
 
     check_dataset_name(recipe)
     bundles = [open_bundle(path) for path in paths]
     dataset = open_calibration_set(calibration) if calibration else None
+    for bundle in bundles[1:]:
+        if _weights(bundle) != _weights(bundles[0]):
+            raise BundleError(
+                f"{bundle.path}: is of other weights than {bundles[0].path}, so their answers cannot be compared. "
+                "Evaluate each model by itself."
+            )
+    if dataset is not None:
+        check_set_fits(dataset, bundles[0])
+    check_measurable(recipe, bundles[0], None if dataset is None else len(dataset.held_out))
     result = evaluate(bundles, recipe, dataset, machine or Machine(), on_step)
-    check_limits(result, recipe)
+    check_limits(result, recipe, result)
     return result
 
 
@@ -179,11 +194,20 @@ def benchmark_bundles(
     """
     from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, measure_latency
     from d4c_onnx.evaluation.peers import build_peers, loads
+    from d4c_onnx.evaluation.picture import check_picture, draw_benchmark
     from d4c_onnx.runtime.session import resolve_provider
 
     machine = machine or Machine(provider="cpu")
     provider = resolve_provider(machine.provider)
     bundles = [open_bundle(path) for path in paths]
+    for bundle in bundles[1:]:
+        if _inputs(bundle) != _inputs(bundles[0]):
+            raise BundleError(
+                f"{bundle.path}: takes other input than {bundles[0].path} (image size, or length of texts). "
+                "Time each by itself."
+            )
+    if picture is not None:
+        check_picture(Path(picture))
     labels = [_label(bundle) for bundle in bundles]
     contenders = [
         Contender(
@@ -219,10 +243,17 @@ def benchmark_bundles(
         "failed": failed,
     }
     if picture is not None:
-        from d4c_onnx.evaluation.picture import draw_benchmark
-
         draw_benchmark(report, Path(picture))
     return report
+
+
+def _weights(bundle: Bundle) -> str:
+    return str(bundle.manifest["model"]["weights_sha256"])
+
+
+def _inputs(bundle: Bundle) -> tuple[Any, ...]:
+    tokenizer = bundle.manifest["tokenizer"]
+    return bundle.manifest["preprocess"]["size"], tokenizer["context_length"], tokenizer["dynamic_sequence"]
 
 
 def _label(bundle: Bundle) -> str:
@@ -243,9 +274,7 @@ def evaluate(
     from d4c_onnx.runtime.session import resolve_provider
 
     provider = resolve_provider(machine.provider)
-    name = recipe.evaluation.dataset
-    if name == "auto":
-        name = bundles[0].manifest["model"].get("dataset") or "fidelity"
+    name = _dataset_name(recipe, bundles[0])
     if name != "fidelity":
         return evaluate_zero_shot(
             bundles,
@@ -265,6 +294,47 @@ def evaluate(
     )
 
 
+def _dataset_name(recipe: Recipe, bundle: Bundle) -> str:
+    """`fidelity`, an embedded set's name, or a file."""
+    name = recipe.evaluation.dataset
+    return str(bundle.manifest["model"].get("dataset") or "fidelity") if name == "auto" else name
+
+
+def check_measurable(recipe: Recipe, bundle: Bundle, held_out: int | None) -> None:
+    """Refuse what the measuring at the end would stumble over.
+
+    Args:
+        held_out: images that the calibration set holds out, or will; None where there is no set.
+
+    Raises:
+        RecipeError: fidelity knows no top-1 that `evaluation.max_drop` could be about.
+        CalibrationError: fidelity has nothing held out to look at.
+    """
+    if _dataset_name(recipe, bundle) != "fidelity":
+        return
+    if recipe.evaluation.max_drop is not None:
+        raise RecipeError(
+            "evaluation.max_drop: is about top-1, which needs labels. Add --dataset FILE.parquet, or use "
+            "evaluation.min_cosine."
+        )
+    if held_out == 0:
+        raise CalibrationError("the calibration set holds nothing out. Raise synthesis.held_out and text.held_out.")
+
+
+def check_set_fits(dataset: CalibrationSet, bundle: Bundle) -> None:
+    """Compare a set's model and the size of its images with what the encoder is and takes.
+
+    Raises:
+        CalibrationError: they differ.
+    """
+    check_images_fit(dataset, bundle)
+    if dataset.manifest["key"]["weights_sha256"] != _weights(bundle):
+        raise CalibrationError(
+            f"the calibration set belongs to other weights ({dataset.manifest.get('model')}) than {bundle.path}. "
+            "Synthesise one from this model."
+        )
+
+
 def check_images_fit(dataset: CalibrationSet, bundle: Bundle) -> None:
     """Compare the size of a set's images with what the encoder takes.
 
@@ -277,8 +347,11 @@ def check_images_fit(dataset: CalibrationSet, bundle: Bundle) -> None:
         raise CalibrationError(f"the calibration images are {found}, {bundle.model_name} needs {height}x{width}.")
 
 
-def check_limits(accuracy: dict[str, Any], recipe: Recipe) -> None:
+def check_limits(accuracy: dict[str, Any], recipe: Recipe, report: dict[str, Any]) -> None:
     """Compare every bundle after the first with the recipe's limits.
+
+    Args:
+        report: what the caller would return; the error carries it.
 
     Raises:
         CheckFailed: a limit is passed.
@@ -287,14 +360,14 @@ def check_limits(accuracy: dict[str, Any], recipe: Recipe) -> None:
     for row in accuracy["bundles"][1:]:
         versus = row["versus_first"]
         lost = -versus.get("top1_difference", {}).get("points", 0.0)
-        if drop is not None and lost > drop:
+        if drop is not None and not lost <= drop:  # so that what is not a number fails, too
             raise CheckFailed(
-                f"{row['bundle']}: top-1 fell by {lost:.2f} points, allowed {drop} (evaluation.max_drop)."
+                f"{row['bundle']}: top-1 fell by {lost:.2f} points, allowed {drop} (evaluation.max_drop).", report
             )
-        least = min(versus["cosine_image"], versus["cosine_text"])
-        if cosine is not None and least < cosine:
+        found = (versus["cosine_image"], versus["cosine_text"])
+        if cosine is not None and not all(value >= cosine for value in found):
             raise CheckFailed(
-                f"{row['bundle']}: cosine to FP32 is {least:.4f}, asked {cosine} (evaluation.min_cosine)."
+                f"{row['bundle']}: cosine to FP32 is {min(found):.4f}, asked {cosine} (evaluation.min_cosine).", report
             )
 
 

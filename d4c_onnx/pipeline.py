@@ -21,9 +21,9 @@ from d4c_onnx.bundle import (
     open_bundle,
     write_manifest,
 )
-from d4c_onnx.errors import BundleError, DatasetError, ModelError
+from d4c_onnx.errors import BundleError, DatasetError, ModelError, RecipeError
 from d4c_onnx.files import refuse_existing
-from d4c_onnx.measure import Machine, check_dataset_name, check_images_fit, check_limits, evaluate
+from d4c_onnx.measure import Machine, check_dataset_name, check_limits, check_measurable, check_set_fits, evaluate
 from d4c_onnx.memory import release_freed
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
@@ -121,7 +121,8 @@ def quantize_bundle(
         The report: model, bits, target, bundle, weight_bits_average, size_bytes, size_ratio, accuracy, top1, seconds.
 
     Raises:
-        CheckFailed: top-1 or cosine fell by more than the recipe allows (the files are written all the same).
+        CheckFailed: top-1 or cosine fell by more than the recipe allows (the files are written all the same, and its
+            `report` is what would be returned).
     """
     from d4c_onnx.calibration.dataset import open_calibration_set
     from d4c_onnx.quantization import half_bundle_files, quantize_bundle_files, target_of
@@ -133,23 +134,30 @@ def quantize_bundle(
     target = folder / recipe.quantization.bits.lower()
     form = target_of(recipe.quantization)
     half = folder / "fp16" if form.half else None
-    for written in (target, half) if half else (target,):
-        refuse_existing(written, overwrite)
+    if prompts and calibration:
+        raise RecipeError(f"--prompts {prompts}: --calibration brings its own texts. Leave one of the two out.")
+    unmeasured = None if overwrite else _unmeasured(target, recipe)
+    if unmeasured is None:
+        for written in (target, half) if half else (target,):
+            refuse_existing(written, overwrite)
     check_dataset_name(recipe)
     dataset = open_calibration_set(calibration) if calibration else None
     if dataset is None:
         _use_threads(machine)
     clock = _Clock()
     bundle, origin = _source_bundle(source, folder, recipe, pretrained, on_step)
+    check_measurable(recipe, bundle, recipe.synthesis.held_out if dataset is None else len(dataset.held_out))
     clock.lap("export")
     if dataset is None:
         _, dataset = _calibration_set(origin, folder, recipe, nouns, machine, on_step)
     del origin  # the torch model, if it was loaded: a large one leaves no room for what follows
     gc.collect()  # its modules refer to each other in circles
     release_freed()
-    check_images_fit(dataset, bundle)
+    check_set_fits(dataset, bundle)
     clock.lap("synthesize")
-    quantized = quantize_bundle_files(
+    if unmeasured is not None and unmeasured.manifest["calibration"] != dataset.manifest["key"]["id"]:
+        refuse_existing(target, overwrite)
+    quantized = unmeasured or quantize_bundle_files(
         bundle,
         dataset,
         target,
@@ -166,7 +174,7 @@ def quantize_bundle(
     measured = {"accuracy": _relative(accuracy, folder)}
     quantized, *_ = [write_manifest(made.path, {**made.content, **measured}) for made in (quantized, *beside)]
     report = _report(bundle, quantized, recipe, accuracy, clock.seconds)
-    check_limits(accuracy, recipe)
+    check_limits(accuracy, recipe, report)
     return report
 
 
@@ -219,15 +227,28 @@ def _source_bundle(
     source: str, folder: Path, recipe: Recipe, pretrained: str | None, on_step: OnStep
 ) -> tuple[Bundle, _Origin]:
     if is_bundle(folder):
-        bundle = _float_bundle(folder, pretrained)
-        return bundle, _Origin(pretrained, bundle)
+        bundle = _float_bundle(folder, recipe, pretrained)
+        origin = _Origin(pretrained, bundle)
+        if pretrained and Path(pretrained).suffix:  # the manifest knows a file's name only: compare what is in it
+            origin.load(on_step)
+        return bundle, origin
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BundleError(f"{folder}: exists, but is not a bundle. Move it away, or choose another --output.")
     loaded = _load(source, pretrained, recipe.seed, on_step)
     return _export(loaded, folder, recipe, False, on_step), _Origin(pretrained, loaded=loaded)
 
 
-def _float_bundle(path: Path, pretrained: str | None) -> Bundle:
+def _unmeasured(target: Path, recipe: Recipe) -> Bundle | None:
+    """What an interrupted run of this very quantisation wrote and did not come to measure."""
+    if not is_bundle(target):
+        return None
+    bundle, own = open_bundle(target), recipe.model_dump(mode="json")
+    known = bundle.manifest.get("recipe", {})
+    same = all(known.get(section) == own[section] for section in own if section != "evaluation")
+    return bundle if same and "accuracy" not in bundle.manifest else None
+
+
+def _float_bundle(path: Path, recipe: Recipe, pretrained: str | None) -> Bundle:
     bundle = open_bundle(path)
     if bundle.quantized:
         raise BundleError(f"{path}: is quantised already. Name the FP32 bundle ({path.parent}).")
@@ -235,6 +256,11 @@ def _float_bundle(path: Path, pretrained: str | None) -> Bundle:
     asked = pretrained and (Path(pretrained).name if Path(pretrained).suffix else pretrained)
     if asked and asked != known:
         raise BundleError(f"{path}: holds {known} weights, not {asked}. Choose another --output.")
+    if asked == "random" and bundle.manifest["seed"] != recipe.seed:
+        raise BundleError(
+            f"{path}: holds random weights of seed {bundle.manifest['seed']}, not {recipe.seed}. "
+            "Choose another --output."
+        )
     return bundle
 
 

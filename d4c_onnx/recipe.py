@@ -265,7 +265,7 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
         more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise RecipeError(f"{where}, {key}: {first['msg']}, got {first['input']!r}{more}.") from error
     _check_quantization(recipe.quantization, where)
-    if recipe.synthesis.template.count("{}") != 1:
+    if recipe.synthesis.template.count("{}") != 1 or set("{}") & set(recipe.synthesis.template.replace("{}", "")):
         raise RecipeError(f"{where}, synthesis.template: needs exactly one {{}}, got {recipe.synthesis.template!r}.")
     if (recipe.synthesis.method == "real") != (recipe.synthesis.source is not None):
         raise RecipeError(
@@ -314,7 +314,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {section} is not a section.")
     try:
         data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2024-13-45 looks like a date
         raise RecipeError(f"--set {override}: the value is not valid YAML ({_one_line(error)}).") from error
 
 

@@ -23,7 +23,7 @@ def read_nouns(path: str | Path) -> tuple[str, ...]:
         RecipeError: the file cannot be read, is empty, or names one noun twice.
     """
     try:
-        nouns = _lines(Path(path).read_text("utf-8"))
+        nouns = _lines(Path(path).read_text("utf-8-sig"))  # Windows editors put a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--prompts {path}: cannot be read as UTF-8 text ({error}).") from error
     if len(nouns) < 2:

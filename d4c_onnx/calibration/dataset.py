@@ -110,10 +110,13 @@ def open_calibration_set(path: str | Path, verify: bool = True) -> CalibrationSe
         held_out_texts, labels = tuple(prompts["held_out_texts"]), tuple(prompts["image_labels"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(
-            f"{path}: not a complete calibration set ({error}). Make one with d4c-onnx synthesize."
+            f"{path}: not a complete calibration set ({error}). Delete the folder if it was one, and make it (again) "
+            "with d4c-onnx synthesize."
         ) from error
     if changed:
-        raise CalibrationError(f"{path / changed[0]}: differs from the manifest's SHA-256. Synthesise again.")
+        raise CalibrationError(
+            f"{path / changed[0]}: differs from the manifest's SHA-256. Delete the folder, and synthesise again."
+        )
     if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != np.float32:
         raise CalibrationError(f"{path / PIXELS}: is {pixels.dtype} {pixels.shape}, not float32 [N, 3, H, W].")
     return CalibrationSet(pixels, held_out, labels, texts, ids, held_out_texts, manifest, losses)

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from d4c_onnx.cli import options, show
+from d4c_onnx.errors import CheckFailed
 
 
 @click.command("evaluate")
@@ -34,12 +35,20 @@ def command(
     recipe = options.resolve_recipe(recipe_name, overrides, seed, {"evaluation.dataset": dataset})
     from d4c_onnx import measure
 
+    failed: CheckFailed | None = None
     with show.stdout_to_stderr(), show.progress(quiet) as on_step:
         machine = measure.Machine(provider=provider, threads=threads)
-        result = measure.evaluate_bundles(
-            list(bundles), recipe, calibration=calibration, machine=machine, on_step=on_step
-        )
-    if as_json:
+        try:
+            result = measure.evaluate_bundles(
+                list(bundles), recipe, calibration=calibration, machine=machine, on_step=on_step
+            )
+        except CheckFailed as error:
+            if error.report is None:
+                raise
+            failed, result = error, error.report
+    if as_json and failed is None:
         show.print_json(result)
-        return
-    show.accuracy_table(result)
+    elif not as_json:
+        show.accuracy_table(result)
+    if failed is not None:
+        raise failed

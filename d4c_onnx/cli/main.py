@@ -3,6 +3,7 @@
 0 done, 1 a requested check failed (or the run was interrupted), 2 bad input or usage.
 """
 
+import errno
 import importlib
 import json
 import signal
@@ -46,10 +47,21 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except CheckFailed as error:
-            _fail("check failed", error)
+            _fail("check failed", error, error.report)
             ctx.exit(1)
         except D4CError as error:
             _fail("error", error)
+            ctx.exit(2)
+        except click.UsageError as error:
+            if _wants_json():
+                click.echo(json.dumps({"error": error.format_message(), "type": type(error).__name__}))
+            raise
+        except OSError as error:  # a path that cannot be looked at, a full disk
+            if error.errno == errno.EPIPE:  # the reader went away: click ends quietly
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            reason = error.strerror or str(error)
+            _fail("error", D4CError(f"{place}{reason}. Check the path, its permissions, and the room on the disk."))
             ctx.exit(2)
 
 
@@ -69,7 +81,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(kind: str, error: D4CError) -> None:
-    if "--json" in sys.argv[1:]:
-        click.echo(json.dumps({"error": str(error), "type": type(error).__name__}))
+def _wants_json() -> bool:
+    return "--json" in sys.argv[1:]
+
+
+def _fail(kind: str, error: D4CError, report: dict[str, Any] | None = None) -> None:
+    if _wants_json():
+        measured = {} if report is None else {"report": report}
+        click.echo(json.dumps({"error": str(error), "type": type(error).__name__, **measured}))
     click.echo(f"{kind}: {error}", err=True)

@@ -1,5 +1,6 @@
 """Options that several commands share, and what they become."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -58,9 +59,9 @@ def calibration_option(function: F) -> F:
 
 
 def threads_option(function: F) -> F:
-    return click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [0: the engine's choice]")(
-        function
-    )
+    return click.option(
+        "--threads", type=click.IntRange(0, 4096), default=0, help="CPU threads.  [0: the engine's choice]"
+    )(function)
 
 
 def provider_option(function: F) -> F:
@@ -102,4 +103,11 @@ def resolve_recipe(
     from d4c_onnx.recipe import load_recipe
 
     given = {"seed": seed, **(extra or {})}
-    return load_recipe(name, [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)])
+    return load_recipe(
+        name, [*overrides, *(f"{key}={_literal(value)}" for key, value in given.items() if value is not None)]
+    )
+
+
+def _literal(value: object) -> str:
+    """YAML that means this very value: a path may hold ` #`, start with a bracket, or look like a number."""
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

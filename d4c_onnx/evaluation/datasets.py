@@ -112,7 +112,7 @@ def content_sha256(path: Path) -> str:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+    return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
 
 
 def _read_table(path: Path) -> Any:
@@ -128,9 +128,13 @@ def _encoded(name: str, table: Any) -> list[bytes]:
     if not len(table):
         raise DatasetError(f"{name}: holds no row.")
     try:
-        return [row["bytes"] for row in table["image"].to_pylist()]
+        encoded = [row["bytes"] for row in table["image"].to_pylist()]
     except (KeyError, TypeError) as error:
         raise DatasetError(f"{name}: expected image{{bytes}} in every row ({error}).") from error
+    odd = next((number for number, blob in enumerate(encoded) if not isinstance(blob, bytes)), None)
+    if odd is not None:
+        raise DatasetError(f"{name}, row {odd}: expected image{{bytes}}, found {type(encoded[odd]).__name__}.")
+    return encoded
 
 
 def _from_table(name: str, table: Any, classes: tuple[str, ...]) -> LabelledImages:
@@ -138,6 +142,8 @@ def _from_table(name: str, table: Any, classes: tuple[str, ...]) -> LabelledImag
     if columns:
         raise DatasetError(f"{name}: has no column {sorted(columns)[0]!r}; expected image{{bytes}} and label.")
     encoded = _encoded(name, table)
+    if not pa.types.is_integer(table["label"].type):
+        raise DatasetError(f"{name}: labels are {table['label'].type}, not integers.")
     try:
         labels = np.array(table["label"].to_pylist(), np.int64)
     except (KeyError, TypeError, ValueError) as error:
@@ -150,7 +156,11 @@ def _from_table(name: str, table: Any, classes: tuple[str, ...]) -> LabelledImag
 def _class_names(path: Path, table: Any) -> tuple[str, ...]:
     beside = path.with_name(path.name + ".classes.txt")
     if beside.is_file():
-        return tuple(line.strip() for line in beside.read_text("utf-8").splitlines() if line.strip())
+        try:
+            lines = beside.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(f"{beside}: cannot be read as UTF-8 text ({error}).") from error
+        return tuple(line.strip() for line in lines if line.strip())
     try:
         info = json.loads((table.schema.metadata or {})[b"huggingface"])
         return tuple(info["info"]["features"]["label"]["names"])

@@ -6,19 +6,34 @@ from typing import Any
 from d4c_onnx.errors import D4CError
 
 
-def draw_benchmark(report: dict[str, Any], path: Path) -> None:
-    """Write bars for what `measure.benchmark_bundles` returned; the format follows the file's ending.
+def check_picture(path: Path) -> None:
+    """Refuse a picture that could not be written, before anything is measured for it.
 
     Raises:
-        D4CError: matplotlib is not installed, or cannot write such a file.
+        D4CError: matplotlib is not installed or knows no such ending, or the folder is not there.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise D4CError(
             f"{path}: a picture needs matplotlib. Install it with pip install 'd4c-onnx[benchmarks]'."
         ) from error
+    if path.suffix.removeprefix(".") not in FigureCanvasAgg.get_supported_filetypes():
+        raise D4CError(f"{path}: no picture has such an ending. Use a .png or .svg name.")
+    if not path.parent.is_dir():
+        raise D4CError(f"{path}: there is no folder {path.parent}. Make it first.")
+
+
+def draw_benchmark(report: dict[str, Any], path: Path) -> None:
+    """Write bars for what `measure.benchmark_bundles` returned; the format follows the file's ending.
+
+    Raises:
+        D4CError: as `check_picture`, or the disk is full.
+    """
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     towers = report["towers"]
     figure = Figure(figsize=(6.5 * len(towers), 4.5), layout="constrained")
     FigureCanvasAgg(figure)

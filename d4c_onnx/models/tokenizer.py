@@ -44,7 +44,7 @@ def _write_clip(tokenizer: Any, context_length: int, path: Path, fixed: bool) ->
     )
     fast.enable_truncation(context_length)
     fast.enable_padding(length=context_length if fixed else None, pad_id=0, pad_token=fast.id_to_token(0))
-    fast.save(str(path))
+    path.write_text(fast.to_str(pretty=True), "utf-8")
     return {
         "type": "clip-bpe",
         "context_length": context_length,
@@ -64,5 +64,5 @@ def _write_wrapped(tokenizer: Any, context_length: int, path: Path) -> dict[str,
     fast.enable_truncation(context_length)
     pad = getattr(inner, "pad_token_id", 0) or 0
     fast.enable_padding(length=context_length, pad_id=pad, pad_token=fast.id_to_token(pad))
-    fast.save(str(path))
+    path.write_text(fast.to_str(pretty=True), "utf-8")
     return {**info, "pad_id": pad, "eot_id": getattr(inner, "eos_token_id", None)}

@@ -135,11 +135,14 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_failed_check_is_exit_code_1(own: Path) -> None:
-    done = _run(
-        *("quantize", "-o", str(own), "--quiet", "--dataset", "fidelity", "--set", "evaluation.min_cosine=1.0", *TINY)
-    )
+    arguments = ("-o", str(own), "--dataset", "fidelity", "--set", "evaluation.min_cosine=1.0", *TINY)
+    done = _run("quantize", "--quiet", *arguments)
     assert done.returncode == 1
     assert "min_cosine" in done.stderr
+    assert "agreement" in done.stdout  # what was measured is shown all the same
+    done = _run("quantize", "--overwrite", "--json", *arguments)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["report"]["accuracy"]["kind"] == "fidelity"
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,13 @@ def test_failed_check_is_exit_code_1(own: Path) -> None:
         (("benchmark", "nowhere"), "not a bundle"),
         (("benchmark", "nowhere", "--batches", "1,x"), "--batches"),
         (("quantize", "--bits", "w8a8", "--average-bits", "5"), "average_bits"),
+        (("quantize", "--set", "seed=2024-13-45"), "not valid YAML"),
+        (("quantize", "--set", "synthesis.template=a {} {x}"), "exactly one"),
+        (("quantize", "--dataset", "set #1.parquet"), "set #1.parquet"),
+        (("quantize", "--dataset", "[a].parquet"), "[a].parquet"),
+        (("quantize", "--dataset", "a" * 300 + ".parquet"), "too long"),
+        (("inspect", "a" * 300), "too long"),
+        (("evaluate", "nowhere", "--threads", "99999999999"), "--threads"),
         (("export", "--bad-option"), "--bad-option"),
         (("explode",), "explode"),
     ],
@@ -179,6 +189,9 @@ def test_bad_input_is_exit_code_2_without_traceback(tmp_path: Path, arguments: t
 def test_json_errors_are_objects(tmp_path: Path) -> None:
     done = _run("export", "mini-wit", "-o", str(tmp_path), "--json")
     assert json.loads(done.stdout)["type"] == "ModelError"
+    done = _run("quantize", "--average-bits", "3", "--json")
+    assert json.loads(done.stdout)["type"] == "BadParameter"
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

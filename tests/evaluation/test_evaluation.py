@@ -15,7 +15,7 @@ from PIL import Image
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.errors import CalibrationError, DatasetError
-from d4c_onnx.evaluation.datasets import CIFAR10, LabelledImages, open_dataset
+from d4c_onnx.evaluation.datasets import CIFAR10, LabelledImages, content_sha256, open_dataset, open_images
 from d4c_onnx.evaluation.fidelity import evaluate_fidelity
 from d4c_onnx.evaluation.intervals import paired_difference
 from d4c_onnx.evaluation.zero_shot import evaluate_zero_shot
@@ -136,3 +136,24 @@ def test_bad_rows_are_refused(tmp_path: Path) -> None:
     dataset = open_dataset(str(_write(tmp_path / "a.parquet", [0, 1], b"not an image")))
     with pytest.raises(DatasetError, match="row 0"):
         next(dataset.batches(2))
+
+
+def test_labels_are_integers_and_images_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet.classes.txt").write_text("\ufeffcat\ndog\n", "utf-8")
+    with pytest.raises(DatasetError, match="labels are double"):
+        open_dataset(str(_write(tmp_path / "a.parquet", [0.0, 1.9])))
+    assert open_dataset(str(_write(tmp_path / "a.parquet", [0, 1]))).classes == ("cat", "dog")
+    pq.write_table(pa.table({"image": [{"bytes": "text"}], "label": [0]}), tmp_path / "a.parquet")
+    with pytest.raises(DatasetError, match=r"row 0.*found str"):
+        open_dataset(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.parquet.classes.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DatasetError, match="UTF-8"):
+        open_dataset(str(_write(tmp_path / "a.parquet", [0])))
+
+
+def test_a_folder_of_images_holds_files_only(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_png())
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert len(open_images(tmp_path)) == 1
+    assert len(content_sha256(tmp_path)) == 64

@@ -1,0 +1,141 @@
+"""What a command finds of earlier runs: finished, unfinished, or of another model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from d4c_onnx import measure, pipeline
+from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.calibration import CalibrationSet
+from d4c_onnx.errors import BundleError, CalibrationError, CheckFailed, ModelError, RecipeError
+from d4c_onnx.recipe import Recipe, load_recipe
+
+NOISE = (
+    "synthesis.method=noise",
+    "synthesis.images=8",
+    "synthesis.held_out=4",
+    "text.prompts=8",
+    "text.held_out=4",
+    "quantization.rounding=nearest",
+    "evaluation.dataset=fidelity",
+)
+
+
+def _recipe(*keys: str) -> Recipe:
+    return load_recipe(None, [*NOISE, *keys])
+
+
+@pytest.fixture
+def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
+    """A copy of the FP32 mini-vit alone."""
+    ignore = shutil.ignore_patterns("w*a*", "calib*", ".*")
+    return Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignore))
+
+
+def test_what_was_not_measured_is_measured_by_the_rerun(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def quantize(*keys: str) -> dict[str, object]:
+        return pipeline.quantize_bundle(str(own), _recipe(*keys), output=own.parent)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize()
+    left = open_bundle(own / "w4a8")
+    assert "accuracy" not in left.manifest
+    with pytest.raises(BundleError, match="already exists"):
+        quantize("quantization.smoothing=none")  # another quantisation: not this run's to finish
+    with monkeypatch.context() as patched:
+        patched.setattr("d4c_onnx.quantization.quantize_bundle_files", interrupted)  # nothing is quantised again
+        report = quantize("evaluation.min_cosine=0.1")
+    done = open_bundle(own / "w4a8")
+    assert done.manifest["files"] == left.manifest["files"]
+    assert done.manifest["accuracy"]["kind"] == "fidelity"
+    assert report["bits"] == "w4a8"
+    with pytest.raises(BundleError, match="already exists"):
+        quantize()
+
+
+def test_a_set_of_another_model_is_refused(
+    own: Path, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(vit_calibration[0], tmp_path / "other"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["key"]["weights_sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CalibrationError, match="other weights"):
+        pipeline.quantize_bundle(str(own), _recipe(), output=own.parent, calibration=other)
+    with pytest.raises(CalibrationError, match="other weights"):
+        measure.evaluate_bundles([own], _recipe(), calibration=other)
+    assert not (own / "w4a8").exists()
+
+
+def test_bundles_of_two_models_are_not_compared(vit_bundle: Bundle, rn_bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="other weights"):
+        measure.evaluate_bundles([vit_bundle.path, rn_bundle.path], load_recipe())
+    with pytest.raises(BundleError, match="other input"):
+        measure.benchmark_bundles([vit_bundle.path, rn_bundle.path], rounds=1)
+
+
+def test_what_the_measuring_would_stumble_over_is_refused_before_the_work(own: Path) -> None:
+    for keys, kind, message in (
+        (("evaluation.max_drop=0.5",), RecipeError, "max_drop"),
+        (("synthesis.held_out=0",), CalibrationError, "held_out"),
+    ):
+        with pytest.raises(kind, match=message):
+            pipeline.quantize_bundle(str(own), _recipe(*keys), output=own.parent)
+    with pytest.raises(RecipeError, match="--prompts"):
+        pipeline.quantize_bundle(str(own), _recipe(), output=own.parent, prompts="a.txt", calibration="b")
+    assert not list(own.glob("calibration-*"))
+
+
+def test_a_failed_check_carries_what_was_measured(own: Path) -> None:
+    with pytest.raises(CheckFailed, match="min_cosine") as failed:
+        pipeline.quantize_bundle(str(own), _recipe("evaluation.min_cosine=1.0"), output=own.parent)
+    assert failed.value.report is not None
+    assert failed.value.report["accuracy"]["kind"] == "fidelity"
+
+
+def test_values_that_are_not_numbers_pass_no_check() -> None:
+    versus = {"top1_difference": {"points": float("nan")}, "cosine_image": float("nan"), "cosine_text": 1.0}
+    measured = {"bundles": [{}, {"bundle": "w4a8", "versus_first": versus}]}
+    for key in ("max_drop=50.0", "min_cosine=0.5"):
+        with pytest.raises(CheckFailed):
+            measure.check_limits(measured, load_recipe(None, [f"evaluation.{key}"]), {})
+
+
+def test_weights_are_those_that_were_asked_for(tmp_path: Path) -> None:
+    """The manifest knows the name of a checkpoint, and what is in it: the same name elsewhere is another model."""
+    import open_clip
+    import torch
+
+    (tmp_path / "configs").mkdir()
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "configs" / "tiny-rerun.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "configs")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
+        torch.save(open_clip.create_model("tiny-rerun").state_dict(), folder / "model.pt")
+
+    def quantize(pretrained: object, *keys: str) -> None:
+        recipe = _recipe("text.prompts=2", "text.held_out=1", *keys)
+        pipeline.quantize_bundle("tiny-rerun", recipe, output=tmp_path / "out", pretrained=str(pretrained))
+
+    quantize(tmp_path / "run0" / "model.pt")
+    with pytest.raises(ModelError, match="other weights"):
+        quantize(tmp_path / "run1" / "model.pt", "quantization.bits=w8a8")
+    with pytest.raises(ModelError, match="no such file"):
+        quantize(tmp_path / "nowhere" / "model.pt", "quantization.bits=w8a8")
+    pipeline.export_bundle("tiny-rerun", tmp_path / "random", _recipe(), pretrained="random")
+    with pytest.raises(BundleError, match="seed 0, not 7"):
+        pipeline.quantize_bundle("tiny-rerun", _recipe("seed=7"), output=tmp_path / "random", pretrained="random")
