@@ -3,10 +3,10 @@
     python benchmarks/fidelity.py --train cifar10-train.parquet -o exported --seeds 0 1 2 --write docs/fidelity.md
 
 Each row quantises both encoders and measures them with onnxruntime on all 10,000 test images, beside FP32. `real` are
-128 training images (the control; only this script ever opens them), `noise` is N(0, 1), `pink` is 1/f noise; stress 30
-are the same models with outlier channels inflated 30 times, FP32 output unchanged. Rows that are in the results file
-already are not run again. `--write` puts the table into the document, between its markers, and a picture beside it
-(needs matplotlib, the `benchmarks` extra).
+128 training images (a control), `noise` is N(0, 1), `pink` is 1/f noise; stress 30 are the same models with outlier
+channels inflated 30 times, FP32 output unchanged. Rows that are in the results file already are not run again.
+`--write` puts the table into the document, between its markers, and a picture beside it (needs matplotlib, the
+`benchmarks` extra).
 """
 
 import argparse
@@ -141,8 +141,8 @@ def table(results: dict[str, dict]) -> str:
     ]
     for (model, bits, source, factor, sets), rows in _groups(results).items():
         points = [row["top1_difference"]["points"] for row in rows]
-        low = min(row["top1_difference"]["low"] for row in rows)
-        high = max(row["top1_difference"]["high"] for row in rows)
+        found = [(row["top1_difference"]["low"], row["top1_difference"]["high"]) for row in rows]
+        low, high = max(found, key=lambda interval: interval[1] - interval[0])
 
         def mean(name: str, rows: list[dict] = rows) -> float:
             return float(np.mean([row[name] for row in rows]))

@@ -271,6 +271,10 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise RecipeError(
             f"{where}, synthesis.source: belongs to synthesis.method real, and only to it: a folder or .parquet file."
         )
+    if recipe.synthesis.method == "d4c" and not recipe.synthesis.pgsi:
+        raise RecipeError(
+            f"{where}, synthesis.pgsi: false leaves nothing to aim at. Use synthesis.method: noise, or pgsi: true."
+        )
     if recipe.synthesis.settle is not None and recipe.synthesis.shared_optimizer:
         raise RecipeError(
             f"{where}, synthesis.settle: needs batches that are finished one by one: no shared_optimizer."

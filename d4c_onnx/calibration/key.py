@@ -1,4 +1,7 @@
-"""What a calibration set depends on, as one key: equal keys mean equal sets on one machine."""
+"""What was asked of a calibration set, as one key: sets of equal keys stand in for each other.
+
+Device, resolved precision and versions decide the last bits; they are in the set's manifest, and no part of the key.
+"""
 
 import hashlib
 import json
@@ -15,7 +18,7 @@ def calibration_key(
     seed: int,
     source_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides a set's content, and an `id` that names its folder.
+    """Everything that was asked for, and an `id` that names the set's folder.
 
     Args:
         source_sha256: stands in for `section.source`: a key holds what was read, not where it lay.

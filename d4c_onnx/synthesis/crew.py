@@ -3,11 +3,13 @@
     torchrun --no-python --nproc-per-node 2 d4c-onnx synthesize ViT-B-32 --pretrained random
 
 Batches are independent of each other, so each process makes every n-th one, on a device of its own, into the same work
-folder; the first process puts the set together. The files are those that one process would make with as many threads.
+folder; the first process puts the set together. On CPUs the files are those that one process would make with as many
+threads.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -52,7 +54,8 @@ def join_crew(rank: int, size: int, local_rank: int = 0) -> Crew:
         local_rank: among those of this machine: the number of its CUDA device.
     """
     if size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+        # torch gives up after half an hour; a process may wait longer than that for the last batch of another one
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(days=30))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     return Crew(rank, size)

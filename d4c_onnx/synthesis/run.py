@@ -1,4 +1,7 @@
-"""From a loaded model to a calibration set on disk; interrupted runs resume and end with the same files."""
+"""From a loaded model to a calibration set on disk; interrupted runs resume, and on CPUs end with the same files.
+
+On CUDA torch has no repeatable gradient of the sampling that crops and perturbs: the same seed gives images alike.
+"""
 
 import json
 import shutil
@@ -22,7 +25,6 @@ from d4c_onnx.calibration.dataset import (
     work_folder,
 )
 from d4c_onnx.calibration.key import calibration_key
-from d4c_onnx.errors import RecipeError
 from d4c_onnx.files import translate_os_error, write_file, write_json
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.progress import OnStep, silent
@@ -72,12 +74,10 @@ def synthesize(
         on_step: told after each optimiser pass.
 
     Raises:
-        RecipeError: the recipe's components contradict each other, or make batches that a crew cannot share.
+        RecipeError: the recipe asks for what the tower does not have, or makes batches that a crew cannot share.
         ModelError: cuda was asked for and is not there.
         BundleError: the disk is full.
     """
-    if section.method == "d4c" and not section.pgsi:
-        raise RecipeError("synthesis.pgsi: false leaves nothing to aim at. Use synthesis.method: noise, or pgsi: true.")
     crew = crew or Crew()
     check_divisible(section, crew)
     key = calibration_key(loaded.weights_sha256, section, text, nouns, seed, source_sha256)
@@ -151,7 +151,7 @@ def _optimize(
     parts: list[Unit] = []
     chosen: list[int] = []
     settling = Settling(tower) if section.settle else None
-    settled = False
+    settled, skipped = False, 0
 
     def unit(number: int, start: int, stop: int) -> Path:
         """Make a unit, unless an earlier run has; its file."""
@@ -160,7 +160,8 @@ def _optimize(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             shape = (stop - start, 3, *loaded.preprocess["size"])
             images = start_images(section.image, shape, mean, std, generator)
-            report = _reporter(start, stop - start, len(labels), section.steps, on_step)
+            before = start - skipped
+            report = _reporter(start, before, stop - start, len(labels), section.steps, on_step)
             own = torch.from_numpy(labels[start:stop]).to(device)
             made, history = optimize_unit(images, own, guide, section, generator, state_file, report)
             _save_unit(done_file, made.numpy(), history)
@@ -177,19 +178,26 @@ def _optimize(
         return np.array(chosen), parts
     for number, (start, stop) in enumerate(spans):
         if settled and stop <= section.images:
+            skipped += stop - start
             continue
         parts.append(_load_unit(unit(number, start, stop)))
         chosen.extend(range(start, stop))
         if settling and section.settle and not settled and stop <= section.images:
             settled = settling.add(guide.encode, torch.from_numpy(parts[-1][0]).to(device)) < section.settle
             guide.taps.clear()
+    on_step("synthesize", len(labels) * section.steps, len(labels) * section.steps, {"images": len(chosen)})
     return np.array(chosen), parts
 
 
 def _reporter(
-    first: int, count: int, total: int, steps: int, on_step: OnStep
+    first: int, before: int, count: int, total: int, steps: int, on_step: OnStep
 ) -> Callable[[int, dict[str, float]], None]:
-    """Progress in images times steps; shown are the finished images, image steps per second, and the loss terms."""
+    """Progress in images times steps; shown are the finished images, image steps per second, and the loss terms.
+
+    Args:
+        first: where the unit stands among all images; where statistics have settled, some in front of it are left out.
+        before: images made before it.
+    """
     begun = time.perf_counter()
     passes = 0
 
@@ -197,7 +205,7 @@ def _reporter(
         nonlocal passes
         passes += 1  # of this process: a resumed unit's first step is not 1
         rate = passes * count / (time.perf_counter() - begun)
-        done = first + (count if step == steps else 0)
+        done = before + (count if step == steps else 0)
         values = {"images": done, "image steps/s": rate, **shown}
         on_step("synthesize", first * steps + count * step, total * steps, values)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 _SKETCH = 32  # dimensions that second moments are projected to
-_ROWS = 4096  # input rows of a layer that count, evenly spaced
+_ROWS = 4096  # input rows of a layer that count at most, evenly spaced
 
 
 @dataclass(slots=True)
@@ -27,8 +27,9 @@ class _Layer:
 
     def see(self, rows: torch.Tensor) -> None:
         self.low, self.high = min(self.low, float(rows.min())), max(self.high, float(rows.max()))
-        some = rows[:: max(1, len(rows) // _ROWS)] @ self.projection
-        self.moments += some.T @ some
+        with torch.autocast(rows.device.type, enabled=False):  # the tower may be running under it
+            some = rows[:: -(-len(rows) // _ROWS)] @ self.projection
+            self.moments += some.T @ some
 
     def summary(self) -> tuple[float, torch.Tensor]:
         """The width of the range, and the eigenvalues as shares of their sum."""

@@ -1,7 +1,8 @@
 """What the tower's inside says about an image: BatchNorm statistics (BNS) and patch similarity (PSE).
 
 Both are published data-free baselines; the first joins D4C's losses on ResNets. A tap is a forward hook; it keeps what
-one forward pass shows it for the rows of the whole image, and is emptied when it is read.
+one forward pass shows it for the rows of the whole image, and is emptied when it is read. Without SCG, PAE perturbs the
+whole image, and the statistics are those of what it makes of it.
 
 BNS, Source: ZeroQ (arXiv 2001.00281), DeepInversion (arXiv 1912.08795), for ResNets. The published distance is in the
 layers' own units; here each channel counts in units of its stored variance: the squared Wasserstein-2 distance of two

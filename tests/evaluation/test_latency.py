@@ -36,6 +36,24 @@ def test_rows_hold_every_contender_and_batch(vit_bundle: Bundle) -> None:
     assert result["text"][0]["batches"][3]["speed_up"] == 1
 
 
+def test_every_round_has_an_order_of_its_own(vit_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no contender always finds the caches as the same other one left them."""
+    ran: list[int] = []
+    run = EncoderSession.run
+
+    def noted(session: EncoderSession, batch: np.ndarray) -> np.ndarray:
+        ran.append(id(session))
+        return run(session, batch)
+
+    monkeypatch.setattr(EncoderSession, "run", noted)
+    racing = [Contender(name, {"text": vit_bundle.text_encoder}) for name in "abc"]
+    feeds = {"text": drawn_feeds(vit_bundle, [1], 8)["text"]}
+    measure_latency(racing, feeds, rounds=8, threads=1)
+    rounds = [tuple(ran[start : start + 3]) for start in range(0, len(ran), 3)][-8:]
+    assert all(len(set(order)) == 3 for order in rounds)
+    assert len(set(rounds)) > 3
+
+
 def test_a_broken_contender_is_an_error_of_ours(vit_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     broken = Contender("broken", {"text": tmp_path / "broken.onnx"})
