@@ -10,8 +10,6 @@ D4CError
 └── CheckFailed        a requested check ran and failed (exit code 1; all others are 2)
 """
 
-from typing import Any
-
 
 class D4CError(Exception):
     """Base of every error that d4c-onnx raises on purpose."""
@@ -48,6 +46,6 @@ class CheckFailed(D4CError):
         report: what was measured, in the form that the caller would have got; None where there is none.
     """
 
-    def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:
+    def __init__(self, message: str, report: dict[str, object] | None = None) -> None:
         super().__init__(message)
         self.report = report

@@ -134,8 +134,6 @@ def quantize_bundle(
     target = folder / recipe.quantization.bits.lower()
     form = target_of(recipe.quantization)
     half = folder / "fp16" if form.half else None
-    if prompts and calibration:
-        raise RecipeError(f"--prompts {prompts}: --calibration brings its own texts. Leave one of the two out.")
     unmeasured = None if overwrite else _unmeasured(target, recipe)
     if unmeasured is None:
         for written in (target, half) if half else (target,):
@@ -144,6 +142,8 @@ def quantize_bundle(
     dataset = open_calibration_set(calibration) if calibration else None
     if dataset is None:
         _use_threads(machine)
+    elif nouns is not None and dataset.manifest["key"]["nouns"] != list(nouns):
+        raise RecipeError(f"--prompts {prompts}: {calibration} was made for other nouns. Leave one of the two out.")
     clock = _Clock()
     bundle, origin = _source_bundle(source, folder, recipe, pretrained, on_step)
     check_measurable(recipe, bundle, recipe.synthesis.held_out if dataset is None else len(dataset.held_out))

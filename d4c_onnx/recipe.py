@@ -42,8 +42,11 @@ class SynthesisSection(_Section):
     )
     learning_rate: float = Field(0.1, gt=0)
     temperature: float = Field(0.1, gt=0, description="tau of the contrastive losses")
-    pgsi: bool = Field(True, description="prompt-guided semantic injection")
-    scg: bool = Field(True, description="structural contrastive generation: box against background")
+    scg: bool = Field(
+        True,
+        description="structural contrastive generation: box against background; with or without it, the prompt guides "
+        "(PGSI is always on in d4c)",
+    )
     pae: bool = Field(True, description="perturbation-aware enhancement")
     tv_weight: float = Field(0.1, ge=0, description="weight of the total variation of the image")
     whole_image_weight: float = Field(
@@ -270,10 +273,6 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
     if (recipe.synthesis.method == "real") != (recipe.synthesis.source is not None):
         raise RecipeError(
             f"{where}, synthesis.source: belongs to synthesis.method real, and only to it: a folder or .parquet file."
-        )
-    if recipe.synthesis.method == "d4c" and not recipe.synthesis.pgsi:
-        raise RecipeError(
-            f"{where}, synthesis.pgsi: false leaves nothing to aim at. Use synthesis.method: noise, or pgsi: true."
         )
     if recipe.synthesis.settle is not None and recipe.synthesis.shared_optimizer:
         raise RecipeError(

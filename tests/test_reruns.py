@@ -88,9 +88,12 @@ def test_what_the_measuring_would_stumble_over_is_refused_before_the_work(own: P
     ):
         with pytest.raises(kind, match=message):
             pipeline.quantize_bundle(str(own), _recipe(*keys), output=own.parent)
-    with pytest.raises(RecipeError, match="--prompts"):
-        pipeline.quantize_bundle(str(own), _recipe(), output=own.parent, prompts="a.txt", calibration="b")
     assert not list(own.glob("calibration-*"))
+    folder, _ = pipeline.synthesize_calibration_set(str(own), _recipe(), output=own.parent)
+    (own / "nouns.txt").write_text("cat\ndog\n")
+    with pytest.raises(RecipeError, match="other nouns"):
+        pipeline.quantize_bundle(str(own), _recipe(), output=own.parent, prompts=own / "nouns.txt", calibration=folder)
+    assert not (own / "w4a8").exists()
 
 
 def test_a_failed_check_carries_what_was_measured(own: Path) -> None:

@@ -153,15 +153,19 @@ def _optimize(
     settling = Settling(tower) if section.settle else None
     settled, skipped = False, 0
 
+    def file_of(number: int) -> Path:
+        return work / f"unit-{number:04d}.npz"
+
     def unit(number: int, start: int, stop: int) -> Path:
         """Make a unit, unless an earlier run has; its file."""
-        done_file, state_file = work / f"unit-{number:04d}.npz", work / f"unit-{number:04d}.pt"
+        done_file, state_file = file_of(number), work / f"unit-{number:04d}.pt"
         if not done_file.exists():
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             shape = (stop - start, 3, *loaded.preprocess["size"])
             images = start_images(section.image, shape, mean, std, generator)
-            before = start - skipped
-            report = _reporter(start, before, stop - start, len(labels), section.steps, on_step)
+            # counted by their files: those in front of this unit may be another process's, and not made yet
+            before = sum(end - first for other, (first, end) in enumerate(spans) if file_of(other).exists())
+            report = _reporter(before, skipped, stop - start, len(labels), section.steps, on_step)
             own = torch.from_numpy(labels[start:stop]).to(device)
             made, history = optimize_unit(images, own, guide, section, generator, state_file, report)
             _save_unit(done_file, made.numpy(), history)
@@ -190,13 +194,13 @@ def _optimize(
 
 
 def _reporter(
-    first: int, before: int, count: int, total: int, steps: int, on_step: OnStep
+    before: int, skipped: int, count: int, total: int, steps: int, on_step: OnStep
 ) -> Callable[[int, dict[str, float]], None]:
     """Progress in images times steps; shown are the finished images, image steps per second, and the loss terms.
 
     Args:
-        first: where the unit stands among all images; where statistics have settled, some in front of it are left out.
-        before: images made before it.
+        before: images that were made when the unit began.
+        skipped: images that need not be made, since the statistics have settled.
     """
     begun = time.perf_counter()
     passes = 0
@@ -207,7 +211,7 @@ def _reporter(
         rate = passes * count / (time.perf_counter() - begun)
         done = before + (count if step == steps else 0)
         values = {"images": done, "image steps/s": rate, **shown}
-        on_step("synthesize", first * steps + count * step, total * steps, values)
+        on_step("synthesize", (before + skipped) * steps + count * step, total * steps, values)
 
     return report
 
