@@ -28,10 +28,14 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
     """Refuse before any work starts when `target` is in the way.
 
     Raises:
-        BundleError: the target exists and `overwrite` is not set, or is not a folder.
+        BundleError: the target exists and `overwrite` is not set, is not a folder, or could not be made there.
     """
-    if target.exists() and not target.is_dir():
-        raise BundleError(f"{target}: exists and is not a folder. Choose another --output.")
+    above = next(path for path in (target.absolute(), *target.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        why = "exists and" if above == target.absolute() else f"cannot be made: {above}"
+        raise BundleError(f"{target}: {why} is not a folder. Choose another --output.")
+    if not os.access(above, os.W_OK):
+        raise BundleError(f"{target}: cannot be written, {above} is read-only here. Choose another --output.")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise BundleError(f"{target}: already exists. Add --overwrite to replace it, or choose another --output.")
 
@@ -110,7 +114,7 @@ def translate_os_error(error: OSError, target: Path) -> BundleError:
         return BundleError(
             f"{target}: no space left to write ({error.strerror or error}). Free some and run the same command again."
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
         return BundleError(f"{target}: cannot be written ({error.strerror}). Choose another --output.")
     return BundleError(f"{target}: {error.strerror or error}.")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,8 +232,9 @@ def _source_bundle(
         if pretrained and Path(pretrained).suffix:  # the manifest knows a file's name only: compare what is in it
             origin.load(on_step)
         return bundle, origin
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_dir() and any(folder.iterdir()):
         raise BundleError(f"{folder}: exists, but is not a bundle. Move it away, or choose another --output.")
+    refuse_existing(folder, overwrite=False)
     loaded = _load(source, pretrained, recipe.seed, on_step)
     return _export(loaded, folder, recipe, False, on_step), _Origin(pretrained, loaded=loaded)
 
@@ -333,8 +334,8 @@ def _real_images(source: Path, recipe: Recipe, preprocess: dict[str, Any]) -> np
             f"{source}: holds {len(found)} images; images + held_out are {count}. Lower synthesis.images."
         )
     chosen = np.random.default_rng([recipe.seed, 9]).choice(len(found), count, replace=False)
-    part = replace(found, labels=found.labels[chosen], encoded=[found.encoded[index] for index in chosen])
-    return np.stack([preprocess_image(image, preprocess) for images in part.batches(64) for image in images])
+    batches = found.select(chosen).batches(64)
+    return np.stack([preprocess_image(image, preprocess) for images in batches for image in images])
 
 
 def _report(

@@ -90,6 +90,14 @@ def test_existing_output_is_refused_before_work(tmp_path: Path) -> None:
     refuse_existing(tmp_path, overwrite=True)
     with pytest.raises(BundleError, match="not a folder"):
         refuse_existing(tmp_path / "file", overwrite=True)
+    with pytest.raises(BundleError, match="file is not a folder"):
+        refuse_existing(tmp_path / "file" / "deeper" / "mini-vit", overwrite=True)
+
+
+def test_read_only_output_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # tests may run as root
+    with pytest.raises(BundleError, match="read-only"):
+        refuse_existing(tmp_path / "deeper" / "mini-vit", overwrite=False)
 
 
 def test_json_bytes_depend_on_the_value_only(tmp_path: Path) -> None:

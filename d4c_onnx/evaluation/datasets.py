@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from d4c_onnx.errors import DatasetError
 from d4c_onnx.files import sha256
@@ -31,12 +31,14 @@ class LabelledImages:
         classes: class names, in label order.
         labels: int64 [N].
         encoded: N encoded images (JPEG, PNG, ...).
+        places: where each image stands in its source (a row, a file), for messages.
     """
 
     name: str
     classes: tuple[str, ...]
     labels: np.ndarray
     encoded: list[bytes]
+    places: list[str]
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -48,13 +50,19 @@ class LabelledImages:
             DatasetError: an image cannot be decoded.
         """
         for start in range(0, len(self.encoded), size):
-            batch = []
-            for number, blob in enumerate(self.encoded[start : start + size], start):
+            batch, part = [], slice(start, start + size)
+            for place, blob in zip(self.places[part], self.encoded[part], strict=True):
                 try:
                     batch.append(Image.open(io.BytesIO(blob)).convert("RGB"))
-                except (UnidentifiedImageError, OSError) as error:
-                    raise DatasetError(f"{self.name}, row {number}: not an image ({error}).") from error
+                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                    raise DatasetError(f"{self.name}, {place}: not an image ({error}).") from error
             yield batch
+
+    def select(self, indices: Iterable[int]) -> "LabelledImages":
+        """The images of these indices, in this order."""
+        chosen = [int(index) for index in indices]
+        encoded, places = [self.encoded[index] for index in chosen], [self.places[index] for index in chosen]
+        return LabelledImages(self.name, self.classes, self.labels[chosen], encoded, places)
 
 
 def open_dataset(name: str) -> LabelledImages:
@@ -89,10 +97,12 @@ def open_images(path: Path) -> LabelledImages:
         if not files:
             raise DatasetError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)}).")
         encoded = [file.read_bytes() for file in files]
+        places = [file.relative_to(path).as_posix() for file in files]
     else:
         table = _read_table(path)
         encoded = _encoded(path.name, table)
-    return LabelledImages(path.name, ("",), np.zeros(len(encoded), np.int64), encoded)
+        places = _rows(encoded)
+    return LabelledImages(path.name, ("",), np.zeros(len(encoded), np.int64), encoded, places)
 
 
 def content_sha256(path: Path) -> str:
@@ -150,7 +160,11 @@ def _from_table(name: str, table: Any, classes: tuple[str, ...]) -> LabelledImag
         raise DatasetError(f"{name}: expected image{{bytes}} and an integer label in every row ({error}).") from error
     if labels.min() < 0 or labels.max() >= len(classes):
         raise DatasetError(f"{name}: labels run to {labels.max()}, but there are {len(classes)} class names.")
-    return LabelledImages(name, classes, labels, encoded)
+    return LabelledImages(name, classes, labels, encoded, _rows(encoded))
+
+
+def _rows(encoded: list[bytes]) -> list[str]:
+    return [f"row {number}" for number in range(len(encoded))]
 
 
 def _class_names(path: Path, table: Any) -> tuple[str, ...]:

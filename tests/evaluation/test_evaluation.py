@@ -51,7 +51,7 @@ def test_embedded_set_is_complete() -> None:
 
 def _small(count: int = 300) -> LabelledImages:
     full = open_dataset("cifar10")
-    return LabelledImages("part", full.classes, full.labels[:count], full.encoded[:count])
+    return full.select(range(count))
 
 
 def test_zero_shot_of_equal_bundles_is_equal(vit_bundle: Bundle) -> None:
@@ -157,4 +157,10 @@ def test_a_folder_of_images_holds_files_only(tmp_path: Path) -> None:
     (tmp_path / "dir.png").mkdir()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert len(open_images(tmp_path)) == 1
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "broken.png").write_bytes(_png()[:40])
+    images = open_images(tmp_path)
+    assert len(list(images.select([0]).batches(2))) == 1
+    with pytest.raises(DatasetError, match=r"deeper/broken\.png: not an image"):
+        list(images.select([1]).batches(2))
     assert len(content_sha256(tmp_path)) == 64
