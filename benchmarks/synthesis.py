@@ -41,8 +41,6 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "PGSI + SCG": ("default", "pae=false bns_weight=0.0", MODELS),
     "PGSI + PAE": ("default", "scg=false bns_weight=0.0", MODELS),
     "no whole-image view": ("default", "whole_image_weight=0.0", MODELS),
-    "no whole-image view, boxes drawn once": ("default", "whole_image_weight=0.0 redraw_boxes=false", MODELS),
-    "boxes drawn once": ("default", "redraw_boxes=false", MODELS),
     "random labels": ("default", "labels=random", MODELS),
     "free pixels": ("default", "image=pixel", MODELS),
     "one Adam for all": ("default", "shared_optimizer=true", MODELS),

@@ -63,8 +63,9 @@ class SynthesisSection(_Section):
         description="fourier: coefficients scaled with 1/f under a sigmoid, so that pixels cannot leave [0, 1]; "
         "pixel: free values, as published",
     )
-    redraw_boxes: bool = Field(True, description="draw SCG's boxes at every step, not once")
-    box_area: tuple[float, float] = Field((0.4, 0.7), strict=False, description="range of the box's share of the image")
+    box_area: tuple[float, float] = Field(
+        (0.4, 0.7), strict=False, description="range of the box's share of the image; one box an image, drawn once"
+    )
     background_noise: float = Field(0.1, ge=0, description="sigma of the noise on SCG's background view")
     shared_optimizer: bool = Field(
         False, description="one Adam over the whole set, as published: idle images drift on stale momentum"

@@ -22,7 +22,6 @@ def test_paper_recipe_is_the_published_schedule() -> None:
     assert (section.images, section.batch, section.steps) == (128, 16, 3000)
     assert (section.learning_rate, section.temperature, section.tv_weight) == (0.01, 0.1, 0.1)
     assert section.shared_optimizer
-    assert not section.redraw_boxes
     assert section.image == "pixel"
     assert section.whole_image_weight == 0
 

@@ -102,11 +102,8 @@ def optimize_unit(
     for step in range(first, section.steps):
         own = guide if step < coarse_steps else replace(guide, coarse=None)
         for chosen in _minibatches(len(values), section.batch, generator):
-            current = boxes[chosen]
-            if section.redraw_boxes:
-                current = draw_boxes(len(chosen), section.box_area, generator).to(values.device)
             pixels = images.render(values[chosen])
-            shown = optimize_step(pixels, current, labels[chosen], own, section, optimizer, generator)
+            shown = optimize_step(pixels, boxes[chosen], labels[chosen], own, section, optimizer, generator)
         for name, value in shown.items():
             history.setdefault(name, []).append(value)
         on_step(step + 1, shown)

@@ -198,11 +198,7 @@ def _hashes(path: Path) -> dict[str, str]:
     "extra",
     [
         ("synthesis.coarse=0.5",),
-        (
-            "synthesis.shared_optimizer=true",
-            "synthesis.image=pixel",
-            "synthesis.redraw_boxes=false",
-        ),
+        ("synthesis.shared_optimizer=true", "synthesis.image=pixel"),
     ],
 )
 def test_interrupted_run_resumes_to_the_same_files(tmp_path: Path, mini_vit, extra: tuple[str, ...]) -> None:
@@ -292,7 +288,6 @@ def test_fourier_coefficients_of_unit_variance_render_unit_variance(height: int,
     [
         "image=pixel",
         "whole_image_weight=0.0",
-        "redraw_boxes=false",
         "labels=random",
         "temperature=0.2",
         "precision=bfloat16",
