@@ -18,6 +18,7 @@ from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex, attribute
 from d4c_onnx.quantization import half_bundle_files, quantize_bundle_files
+from d4c_onnx.quantization.bundle import _unseen
 from d4c_onnx.quantization.deployment import TARGETS, compute_pooled_row_only, convolve_pools, fuse_attention
 from d4c_onnx.quantization.layout import store_int4
 from d4c_onnx.recipe import load_recipe
@@ -323,6 +324,16 @@ def test_half_bundle_finds_the_end_token(vit_bundle: Bundle, tmp_path: Path) -> 
     assert (exact * close).sum(-1).min() > 0.9999
     assert half.image_encoder.stat().st_size < 0.55 * vit_bundle.image_encoder.stat().st_size
     assert open_bundle(half.path).manifest["bits"] == "fp16"
+
+
+@pytest.mark.parametrize("sizes", [(1,), (8,), (8, 5), (16, 16)])
+def test_the_optimizer_is_judged_on_many_images(rng: np.random.Generator, sizes: tuple[int, ...]) -> None:
+    """However few the calibration images are; on eight, chance alone once failed a bundle."""
+    seen = np.concatenate(_unseen([rng.normal(size=(size, 3, 8, 64)).astype(np.float32) for size in sizes]))
+    assert len(seen) >= 32
+    assert len(np.unique(seen.reshape(len(seen), -1), axis=0)) == len(seen)
+    ids = [np.ones((2, 5), np.int64)]
+    assert _unseen(ids) is ids
 
 
 def test_optimizer_that_changes_answers_fails_the_bundle(
