@@ -159,8 +159,8 @@ def _check_optimizer(
         effect = effects[name] = optimizer_effect(stage / name, bundle.path / name, batches, threads, entries)
         if not effect.harmless:
             raise CheckFailed(
-                f"{name}: onnxruntime's graph optimiser changes the answers: without it they are {effect.literal:.2e} "
-                f"(rms) from FP32, with it {effect.optimized:.2e}. Nothing was written; please report the model."
+                f"{name}: onnxruntime's graph optimiser changes the answers: with it they are {effect.ratio:.2f} times "
+                f"as far from FP32 as without ({effect.literal:.2e} rms). Nothing was written; please report the model."
             )
     on_step("check", len(effects), len(readers), {})
     return effects
