@@ -71,7 +71,7 @@ def evaluate_bundles(
             )
     if dataset is not None:
         check_set_fits(dataset, bundles[0])
-    check_measurable(recipe, bundles[0], None if dataset is None else len(dataset.held_out))
+    check_measurable(recipe, bundles[0], None if dataset is None else held_out_counts(dataset))
     result = evaluate(bundles, recipe, dataset, machine or Machine(), on_step)
     check_limits(result, recipe, result)
     return result
@@ -300,11 +300,11 @@ def _dataset_name(recipe: Recipe, bundle: Bundle) -> str:
     return str(bundle.manifest["model"].get("dataset") or "fidelity") if name == "auto" else name
 
 
-def check_measurable(recipe: Recipe, bundle: Bundle, held_out: int | None) -> None:
+def check_measurable(recipe: Recipe, bundle: Bundle, held_out: tuple[int, int] | None) -> None:
     """Refuse what the measuring at the end would stumble over.
 
     Args:
-        held_out: images that the calibration set holds out, or will; None where there is no set.
+        held_out: images and prompts that the calibration set holds out, or will; None where there is no set.
 
     Raises:
         RecipeError: fidelity knows no top-1 that `evaluation.max_drop` could be about.
@@ -317,8 +317,13 @@ def check_measurable(recipe: Recipe, bundle: Bundle, held_out: int | None) -> No
             "evaluation.max_drop: is about top-1, which needs labels. Add --dataset FILE.parquet, or use "
             "evaluation.min_cosine."
         )
-    if held_out == 0:
+    if held_out is not None and not all(held_out):
         raise CalibrationError("the calibration set holds nothing out. Raise synthesis.held_out and text.held_out.")
+
+
+def held_out_counts(dataset: CalibrationSet) -> tuple[int, int]:
+    """Images and prompts that a set keeps from calibration."""
+    return len(dataset.held_out), len(dataset.held_out_texts)
 
 
 def check_set_fits(dataset: CalibrationSet, bundle: Bundle) -> None:

@@ -23,7 +23,15 @@ from d4c_onnx.bundle import (
 )
 from d4c_onnx.errors import BundleError, DatasetError, ModelError, RecipeError
 from d4c_onnx.files import refuse_existing
-from d4c_onnx.measure import Machine, check_dataset_name, check_limits, check_measurable, check_set_fits, evaluate
+from d4c_onnx.measure import (
+    Machine,
+    check_dataset_name,
+    check_limits,
+    check_measurable,
+    check_set_fits,
+    evaluate,
+    held_out_counts,
+)
 from d4c_onnx.memory import release_freed
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
@@ -146,7 +154,8 @@ def quantize_bundle(
         raise RecipeError(f"--prompts {prompts}: {calibration} was made for other nouns. Leave one of the two out.")
     clock = _Clock()
     bundle, origin = _source_bundle(source, folder, recipe, pretrained, on_step)
-    check_measurable(recipe, bundle, recipe.synthesis.held_out if dataset is None else len(dataset.held_out))
+    planned = (recipe.synthesis.held_out, recipe.text.held_out)
+    check_measurable(recipe, bundle, planned if dataset is None else held_out_counts(dataset))
     clock.lap("export")
     if dataset is None:
         _, dataset = _calibration_set(origin, folder, recipe, nouns, machine, on_step)

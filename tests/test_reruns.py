@@ -85,6 +85,7 @@ def test_what_the_measuring_would_stumble_over_is_refused_before_the_work(own: P
     for keys, kind, message in (
         (("evaluation.max_drop=0.5",), RecipeError, "max_drop"),
         (("synthesis.held_out=0",), CalibrationError, "held_out"),
+        (("text.held_out=0",), CalibrationError, "held_out"),
     ):
         with pytest.raises(kind, match=message):
             pipeline.quantize_bundle(str(own), _recipe(*keys), output=own.parent)

@@ -30,6 +30,8 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     if report["minimum_onnxruntime"] is None:  # in FP32
         return
     click.echo(f"needs onnxruntime {report['minimum_onnxruntime']} or newer")
+    if report["weight_bits_average"] >= 16:
+        return
     click.echo("CUDA's provider runs quantised products as float products between (de)quantisers: correct, not faster.")
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -11,7 +11,6 @@ import click
 from d4c_onnx.progress import OnStep, silent
 
 _BAR_WIDTH = 20
-_WIDTH_BESIDE = 39  # stage, percentage, both times and the spaces between
 
 
 @contextlib.contextmanager
@@ -20,8 +19,19 @@ def progress(quiet: bool) -> Iterator[OnStep]:
     if quiet:
         yield silent
         return
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Stages(Progress):
+        """The stages, and below them what the last one reports: beside a bar a narrow terminal has no room for it."""
+
+        values = ""
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            if self.values:
+                yield Text(f"  {self.values}")
 
     columns = (
         TextColumn("{task.description:<11}"),
@@ -30,20 +40,17 @@ def progress(quiet: bool) -> Iterator[OnStep]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[values]}"),
     )
-    console = Console(stderr=True)
-    room = max(0, console.width - _BAR_WIDTH - _WIDTH_BESIDE)  # in a narrow terminal values are cut, not stages
-    with Progress(*columns, console=console) as bar:
+    with Stages(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, Any] = {}
 
         def on_step(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
-            if stage not in tasks or bar.tasks[tasks[stage]].finished:
-                tasks[stage] = bar.add_task(stage, total=total, values="")
-            shown = "  ".join(
+            if stage not in tasks or (bar.tasks[tasks[stage]].finished and done < total):
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.values = "  ".join(
                 f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in values.items()
             )
-            bar.update(tasks[stage], completed=done, total=total, values=shown[:room])
+            bar.update(tasks[stage], completed=done)
 
         yield on_step
 

@@ -46,7 +46,7 @@ class EncoderReport:
 
     Attributes:
         layers: each weighted layer with its true bits.
-        token_table_bits: None without a token table.
+        token_table_bits: None without a token table, or where it stays float.
         activations: how many are quantised.
         smoothed: alpha per smoothed place, by the node that makes the activation.
         start_token_pinned: whether the start token's keys and values are constants of the file.
@@ -137,7 +137,7 @@ def quantize_encoder(
         pools = convolve_pools(quantized) if form.convolved_pools else []
         omit_zero_points(quantized, [f"{name}_quantized" for name in weights])
     store_int4(quantized, [*narrow, *pools] if narrow else [], layout)
-    table = find_token_table(quantized.graph)
+    table = find_token_table(quantized.graph) if form.packed_table else None
     table_bits = None
     if table is not None:
         gather, name = table

@@ -267,13 +267,15 @@ def test_two_processes_make_the_files_of_one(tmp_path: Path) -> None:
     assert not list(sets[1].parent.glob(".work-*"))
 
 
-def test_a_narrow_terminal_cuts_values_and_not_the_stage(
+def test_a_narrow_terminal_shows_stage_rate_and_losses(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with show.progress(quiet=False) as on_step:
-        on_step("synthesize", 8, 16, {"images": 16, "loss": 8.585, "scg": 5.294, "pgsi": 3.241, "whole": 3.1})
-    line = capsys.readouterr().err
-    assert "synthesize" in line
-    assert "images 16" in line
-    assert "whole" not in line
+        values = {"images": 16, "image steps/s": 412.5, "loss": 8.585, "scg": 5.294, "pgsi_whole": 3.241, "bns": 0.0367}
+        on_step("synthesize", 16, 16, values)
+        on_step("synthesize", 16, 16, {**values, "tv": 0.0921})  # said twice, it is still one stage
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("synthesize") == 1
+    for expected in ("images 16", "image steps/s 412.5", "loss 8.585", "pgsi_whole 3.241", "bns 0.0367", "tv 0.0921"):
+        assert expected in shown

@@ -20,6 +20,7 @@ class Target:
         reduce_range: 8-bit weights stay in [-64, 63]. onnxruntime's kernels for x86 without VNNI add two products of
             uint8 and int8 in 16 bits, which full weights overflow: ViT-B/32's W8A8 image embeddings then were seven
             times further from FP32 than the file says.
+        packed_table: the token table is stored in integers, by standard operators that TensorRT's parser does not take.
         half: put an FP16 bundle beside the int8 one.
         note: what to expect there.
     """
@@ -31,6 +32,7 @@ class Target:
     symmetric: bool
     quantize_bias: bool
     reduce_range: bool
+    packed_table: bool
     half: bool
     note: str
 
@@ -46,6 +48,7 @@ TARGETS = {
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
+        packed_table=True,
         half=False,
         note="int8 kernels on onnxruntime's CPU provider",
     ),
@@ -57,6 +60,7 @@ TARGETS = {
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
+        packed_table=True,
         half=False,
         note="standard operators only; int8 kernels on the CPU provider",
     ),
@@ -68,6 +72,7 @@ TARGETS = {
         symmetric=True,
         quantize_bias=False,
         reduce_range=False,
+        packed_table=False,
         half=False,
         note=f"for TensorRT{_COMPILED}",
     ),
@@ -79,6 +84,7 @@ TARGETS = {
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
+        packed_table=True,
         half=False,
         note=f"for OpenVINO{_COMPILED}",
     ),
@@ -90,6 +96,7 @@ TARGETS = {
         symmetric=False,
         quantize_bias=True,
         reduce_range=False,
+        packed_table=True,
         half=True,
         note="the CUDA provider has no kernel for QDQ products: it dequantises and multiplies in float, so the int8 "
         "file saves download and disk, not time; serve the FP16 bundle there, or TensorRT",
