@@ -310,6 +310,8 @@ def check_measurable(recipe: Recipe, bundle: Bundle, held_out: tuple[int, int] |
         RecipeError: fidelity knows no top-1 that `evaluation.max_drop` could be about.
         CalibrationError: fidelity has nothing held out to look at.
     """
+    from d4c_onnx.evaluation.fidelity import check_held_out
+
     if _dataset_name(recipe, bundle) != "fidelity":
         return
     if recipe.evaluation.max_drop is not None:
@@ -317,8 +319,8 @@ def check_measurable(recipe: Recipe, bundle: Bundle, held_out: tuple[int, int] |
             "evaluation.max_drop: is about top-1, which needs labels. Add --dataset FILE.parquet, or use "
             "evaluation.min_cosine."
         )
-    if held_out is not None and not all(held_out):
-        raise CalibrationError("the calibration set holds nothing out. Raise synthesis.held_out and text.held_out.")
+    if held_out is not None:
+        check_held_out(*held_out)
 
 
 def held_out_counts(dataset: CalibrationSet) -> tuple[int, int]:

@@ -1,11 +1,12 @@
 """d4c-onnx evaluate."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from d4c_onnx.cli import options, show
-from d4c_onnx.errors import CheckFailed
+from d4c_onnx.progress import OnStep
 
 
 @click.command("evaluate")
@@ -35,20 +36,11 @@ def command(
     recipe = options.resolve_recipe(recipe_name, overrides, seed, {"evaluation.dataset": dataset})
     from d4c_onnx import measure
 
-    failed: CheckFailed | None = None
-    with show.stdout_to_stderr(), show.progress(quiet) as on_step:
-        machine = measure.Machine(provider=provider, threads=threads)
-        try:
-            result = measure.evaluate_bundles(
-                list(bundles), recipe, calibration=calibration, machine=machine, on_step=on_step
-            )
-        except CheckFailed as error:
-            if error.report is None:
-                raise
-            failed, result = error, error.report
-    if as_json and failed is None:
-        show.print_json(result)
-    elif not as_json:
-        show.accuracy_table(result)
-    if failed is not None:
-        raise failed
+    machine = measure.Machine(provider=provider, threads=threads)
+
+    def evaluate(on_step: OnStep) -> dict[str, Any]:
+        return measure.evaluate_bundles(
+            list(bundles), recipe, calibration=calibration, machine=machine, on_step=on_step
+        )
+
+    show.measured(evaluate, show.accuracy_table, as_json, quiet)

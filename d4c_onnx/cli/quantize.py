@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from d4c_onnx.cli import options, show
-from d4c_onnx.errors import CheckFailed
+from d4c_onnx.progress import OnStep
 
 
 @click.command("quantize")
@@ -67,30 +67,20 @@ def command(
     recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
     from d4c_onnx import measure, pipeline
 
-    failed: CheckFailed | None = None
-    with show.stdout_to_stderr(), show.progress(quiet) as on_step:
-        try:
-            report = pipeline.quantize_bundle(
-                model,
-                recipe,
-                output=output,
-                pretrained=pretrained,
-                prompts=prompts,
-                calibration=calibration,
-                overwrite=overwrite,
-                machine=measure.Machine(provider, device, threads),
-                on_step=on_step,
-            )
-        except CheckFailed as error:
-            if error.report is None:  # not the one at the end
-                raise
-            failed, report = error, error.report
-    if as_json and failed is None:
-        show.print_json(report)
-    elif not as_json:
-        _print(report)
-    if failed is not None:
-        raise failed
+    def quantize(on_step: OnStep) -> dict[str, Any]:
+        return pipeline.quantize_bundle(
+            model,
+            recipe,
+            output=output,
+            pretrained=pretrained,
+            prompts=prompts,
+            calibration=calibration,
+            overwrite=overwrite,
+            machine=measure.Machine(provider, device, threads),
+            on_step=on_step,
+        )
+
+    show.measured(quantize, _print, as_json, quiet)
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import click
 
+from d4c_onnx.errors import CheckFailed
 from d4c_onnx.progress import OnStep, silent
 
 _BAR_WIDTH = 20
@@ -72,6 +73,30 @@ def stdout_to_stderr() -> Iterator[None]:
     """Whatever a library prints goes to stderr; stdout is the command's own."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def measured(
+    measure: Callable[[OnStep], dict[str, Any]], table: Callable[[dict[str, Any]], None], as_json: bool, quiet: bool
+) -> None:
+    """Measure under a progress bar and show what came out, also where a check at the end has failed.
+
+    Raises:
+        CheckFailed: the check's, once its report is shown; with --json the command group prints both as one object.
+    """
+    failed: CheckFailed | None = None
+    with stdout_to_stderr(), progress(quiet) as on_step:
+        try:
+            report = measure(on_step)
+        except CheckFailed as error:
+            if error.report is None:  # not the one at the end
+                raise
+            failed, report = error, error.report
+    if not as_json:
+        table(report)
+    elif failed is None:
+        print_json(report)
+    if failed is not None:
+        raise failed
 
 
 def print_json(value: Any) -> None:

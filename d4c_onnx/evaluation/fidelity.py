@@ -15,6 +15,16 @@ from d4c_onnx.evaluation.embed import BundleEncoders
 from d4c_onnx.progress import OnStep, silent
 
 
+def check_held_out(images: int, prompts: int) -> None:
+    """Refuse a calibration set that holds so many out.
+
+    Raises:
+        CalibrationError: there is nothing to look at.
+    """
+    if not (images and prompts):
+        raise CalibrationError("the calibration set holds nothing out. Raise synthesis.held_out and text.held_out.")
+
+
 def evaluate_fidelity(
     bundles: Sequence[Bundle],
     calibration: CalibrationSet,
@@ -34,8 +44,7 @@ def evaluate_fidelity(
         CalibrationError: the set holds nothing out.
     """
     images, texts = calibration.held_out, list(calibration.held_out_texts)
-    if not len(images) or not texts:
-        raise CalibrationError("the calibration set holds nothing out. Raise synthesis.held_out and text.held_out.")
+    check_held_out(len(images), len(texts))
     total, done = len(images) * len(bundles), 0
     rows: list[dict[str, Any]] = []
     first: tuple[np.ndarray, np.ndarray] | None = None
