@@ -147,7 +147,7 @@ def _optimize(
     # than torch's fused attention.
     tower, _ = loaded.deployed_towers()
     guide = _guide(loaded, tower, section, nouns, mean, std, device, precision)
-    size = len(labels) if section.shared_optimizer else section.batch
+    size = section.images if section.shared_optimizer else section.batch
     parts: list[Unit] = []
     chosen: list[int] = []
     settling = Settling(tower) if section.settle else None
@@ -172,7 +172,9 @@ def _optimize(
             state_file.unlink(missing_ok=True)
         return done_file
 
-    spans = [(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
+    # Held-out images have units of their own: how many there are changes no calibration image.
+    groups = ((0, section.images), (section.images, len(labels)))
+    spans = [(start, min(start + size, end)) for first, end in groups for start in range(first, end, size)]
     if crew.size > 1:
         for number, (start, stop) in enumerate(spans):
             if crew.mine(number):

@@ -220,6 +220,20 @@ def test_interrupted_run_resumes_to_the_same_files(tmp_path: Path, mini_vit, ext
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("extra", [(), ("synthesis.shared_optimizer=true", "synthesis.labels=random")])
+def test_what_is_held_out_changes_no_calibration_image(tmp_path: Path, mini_vit, extra: tuple[str, ...]) -> None:
+    """Neither through a batch that is not full, nor through an Adam for all: `paper` may hold images out."""
+    made = []
+    for held_out in (0, 3):
+        keys = ("images=3", f"held_out={held_out}", "batch=2", "steps=3")
+        recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4", *extra])
+        target = tmp_path / str(held_out)
+        made.append(synthesize(mini_vit, target, recipe.synthesis, recipe.text, mini_vit.embedded.nouns, seed=0))
+    without, with_held_out = made
+    assert len(with_held_out.held_out) == 3
+    np.testing.assert_array_equal(without.pixel_values, with_held_out.pixel_values)
+
+
 def test_seed_decides_the_files(tmp_path: Path, mini_vit) -> None:
     recipe = load_recipe(
         None, ["synthesis.method=noise", "synthesis.images=2", "synthesis.held_out=1", "text.prompts=4"]
