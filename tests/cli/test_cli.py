@@ -194,22 +194,44 @@ def test_json_errors_are_objects(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_leaves_no_half_result_and_resumes(own: Path, number: int) -> None:
-    command = [sys.executable, "-c", "from d4c_onnx.cli import main; main()", "synthesize", "-o", str(own), *TINY]
-    command += ["--set", "synthesis.steps=4000", "--set", "synthesis.checkpoint_steps=5", "--quiet"]
+LONGER = [*TINY, "--set", "synthesis.steps=150", "--set", "synthesis.checkpoint_steps=5", "--quiet", "--json"]
+
+
+def _files_of_the_set(printed: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in Path(json.loads(printed)["calibration"]).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a set whose making nothing interrupted."""
+    done = _run("synthesize", "-o", str(tmp_path_factory.mktemp("whole")), *LONGER)
+    assert done.returncode == 0, done.stderr
+    return _files_of_the_set(done.stdout)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_run_leaves_no_half_result_and_ends_with_the_same_files(
+    own: Path, uninterrupted: dict[str, bytes], number: int
+) -> None:
+    command = [sys.executable, "-c", "from d4c_onnx.cli import main; main()", "synthesize", "-o", str(own), *LONGER]
     # a suite that runs in the background of a script inherits an ignored SIGINT
-    heard = functools.partial(signal.signal, number, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    heard = None if number == signal.SIGKILL else functools.partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    model = own / "mini-vit"
     deadline = time.monotonic() + 120
-    while not list((own / "mini-vit").glob(".work-*/unit-*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    while not list(model.glob(".work-*/unit-0001.pt")) and time.monotonic() < deadline:  # one unit done, one begun
+        time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == (-number if number == signal.SIGKILL else 1)
     assert "Traceback" not in errors
-    assert not list((own / "mini-vit").glob("calibration-*"))
-    assert list((own / "mini-vit").glob(".work-*/unit-*.pt"))  # what was done is kept for the rerun
+    assert not list(model.glob("calibration-*"))
+    # what was done is kept for the rerun
+    assert len(list(model.glob(".work-*/unit-*.npz"))) == 1
+    rerun = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert rerun.returncode == 0, rerun.stderr
+    assert _files_of_the_set(rerun.stdout) == uninterrupted
+    assert not list(model.glob(".work-*"))
 
 
 def test_full_disk_is_exit_code_2_and_leaves_nothing(own: Path) -> None:
