@@ -91,7 +91,7 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
     from d4c_onnx.runtime.inspection import inspect_encoder
 
     bundle = open_bundle(path)
-    found = {file.name: inspect_encoder(file) for file in bundle.encoders.values()}
+    found = {file.name: inspect_encoder(file, bundle.session_entries) for file in bundle.encoders.values()}
     return {
         "model": bundle.model_name,
         "bits": bundle.manifest.get("bits", "fp32"),

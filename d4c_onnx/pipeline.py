@@ -119,7 +119,8 @@ def quantize_bundle(
     """Quantise both encoders of a model or bundle, and measure the written files against FP32.
 
     Exports first when the model has no bundle yet, synthesises when there is no calibration set of the recipe's key.
-    The result goes to `<bundle>/<bits>/`; with `target: cuda` an FP16 bundle goes to `<bundle>/fp16/`, too.
+    The result goes to `<bundle>/<bits>/`; with `target: cuda` an FP16 bundle goes to `<bundle>/fp16/`, too, unless the
+    same one is there from another width.
 
     Args:
         source: a model's name, or an FP32 bundle's path.
@@ -133,7 +134,7 @@ def quantize_bundle(
             `report` is what would be returned).
     """
     from d4c_onnx.calibration.dataset import open_calibration_set
-    from d4c_onnx.quantization import half_bundle_files, quantize_bundle_files, target_of
+    from d4c_onnx.quantization import find_half_bundle, half_bundle_files, quantize_bundle_files, target_of
     from d4c_onnx.runtime.session import resolve_provider
 
     machine = machine or Machine()
@@ -141,11 +142,15 @@ def quantize_bundle(
     folder = Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
     target = folder / recipe.quantization.bits.lower()
     form = target_of(recipe.quantization)
-    half = folder / "fp16" if form.half else None
-    unmeasured = None if overwrite else _unmeasured(target, recipe)
+    half_target = folder / "fp16"
+    half = None
+    if form.half and not overwrite and is_bundle(folder):
+        half = find_half_bundle(open_bundle(folder, verify=False), half_target, recipe.quantization)
+    unmeasured = None if overwrite else _unmeasured(target, recipe, whole=calibration is None)
     if unmeasured is None:
-        for written in (target, half) if half else (target,):
-            refuse_existing(written, overwrite)
+        refuse_existing(target, overwrite)
+    if form.half and half is None:
+        refuse_existing(half_target, overwrite)
     check_dataset_name(recipe)
     dataset = open_calibration_set(calibration) if calibration else None
     if dataset is None:
@@ -166,22 +171,28 @@ def quantize_bundle(
     clock.lap("synthesize")
     if unmeasured is not None and unmeasured.manifest["calibration"] != dataset.manifest["key"]["id"]:
         refuse_existing(target, overwrite)
+    dump = recipe.model_dump(mode="json")
+    if calibration:  # which images and texts calibrate is then the set's word
+        dump |= {name: dataset.manifest["key"][name] for name in ("synthesis", "text")}
     quantized = unmeasured or quantize_bundle_files(
         bundle,
         dataset,
         target,
         recipe.quantization,
-        recipe_dump=recipe.model_dump(mode="json"),
+        recipe_dump=dump,
         provider=resolve_provider(machine.provider),
         threads=machine.threads,
         on_step=on_step,
     )
-    beside = [half_bundle_files(bundle, half)] if half else []
+    if form.half and half is None:
+        half = half_bundle_files(bundle, half_target, recipe.quantization)
+    beside = [half] if half else []
     clock.lap("quantize")
     accuracy = evaluate([bundle, quantized, *beside], recipe, dataset, machine, on_step)
     clock.lap("evaluate")
     measured = {"accuracy": _relative(accuracy, folder)}
-    quantized, *_ = [write_manifest(made.path, {**made.content, **measured}) for made in (quantized, *beside)]
+    # the quantised one last: until its manifest has its accuracy, a rerun measures both
+    *_, quantized = [write_manifest(made.path, {**made.content, **measured}) for made in (*beside, quantized)]
     report = _report(bundle, quantized, recipe, accuracy, clock.seconds)
     check_limits(accuracy, recipe, report)
     return report
@@ -248,13 +259,18 @@ def _source_bundle(
     return _export(loaded, folder, recipe, False, on_step), _Origin(pretrained, loaded=loaded)
 
 
-def _unmeasured(target: Path, recipe: Recipe) -> Bundle | None:
-    """What an interrupted run of this very quantisation wrote and did not come to measure."""
+def _unmeasured(target: Path, recipe: Recipe, whole: bool) -> Bundle | None:
+    """What an interrupted run of this very quantisation wrote and did not come to measure.
+
+    Args:
+        whole: compare how images and texts are made, too; not where a given set says that.
+    """
     if not is_bundle(target):
         return None
     bundle, own = open_bundle(target), recipe.model_dump(mode="json")
     known = bundle.manifest.get("recipe", {})
-    same = all(known.get(section) == own[section] for section in own if section != "evaluation")
+    compared = own.keys() - {"evaluation"} - (set() if whole else {"synthesis", "text"})
+    same = all(known.get(section) == own[section] for section in compared)
     return bundle if same and "accuracy" not in bundle.manifest else None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d4c_onnx import measure, pipeline
-from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.bundle import Bundle, open_bundle, write_manifest
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.errors import BundleError, CalibrationError, CheckFailed, ModelError, RecipeError
 from d4c_onnx.recipe import Recipe, load_recipe
@@ -58,6 +58,65 @@ def test_what_was_not_measured_is_measured_by_the_rerun(own: Path, monkeypatch: 
     assert report["bits"] == "w4a8"
     with pytest.raises(BundleError, match="already exists"):
         quantize()
+
+
+def test_a_given_set_says_what_calibrated(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, made = pipeline.synthesize_calibration_set(str(own), _recipe("seed=3"), output=own.parent)
+    recipe = load_recipe(None, ["quantization.rounding=nearest", "evaluation.dataset=fidelity"])  # d4c, 128 images
+
+    def quantize() -> dict[str, object]:
+        return pipeline.quantize_bundle(str(own), recipe, output=own.parent, calibration=folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize()
+    quantize()  # measures what was left unmeasured
+    manifest = open_bundle(own / "w4a8").manifest
+    recorded = manifest["recipe"]["synthesis"]
+    assert (recorded["method"], recorded["images"], recorded["held_out"]) == ("noise", 8, 4)
+    assert manifest["recipe"]["text"]["prompts"] == len(made.texts)
+    assert (manifest["seed"], manifest["calibration_seed"]) == (0, 3)
+    assert manifest["calibration"] == made.manifest["key"]["id"]
+
+
+def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def quantize(*keys: str) -> list[str]:
+        recipe = _recipe("quantization.target=cuda", *keys)
+        report = pipeline.quantize_bundle(str(own), recipe, output=own.parent)
+        return [Path(row["bundle"]).name for row in report["accuracy"]["bundles"]]
+
+    def killed(path: Path, content: dict[str, object]) -> Bundle:
+        if "accuracy" in content and path.name == "w4a8":
+            raise KeyboardInterrupt
+        return write_manifest(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quantize()
+    half = (own / "fp16" / "image_encoder.onnx").stat().st_mtime_ns
+    assert quantize() == ["mini-vit", "w4a8", "fp16"]  # measures both, makes neither
+    assert quantize("quantization.bits=w8a8") == ["mini-vit", "w8a8", "fp16"]
+    assert (own / "fp16" / "image_encoder.onnx").stat().st_mtime_ns == half
+    for name in ("w4a8", "w8a8", "fp16"):
+        made = open_bundle(own / name)
+        assert made.manifest["accuracy"]["bundles"][-1]["bundle"] == "fp16"
+        assert made.manifest["accuracy"]["bundles"][-1]["versus_first"]["cosine_image"] > 0.999
+        assert "CUDA" in made.manifest["target_note"]
+    with pytest.raises(BundleError, match="fp16: already exists"):  # of another form: not this run's to replace
+        quantize("quantization.bits=w6a6", "quantization.pooled_row_only=false")
+    assert not (own / "w6a6").exists()
+
+
+@pytest.mark.parametrize("target", ["portable", "openvino", "tensorrt"])
+def test_every_target_walks_the_whole_way(own: Path, target: str) -> None:
+    report = pipeline.quantize_bundle(str(own), _recipe(f"quantization.target={target}"), output=own.parent)
+    made = open_bundle(Path(str(report["bundle"])))
+    assert made.manifest["target"] == target
+    assert report["target_note"] == made.manifest["target_note"]
+    assert report["accuracy"]["bundles"][1]["versus_first"]["cosine_image"] > 0.95
+    assert not (own / "fp16").exists()
 
 
 def test_a_set_of_another_model_is_refused(

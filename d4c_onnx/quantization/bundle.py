@@ -106,6 +106,7 @@ def quantize_bundle_files(
                 "optimizer_effect": {name: effect.as_dict() for name, effect in optimizer.items()},
                 "encoders": {name: report.as_dict() for name, report in reports.items()},
                 "calibration": dataset.manifest["key"]["id"],
+                "calibration_seed": dataset.manifest["key"]["seed"],
             },
         )
     return Bundle(target, written.manifest)
@@ -124,7 +125,6 @@ def finish_bundle(bundle: Bundle, stage: Path, tolerance: float, content: dict[s
         tolerance: max abs difference of an embedding between machines.
         content: of the manifest, beyond what is taken over or read from the files.
     """
-    files = (IMAGE_ENCODER, TEXT_ENCODER)
     if bundle.tokenizer.exists():
         shutil.copyfile(bundle.tokenizer, stage / TOKENIZER)
     ids = np.array([read_golden(bundle.path)["input_ids"]], np.int64)
@@ -137,11 +137,16 @@ def finish_bundle(bundle: Bundle, stage: Path, tolerance: float, content: dict[s
         {
             "kind": "quantized",
             **{key: bundle.manifest[key] for key in ("model", "preprocess", "tokenizer")},
-            "io": signature({name: load_graph(stage / name) for name in files}),
+            "io": signature({name: load_graph(stage / name) for name in (IMAGE_ENCODER, TEXT_ENCODER)}),
             **content,
-            "source_files": {name: bundle.manifest["files"][name]["sha256"] for name in files},
+            "source_files": source_files(bundle),
         },
     )
+
+
+def source_files(bundle: Bundle) -> dict[str, str]:
+    """SHA-256 of the encoders of an FP32 bundle: which one another bundle was made from."""
+    return {name: bundle.manifest["files"][name]["sha256"] for name in (IMAGE_ENCODER, TEXT_ENCODER)}
 
 
 def _check_optimizer(

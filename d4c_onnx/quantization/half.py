@@ -1,25 +1,34 @@
 """The FP16 bundle: what a GPU multiplies fastest where no int8 kernel takes QDQ files."""
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, is_bundle, open_bundle, versions
 from d4c_onnx.errors import GraphError
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
-from d4c_onnx.quantization.bundle import finish_bundle
+from d4c_onnx.quantization.bundle import finish_bundle, source_files
 from d4c_onnx.quantization.deployment import compute_pooled_row_only
 from d4c_onnx.quantization.layout import MINIMUM_ORT
+from d4c_onnx.recipe import QuantizationSection
 
 GOLDEN_TOLERANCE = 0.01  # max abs difference of an FP16 embedding between machines
+_NOTE = (
+    "float16 weights and products, for the CUDA provider; on CPUs onnxruntime computes them in float32, "
+    "so there it saves download and disk, not time"
+)
 
 
-def half_bundle_files(bundle: Bundle, target: Path) -> Bundle:
+def half_bundle_files(bundle: Bundle, target: Path, section: QuantizationSection) -> Bundle:
     """Write both encoders of an FP32 bundle in FP16 (inputs and outputs stay as they are); or leave nothing behind.
 
     onnxruntime's own converter does it; weights and products are float16, embeddings float32.
+
+    Args:
+        section: of it, `pooled_row_only` and `external_data`; widths and rounding are not FP16's.
 
     Raises:
         GraphError: the converter refused an encoder.
@@ -27,7 +36,8 @@ def half_bundle_files(bundle: Bundle, target: Path) -> Bundle:
     """
     with staged_folder(target) as stage:
         for name in (IMAGE_ENCODER, TEXT_ENCODER):
-            save_graph(_half(load_graph(bundle.path / name), name), stage / name)
+            half = _half(load_graph(bundle.path / name), name, section.pooled_row_only)
+            save_graph(half, stage / name, limit_bytes=0 if section.external_data else None)
         written = finish_bundle(
             bundle,
             stage,
@@ -35,17 +45,43 @@ def half_bundle_files(bundle: Bundle, target: Path) -> Bundle:
             {
                 "minimum_onnxruntime": MINIMUM_ORT[None],
                 "seed": bundle.manifest["seed"],
+                "recipe": _shaped_by(section),
                 "bits": "fp16",
                 "accuracy_mode_only": False,
                 "target": "cuda",
+                "target_note": _NOTE,
             },
         )
     return Bundle(target, written.manifest)
 
 
-def _half(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+def find_half_bundle(bundle: Bundle, target: Path, section: QuantizationSection) -> Bundle | None:
+    """What `half_bundle_files` would write, where an earlier run wrote it: widths of one model share one FP16 bundle.
+
+    Raises:
+        BundleError: the bundle there is damaged.
+    """
+    if not is_bundle(target):
+        return None
+    made = open_bundle(target)
+    expected = {
+        "bits": "fp16",
+        "recipe": _shaped_by(section),
+        "source_files": source_files(bundle),
+        "versions": versions(),
+    }
+    return made if all(made.manifest.get(key) == value for key, value in expected.items()) else None
+
+
+def _shaped_by(section: QuantizationSection) -> dict[str, Any]:
+    """What of a recipe an FP16 bundle depends on."""
+    return {"quantization": {key: getattr(section, key) for key in ("pooled_row_only", "external_data")}}
+
+
+def _half(model: onnx.ModelProto, name: str, one_row: bool) -> onnx.ModelProto:
     strip_notes(model)
-    compute_pooled_row_only(model)
+    if one_row:
+        compute_pooled_row_only(model)
     try:
         half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
     except Exception as error:  # the converter and onnx's shape inference raise kinds of their own

@@ -1,5 +1,6 @@
 """What is in an encoder file, layer by layer, and what onnxruntime makes of it when it loads."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,18 @@ class Inspection:
         }
 
 
-def inspect_encoder(path: Path) -> Inspection:
+def inspect_encoder(path: Path, entries: Mapping[str, str] | None = None) -> Inspection:
     """Read a file and the graph that onnxruntime's CPU provider makes of it.
+
+    Args:
+        entries: session config entries that the file is served with.
 
     Raises:
         BundleError: onnxruntime cannot load the file.
     """
     model = load_graph(path)
     index = GraphIndex(model.graph)
-    running = _Running(optimized_graph(path).graph)
+    running = _Running(optimized_graph(path, entries).graph)
     weights = {layer.node: layer for layer in layer_bits(model)}
     layers = []
     for node in model.graph.node:

@@ -138,11 +138,15 @@ class EncoderSession:
         return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
 
 
-def optimized_graph(path: Path) -> Any:
-    """The graph that onnxruntime's CPU provider really runs for `path`, as an onnx ModelProto."""
+def optimized_graph(path: Path, entries: Mapping[str, str] | None = None) -> Any:
+    """The graph that onnxruntime's CPU provider really runs for `path`, as an onnx ModelProto.
+
+    Args:
+        entries: session config entries that the file is served with.
+    """
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
-        EncoderSession(path, "cpu", os.cpu_count() or 1, optimized_path=target)
+        EncoderSession(path, "cpu", os.cpu_count() or 1, optimized_path=target, entries=entries)
         return onnx.load(target)

@@ -22,6 +22,7 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.calibration.observers import quant_params
 from d4c_onnx.graph.index import GraphIndex
 from d4c_onnx.graph.layers import channels_first
+from d4c_onnx.quantization.deployment import target_of
 from d4c_onnx.quantization.folding.places import Place, apply_scale, find_places
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.rounding.base import grid_limits
@@ -121,7 +122,8 @@ def _error(
 ) -> float:
     """Square error of all consumers' outputs when activation and weights are rounded after smoothing by `scale`."""
     low, high = float((seen.low / scale).min()), float((seen.high / scale).max())
-    params = quant_params(min(low, 0.0) * section.headroom, max(high, 0.0) * section.headroom, section.activation_bits)
+    ends = min(low, 0.0) * section.headroom, max(high, 0.0) * section.headroom
+    params = quant_params(*ends, section.activation_bits, target_of(section).symmetric)
     integers = np.clip(np.rint(rows / scale / params.scale) + params.zero_point, 0, 2**params.num_bits - 1)
     rounded = ((integers - params.zero_point) * params.scale).astype(np.float32)
     total = 0.0
