@@ -4,10 +4,14 @@
     python benchmarks/graph_variants.py exported/ViT-B-32 exported/ViT-B-32/w4a8 --batches 1,16
 
 `pooled row only` and `attention as one kernel` are what the product does (`quantization.pooled_row_only`,
-`fused_attention`); the others were tried and lost, and live here only. Interleaved medians, two threads.
+`fused_attention`); the others did not win, and live here only. Where outputs are rounded to integers, it is on a grid
+of no meaning: that tells how fast, not how well. `--beside` races other bundles of the model as they are, such as one
+made with `quantization.attention=int8`. Interleaved medians, two threads.
 """
 
 import argparse
+import copy
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +124,58 @@ def attention_23(model: onnx.ModelProto) -> None:
     model.ir_version = 11
 
 
+def integer_products(model: onnx.ModelProto) -> None:
+    """QLinearMatMul instead of MatMulIntegerToFloat: what a product makes is rounded before its bias is added."""
+    _round_outputs(model, ("MatMul",))
+
+
+def all_integers(model: onnx.ModelProto) -> None:
+    """Whatever has an integer kernel: products, attention too, biases, residuals, activations, softmax."""
+    _round_outputs(model, ("MatMul", "Add", "Mul", "Sigmoid", "Softmax", "LayerNormalization"), everything=True)
+
+
+def _round_outputs(model: onnx.ModelProto, ops: tuple[str, ...], everything: bool = False) -> None:
+    """Round what nodes make of values that are rounded already.
+
+    Args:
+        ops: of these kinds.
+        everything: of all values, and the constants of additions, too.
+    """
+    graph, index = model.graph, GraphIndex(model.graph)
+    set_initializer(graph, "grid_scale", np.array(0.05, np.float32))
+    set_initializer(graph, "grid_zero", np.array(128, np.uint8))
+    fresh: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        if node.op_type not in ops or node.output[0] in index.outputs:
+            continue
+        made = [index.producer.get(name) for name in node.input]
+        if not everything and any(maker is None or maker.op_type != "DequantizeLinear" for maker in made):
+            continue
+        readers = index.consumers[node.output[0]]
+        if any(reader.op_type == "QuantizeLinear" for reader in readers):
+            continue
+        nodes = []
+        changed = copy.deepcopy(node)
+        for place, name in enumerate(node.input):
+            values = index.array(name) if node.op_type in ("Add", "Mul") and made[place] is None else None
+            if values is not None and values.dtype == np.float32 and values.size > 1:
+                set_initializer(graph, f"{name}_grid", np.clip(np.rint(values / 0.05) + 128, 0, 255).astype(np.uint8))
+                nodes.append(_dequantize(f"{name}_grid", f"{node.name}_{place}"))
+                changed.input[place] = f"{node.name}_{place}"
+        name = node.output[0]
+        changed.output[0] = f"{name}_raw"
+        quantize = helper.make_node(
+            "QuantizeLinear", [f"{name}_raw", "grid_scale", "grid_zero"], [f"{name}_grid"], name=f"{name}_grid"
+        )
+        fresh[node.name] = [*nodes, changed, quantize, _dequantize(f"{name}_grid", name)]
+    _insert(graph, fresh)
+
+
+def _dequantize(integers: str, name: str) -> onnx.NodeProto:
+    inputs = [integers, "grid_scale", "grid_zero"]
+    return helper.make_node("DequantizeLinear", inputs, [name], name=f"{name}_dequantized")
+
+
 def _insert(graph: onnx.GraphProto, fresh: dict[str, list[onnx.NodeProto]], gone: set[str] = frozenset()) -> None:
     nodes = [new for node in graph.node if node.name not in gone for new in fresh.get(node.name, [node])]
     replace_nodes(graph, nodes)
@@ -140,6 +196,8 @@ VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "bias inside QGemm": gemm_with_bias,
     "SkipLayerNormalization": skip_layer_norm,
     "Attention of opset 23": attention_23,
+    "products to integers (QLinearMatMul)": integer_products,
+    "everything in integers": all_integers,
 }
 
 
@@ -147,6 +205,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("fp32", type=Path)
     parser.add_argument("quantized", type=Path, help="made with --target portable, quantization.pooled_row_only=false")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="further bundles, as they are")
+    parser.add_argument("--only", default="", help="a regular expression for the names of variants")
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
@@ -155,7 +215,9 @@ def main() -> None:
     base, quantized = open_bundle(args.fp32), open_bundle(args.quantized)
     with tempfile.TemporaryDirectory() as folder:
         contenders = [Contender("FP32", base.encoders)]
-        for number, (name, rewrite) in enumerate(VARIANTS.items()):
+        contenders += [Contender(str(path), open_bundle(path).encoders) for path in args.beside]
+        variants = {name: rewrite for name, rewrite in VARIANTS.items() if re.search(args.only, name)}
+        for number, (name, rewrite) in enumerate(variants.items()):
             files = {}
             for tower, path in quantized.encoders.items():
                 model = load_graph(path)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from d4c_onnx.bundle import Bundle, open_bundle
-from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, measure_latency
+from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, machine_title, measure_latency
 from d4c_onnx.evaluation.peers import loads
 
 _QUARK = """
@@ -79,8 +79,7 @@ def main() -> None:
         for name in args.toolkits:
             contenders.append(_build(name, bundles[0], feeds, args.environments or Path(folder), Path(folder)))
         towers = measure_latency(contenders, feeds, rounds=args.rounds, threads=args.threads)
-    machine = describe_machine("cpu", args.threads)
-    print(f"{machine['cpu']}, {args.threads} threads, onnxruntime {machine['onnxruntime']}\n")
+    print(f"{machine_title(describe_machine('cpu', args.threads))}\n")
     for tower, rows in towers.items():
         print(f"| {tower} encoder | MB | {' | '.join(f'batch {size}, ms | faster' for size in sizes)} |")
         print(f"|---|---|{'---|---|' * len(sizes)}")

@@ -59,34 +59,38 @@ def command(
 
 
 def _print(report: dict[str, Any], sizes: list[int]) -> None:
-    machine = report["machine"]
+    from d4c_onnx.evaluation.latency import machine_title
+
     for tower, rows in report["towers"].items():
-        title = (
-            f"{tower}: {machine['cpu']}, {machine['threads']} threads, {machine['provider']}, "
-            f"onnxruntime {machine['onnxruntime']}; medians of {report['rounds']} interleaved runs [quartiles], ms"
+        show.table(
+            f"{tower}: loading, each in a process of its own; RAM: what loading adds, in use: what of it is held, "
+            f"peak: of the process after batches of {min(sizes)} and {max(sizes)}",
+            ["", "MB", "load ms", "first ms", "RAM MB", "in use MB", "peak MB"],
+            [
+                [
+                    row["name"],
+                    f"{row['size_bytes'] / 1e6:.1f}",
+                    f"{row['load_ms']:.0f}",
+                    f"{row['first_ms']:.0f}",
+                    *(_megabytes(row[key]) for key in ("loaded_bytes", "held_bytes", "peak_bytes")),
+                ]
+                for row in rows
+            ],
         )
-        header = [
-            "",
-            "MB",
-            "load ms",
-            "first ms",
-            "RAM MB",
-            "in use MB",
-            *(f"batch {size}" for size in sizes),
-            "per second",
-        ]
-        lines = []
-        for row in rows:
-            cells = [f"{row['size_bytes'] / 1e6:.1f}", f"{row['load_ms']:.0f}", f"{row['first_ms']:.0f}"]
-            cells += [_megabytes(row["loaded_bytes"]), _megabytes(row["held_bytes"])]
-            for size in sizes:
-                found = row["batches"][size]
-                spread = f"[{found['low_ms']:.1f}, {found['high_ms']:.1f}]"
-                cells.append(f"{found['median_ms']:.1f} {spread} {found['speed_up']:.2f}x")
-            lines.append([row["name"], *cells, f"{row['batches'][sizes[-1]]['per_second']:.0f}"])
-        show.table(title, header, lines)
+        noun = "images" if tower == "image" else "texts"
+        show.table(
+            f"{tower}: {machine_title(report['machine'])}; medians of {report['rounds']} interleaved runs [quartiles], "
+            f"ms, speed-up, {noun} per second",
+            ["", *(f"batch {size}" for size in sizes)],
+            [[row["name"], *(_cell(row["batches"][size]) for size in sizes)] for row in rows],
+        )
     for failure in report["failed"]:
         click.echo(f"{failure['name']}, {failure['tower']}: not measured ({failure['reason']})")
+
+
+def _cell(found: dict[str, float]) -> str:
+    spread = f"[{found['low_ms']:.1f}, {found['high_ms']:.1f}]"
+    return f"{found['median_ms']:.1f} {spread} {found['speed_up']:.2f}x {found['per_second']:.0f}/s"
 
 
 def _megabytes(value: int | None) -> str:

@@ -6,7 +6,6 @@ caches as the one before left them, and at batch 1 always running after FP32, sa
 """
 
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -198,13 +197,19 @@ def drawn_feeds(bundle: Bundle, batches: Sequence[int], sequence: int) -> dict[s
 
 
 def describe_machine(provider: str, threads: int) -> dict[str, Any]:
-    """What a latency means nothing without."""
+    """What a latency means nothing without; `threads` None: as many as onnxruntime chooses."""
     return {
         "cpu": _cpu_name(),
-        "threads": threads or os.cpu_count() or 1,
+        "threads": threads or None,
         "provider": provider,
         "onnxruntime": ort.__version__,
     }
+
+
+def machine_title(machine: Mapping[str, Any]) -> str:
+    """What `describe_machine` found, in a line."""
+    threads = f"{machine['threads']} threads" if machine["threads"] else "onnxruntime's choice of threads"
+    return f"{machine['cpu']}, {threads}, {machine['provider']}, onnxruntime {machine['onnxruntime']}"
 
 
 def _cpu_name() -> str:

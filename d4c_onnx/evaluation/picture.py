@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from d4c_onnx.errors import D4CError
+from d4c_onnx.evaluation.latency import machine_title
 
 
 def check_picture(path: Path) -> None:
@@ -50,12 +51,7 @@ def draw_benchmark(report: dict[str, Any], path: Path) -> None:
         panel.set(title=f"{tower} encoder", ylabel=f"times as fast as {rows[0]['name']}")
         panel.margins(y=0.15)
         panel.legend(fontsize=7)
-    machine = report["machine"]
-    figure.suptitle(
-        f"{machine['cpu']}, {machine['threads']} threads, onnxruntime {machine['onnxruntime']}, "
-        f"medians of {report['rounds']} interleaved runs",
-        fontsize=9,
-    )
+    figure.suptitle(f"{machine_title(report['machine'])}, medians of {report['rounds']} interleaved runs", fontsize=9)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:

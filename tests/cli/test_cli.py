@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from d4c_onnx.bundle import Bundle, open_bundle
-from d4c_onnx.cli import show
+from d4c_onnx.cli import benchmark, show
 from d4c_onnx.cli.main import COMMANDS, group
 
 TINY = [
@@ -55,7 +55,7 @@ def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
     return Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignore)).parent
 
 
-def test_quantize_json_is_one_object_with_the_promised_keys(own: Path) -> None:
+def test_quantize_json_is_one_object_with_the_promised_keys(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = _run("quantize", "--bits", "w4a8", "-o", str(own), "--json", "--dataset", "fidelity", *TINY)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -108,6 +108,12 @@ def test_quantize_json_is_one_object_with_the_promised_keys(own: Path) -> None:
     picture = drawn.read_text("utf-8")  # matplotlib draws letters as paths, and leaves the text in comments
     assert "<!-- times as fast as mini-vit fp32 -->" in picture
     assert "<!-- batch 2 -->" in picture
+    for row in (row for rows in raced["towers"].values() for row in rows):
+        row["batches"] = {int(size): found for size, found in row["batches"].items()}  # JSON's keys are strings
+    benchmark._print(raced, [1, 2])
+    table = capsys.readouterr().out
+    for expected in ("peak MB", "images per second", "texts per second", "/s", "mini-vit w4a8"):
+        assert expected in " ".join(table.split())
     plain = _run("inspect", folders[1]).stdout
     assert "pixel_values float32 [batch, 3, 48, 48]" in plain
     assert "38 of 38 weighted products in int8, 6 attentions in one float kernel each" in plain

@@ -7,7 +7,7 @@ import pytest
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import BundleError
-from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, measure_latency
+from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, machine_title, measure_latency
 from d4c_onnx.evaluation.peers import build_peers, loads
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -78,3 +78,5 @@ def test_the_machine_is_described() -> None:
     described = describe_machine("cpu", 2)
     assert described["threads"] == 2
     assert described["cpu"]
+    assert f"{described['cpu']}, 2 threads, cpu, onnxruntime" in machine_title(described)
+    assert "onnxruntime's choice of threads" in machine_title(describe_machine("cpu", 0))
