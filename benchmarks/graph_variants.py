@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.evaluation.latency import Contender, drawn_feeds, measure_latency
@@ -53,7 +53,8 @@ def gemm_with_bias(model: onnx.ModelProto) -> None:
         nodes = []
         if quantizer.input[0] not in flat:
             shape, value = f"{name}_rows_shape", f"{name}_rows"
-            stored = index.initializers[index.producer[weight.input[0]].input[0]].dims[0]
+            unpacked = index.producer.get(weight.input[0])  # a Cast from int4
+            stored = index.initializers[unpacked.input[0] if unpacked else weight.input[0]].dims[0]
             set_initializer(graph, shape, np.array([-1, stored], np.int64))
             nodes += [
                 helper.make_node("Reshape", [quantizer.input[0], shape], [value], name=value),
@@ -142,8 +143,8 @@ def _round_outputs(model: onnx.ModelProto, ops: tuple[str, ...], everything: boo
         everything: of all values, and the constants of additions, too.
     """
     graph, index = model.graph, GraphIndex(model.graph)
-    set_initializer(graph, "grid_scale", np.array(0.05, np.float32))
-    set_initializer(graph, "grid_zero", np.array(128, np.uint8))
+    for name, value in (("grid_scale", np.float32(0.05)), ("grid_zero", np.uint8(128))):
+        graph.initializer.append(numpy_helper.from_array(np.array(value), name))  # scalars, or nothing is fused
     fresh: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         if node.op_type not in ops or node.output[0] in index.outputs:

@@ -23,7 +23,7 @@ from d4c_onnx import pipeline
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.calibration.dataset import work_folder
 from d4c_onnx.quantization import quantize_bundle_files
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe import Recipe, load_recipe
 
 MODELS = ("mini-vit", "mini-rn")
 BITS = ("w4a8", "w6a6")
@@ -85,14 +85,8 @@ def _measure_group(args: argparse.Namespace, results: dict[str, dict], model: st
     folder.mkdir(parents=True)
     made, seconds = [], {}
     for number, name in enumerate(names):
-        recipe_name, keys, _ = ROWS[name]
-        overrides = [f"seed={seed}", *(f"synthesis.{item}" for item in keys.split())]
-        if "method=real" in keys:
-            if args.train is None:
-                raise SystemExit("the control `real` needs --train FILE.parquet; or leave it out with --only")
-            overrides.append(f"synthesis.source={args.train}")
+        recipe = recipe_of(name, seed, args.train)
         # Seconds of all cores together: they stay comparable when the machine does other work beside this.
-        recipe = load_recipe(recipe_name, overrides)
         before = set((output / model).iterdir())
         clock = time.process_time()
         made_at, data = pipeline.synthesize_calibration_set(model, recipe, output=output)
@@ -112,6 +106,17 @@ def _measure_group(args: argparse.Namespace, results: dict[str, dict], model: st
         found = {bits: next(measured)["versus_first"] for bits in BITS}
         spent = {"cpu_seconds": seconds[name]} if name in seconds else {}
         results[_key(model, name, seed)] = {**spent, **found}
+
+
+def recipe_of(name: str, seed: int, train: Path | None) -> Recipe:
+    """A row's recipe; `real` reads `train`."""
+    recipe_name, keys, _ = ROWS[name]
+    overrides = [f"seed={seed}", *(f"synthesis.{item}" for item in keys.split())]
+    if "method=real" in keys:
+        if train is None:
+            raise SystemExit("the control `real` needs --train FILE.parquet; or leave it out with --only")
+        overrides.append(f"synthesis.source={train}")
+    return load_recipe(recipe_name, overrides)
 
 
 def _key(model: str, name: str, seed: int) -> str:
