@@ -13,6 +13,7 @@ import argparse
 import copy
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,46 @@ def attention_23(model: onnx.ModelProto) -> None:
     model.ir_version = 11
 
 
+def one_product(model: onnx.ModelProto) -> None:
+    """The products of q, k and v as one, with a Split behind it."""
+    graph, index = model.graph, GraphIndex(model.graph)
+    reading: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        made = [index.producer.get(name) for name in node.input]
+        if node.op_type == "MatMul" and all(
+            maker is not None and maker.op_type == "DequantizeLinear" for maker in made
+        ):
+            reading[made[0].input[0]].append(node)
+    fresh, gone = {}, set()
+    for products in reading.values():
+        if len(products) != 3:
+            continue
+        name = f"{products[0].name}_one"
+        stored, scales = [], []
+        for product in products:
+            weight = index.producer[product.input[1]]
+            cast = index.producer.get(weight.input[0])
+            stored.append(index.constant(cast.input[0] if cast else weight.input[0]).astype(np.int8))
+            scales.append(index.constant(weight.input[1]))
+        set_initializer(graph, f"{name}_weight", np.concatenate(stored, 1))
+        set_initializer(graph, f"{name}_scale", np.concatenate(scales))
+        set_initializer(graph, f"{name}_sizes", np.array([part.shape[1] for part in stored], np.int64))
+        outputs = [product.output[0] for product in products]
+        fresh[products[0].name] = [
+            helper.make_node("DequantizeLinear", [f"{name}_weight", f"{name}_scale"], [f"{name}_float"], axis=1),
+            helper.make_node("MatMul", [products[0].input[0], f"{name}_float"], [f"{name}_made"], name=name),
+            helper.make_node("Split", [f"{name}_made", f"{name}_sizes"], outputs, name=f"{name}_split", axis=-1),
+        ]
+        gone |= {product.name for product in products[1:]}
+    _insert(graph, fresh, gone)
+
+
+def one_product_served(model: onnx.ModelProto) -> None:
+    """The same in what `--target cpu` writes; the last block, whose query is one row, keeps its three."""
+    served(model)
+    one_product(model)
+
+
 def integer_products(model: onnx.ModelProto) -> None:
     """QLinearMatMul instead of MatMulIntegerToFloat: what a product makes is rounded before its bias is added."""
     _round_outputs(model, ("MatMul",))
@@ -197,6 +238,7 @@ VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "bias inside QGemm": gemm_with_bias,
     "SkipLayerNormalization": skip_layer_norm,
     "Attention of opset 23": attention_23,
+    "both, and q, k and v as one product": one_product_served,
     "products to integers (QLinearMatMul)": integer_products,
     "everything in integers": all_integers,
 }
