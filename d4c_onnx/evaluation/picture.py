@@ -36,7 +36,7 @@ def draw_benchmark(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     towers = report["towers"]
-    figure = Figure(figsize=(6.5 * len(towers), 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5 * len(towers), 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(towers), squeeze=False)[0]
     for panel, (tower, rows) in zip(axes, towers.items(), strict=True):
@@ -50,7 +50,7 @@ def draw_benchmark(report: dict[str, Any], path: Path) -> None:
         panel.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
         panel.set(title=f"{tower} encoder", ylabel=f"times as fast as {rows[0]['name']}")
         panel.margins(y=0.15)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.06))  # no bar hides behind it
     figure.suptitle(f"{machine_title(report['machine'])}, medians of {report['rounds']} interleaved runs", fontsize=9)
     try:
         figure.savefig(path, dpi=110)
