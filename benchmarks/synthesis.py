@@ -45,10 +45,9 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "free pixels": ("default", "image=pixel", MODELS),
     "one Adam for all": ("default", "shared_optimizer=true", MODELS),
     "without BatchNorm statistics": ("default", "bns_weight=0.0", ("mini-rn",)),
+    "BatchNorm statistics, weight 30": ("default", "bns_weight=30.0", ("mini-rn",)),
     "BatchNorm statistics, weight 100": ("default", "bns_weight=100.0", ("mini-rn",)),
-    "BatchNorm statistics, weight 300": ("default", "bns_weight=300.0", ("mini-rn",)),
     "BatchNorm statistics, weight 1000": ("default", "bns_weight=1000.0", ("mini-rn",)),
-    "PGSI + BatchNorm statistics, weight 300": ("default", "scg=false pae=false bns_weight=300.0", ("mini-rn",)),
     "PGSI + BatchNorm statistics": ("default", "scg=false pae=false", ("mini-rn",)),
     "PGSI + PAE + BatchNorm statistics": ("default", "scg=false", ("mini-rn",)),
     "coarse 0.5": ("default", "coarse=0.5", ("mini-vit",)),  # mini-rn's 2 x 2 tokens cannot be halved
@@ -60,6 +59,8 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "8 images": ("default", "images=8", MODELS),
     "32 images": ("default", "images=32", MODELS),
     "512 images": ("default", "images=512", MODELS),
+    "512 images, 100 steps": ("default", "images=512 steps=100", MODELS),
+    "bns, 512 images": ("default", "method=bns images=512", ("mini-rn",)),
 }
 
 

@@ -22,7 +22,7 @@ from d4c_onnx.synthesis.perturb import Perturbation, perturb
 from d4c_onnx.synthesis.taps import INSIDE, Taps
 from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 
-_STATISTICS_WEIGHT = 30.0  # of the distance to a ResNet's BatchNorms (docs/synthesis.md)
+_STATISTICS_WEIGHT = 300.0  # of the distance to a ResNet's BatchNorms (docs/synthesis.md)
 
 StepReport = Callable[[int, dict[str, float]], None]
 
