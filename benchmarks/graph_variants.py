@@ -256,9 +256,10 @@ def main() -> None:
     args = parser.parse_args()
     sizes = [int(size) for size in args.batches.split(",")]
     base, quantized = open_bundle(args.fp32), open_bundle(args.quantized)
+    beside = [(path, open_bundle(path)) for path in args.beside]
     with tempfile.TemporaryDirectory() as folder:
         contenders = [Contender("FP32", base.encoders)]
-        contenders += [Contender(str(path), open_bundle(path).encoders) for path in args.beside]
+        contenders += [Contender(str(path), made.encoders, made.session_entries) for path, made in beside]
         variants = {name: rewrite for name, rewrite in VARIANTS.items() if re.search(args.only, name)}
         for number, (name, rewrite) in enumerate(variants.items()):
             files = {}
@@ -267,7 +268,7 @@ def main() -> None:
                 rewrite(model)
                 files[tower] = Path(folder) / f"{number}-{tower}.onnx"
                 save_graph(model, files[tower])
-            contenders.append(Contender(name, files))
+            contenders.append(Contender(name, files, quantized.session_entries))
         feeds = drawn_feeds(base, sizes, 16)
         towers = measure_latency(contenders, feeds, rounds=args.rounds, threads=args.threads)
     for tower, rows in towers.items():

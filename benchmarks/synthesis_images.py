@@ -1,4 +1,4 @@
-"""What calibration images look like: one row of a picture for each row of docs/synthesis.md, both models side by side.
+"""What calibration images look like: some rows of docs/synthesis.md, both models side by side.
 
     python benchmarks/synthesis_images.py -o exported --train cifar10-train.parquet --write docs/synthesis-images.jpg
 
@@ -41,9 +41,7 @@ def main() -> None:
             _, made = pipeline.synthesize_calibration_set(model, recipe, output=args.output)
             bundle = open_bundle(pipeline.bundle_folder(args.output, model))
             pixels = denormalize(np.array(made.pixel_values[: args.images]), bundle.manifest["preprocess"])
-            strip = np.concatenate(
-                list(np.pad(np.clip(pixels, 0, 1), ((0, 0), (0, 0), (0, 0), (0, 2)), constant_values=1)), -1
-            )
+            strip = np.concatenate(list(np.pad(pixels, ((0, 0), (0, 0), (0, 0), (0, 2)), constant_values=1)), -1)
             panel.imshow(strip.transpose(1, 2, 0), interpolation="nearest")
             panel.set_title(f"{model}: {name}", fontsize=8, loc="left", pad=2)
     figure.savefig(args.write, dpi=80)

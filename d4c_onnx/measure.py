@@ -186,8 +186,8 @@ def benchmark_bundles(
         picture: a .png or .svg file for the speed-ups; needs matplotlib.
 
     Returns:
-        `machine` (cpu, threads, provider, onnxruntime), `rounds`, `towers` (see `evaluation.latency.measure_latency`),
-        and `failed`: peers that could not be built or loaded, with the reason.
+        `machine` (cpu, threads (None: onnxruntime's choice), provider, onnxruntime), `rounds`, `towers` (see
+        `evaluation.latency.measure_latency`), and `failed`: peers that could not be built or loaded, with the reason.
 
     Raises:
         BundleError: a folder is not a bundle, or onnxruntime cannot load a file.

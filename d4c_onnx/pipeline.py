@@ -130,6 +130,7 @@ def quantize_bundle(
         The report: model, bits, target, bundle, weight_bits_average, size_bytes, size_ratio, accuracy, top1, seconds.
 
     Raises:
+        BundleError: the folder of the result, or of the FP16 bundle, holds something else.
         CheckFailed: top-1 or cosine fell by more than the recipe allows (the files are written all the same, and its
             `report` is what would be returned).
     """
@@ -142,13 +143,12 @@ def quantize_bundle(
     folder = Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
     target = folder / recipe.quantization.bits.lower()
     form = target_of(recipe.quantization)
-    half_target = folder / "fp16"
-    half = None
-    if form.half and not overwrite and is_bundle(folder):
-        half = find_half_bundle(open_bundle(folder, verify=False), half_target, recipe.quantization)
     unmeasured = None if overwrite else _unmeasured(target, recipe, whole=calibration is None)
     if unmeasured is None:
         refuse_existing(target, overwrite)
+    half_target, half = folder / "fp16", None
+    if form.half and not overwrite and is_bundle(folder):
+        half = find_half_bundle(open_bundle(folder, verify=False), half_target, recipe.quantization)
     if form.half and half is None:
         refuse_existing(half_target, overwrite)
     check_dataset_name(recipe)
@@ -171,9 +171,8 @@ def quantize_bundle(
     clock.lap("synthesize")
     if unmeasured is not None and unmeasured.manifest["calibration"] != dataset.manifest["key"]["id"]:
         refuse_existing(target, overwrite)
-    dump = recipe.model_dump(mode="json")
-    if calibration:  # which images and texts calibrate is then the set's word
-        dump |= {name: dataset.manifest["key"][name] for name in ("synthesis", "text")}
+    # Which images and texts calibrated is the set's word: it may have been given, and it holds no machine's paths.
+    dump = recipe.model_dump(mode="json") | {name: dataset.manifest["key"][name] for name in ("synthesis", "text")}
     quantized = unmeasured or quantize_bundle_files(
         bundle,
         dataset,
@@ -267,11 +266,16 @@ def _unmeasured(target: Path, recipe: Recipe, whole: bool) -> Bundle | None:
     """
     if not is_bundle(target):
         return None
-    bundle, own = open_bundle(target), recipe.model_dump(mode="json")
-    known = bundle.manifest.get("recipe", {})
+    bundle = open_bundle(target)
+    own, known = (_sourceless(dump) for dump in (recipe.model_dump(mode="json"), bundle.manifest.get("recipe", {})))
     compared = own.keys() - {"evaluation"} - (set() if whole else {"synthesis", "text"})
     same = all(known.get(section) == own[section] for section in compared)
     return bundle if same and "accuracy" not in bundle.manifest else None
+
+
+def _sourceless(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Without what images were read from: a path in a recipe, a SHA-256 in a manifest, and part of the set's id."""
+    return {**recipe, "synthesis": {**recipe.get("synthesis", {}), "source": None}}
 
 
 def _float_bundle(path: Path, recipe: Recipe, pretrained: str | None) -> Bundle:

@@ -55,8 +55,8 @@ class SynthesisSection(_Section):
     bns_weight: float | None = Field(
         None,
         ge=0,
-        description="d4c: weight of the BatchNorm statistics' distance. none: 30 where the tower keeps such statistics "
-        "(ResNets), else 0",
+        description="d4c: weight of the BatchNorm statistics' distance. none: 300 where the tower keeps such "
+        "statistics (ResNets), else 0",
     )
     image: Literal["fourier", "pixel"] = Field(
         "fourier",
@@ -68,7 +68,7 @@ class SynthesisSection(_Section):
     )
     background_noise: float = Field(0.1, ge=0, description="sigma of the noise on SCG's background view")
     shared_optimizer: bool = Field(
-        False, description="one Adam over the whole set, as published: idle images drift on stale momentum"
+        False, description="one Adam over all calibration images, as published: idle ones drift on stale momentum"
     )
     labels: Literal["stratified", "random"] = Field("stratified", description="how classes are dealt to images")
     template: str = Field("a photo of a {}.", description="the prompt of a class")

@@ -44,6 +44,28 @@ def test_folder_becomes_a_set(tmp_path: Path) -> None:
         pipeline.synthesize_calibration_set("mini-vit", _recipe(photos, 9), output=tmp_path / "out")
 
 
+def test_a_manifest_holds_what_was_read_not_where_it_lay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = tmp_path / "my photos"
+    photos.mkdir()
+    for number in range(4):
+        Image.new("RGB", (60, 50), (50 * number, 9, 0)).save(photos / f"{number}.png")
+    more = ["text.held_out=2", "quantization.rounding=nearest", "evaluation.dataset=fidelity"]
+    keys = [*(f"synthesis.{key}" for key in ("method=real", f"source={photos}", "images=3", "held_out=1")), *more]
+    recipe = load_recipe(None, ["text.prompts=4", *keys])
+
+    def quantize() -> dict[str, object]:
+        return pipeline.quantize_bundle("mini-vit", recipe, output=tmp_path / "out")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize()
+    report = quantize()  # the same images: what was not measured is measured
+    manifest = (Path(str(report["bundle"])) / "manifest.json").read_text()
+    assert "my photos" not in manifest
+    assert len(json.loads(manifest)["recipe"]["synthesis"]["source"]) == 64
+
+
 def test_public_functions_take_paths_as_strings(tmp_path: Path) -> None:
     """A notebook's user writes strings."""
     nouns = tmp_path / "nouns.txt"

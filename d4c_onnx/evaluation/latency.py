@@ -197,7 +197,7 @@ def drawn_feeds(bundle: Bundle, batches: Sequence[int], sequence: int) -> dict[s
 
 
 def describe_machine(provider: str, threads: int) -> dict[str, Any]:
-    """What a latency means nothing without; `threads` None: as many as onnxruntime chooses."""
+    """What a latency means nothing without; `threads` comes back as None where 0 left them to onnxruntime."""
     return {
         "cpu": _cpu_name(),
         "threads": threads or None,

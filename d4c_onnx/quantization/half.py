@@ -7,7 +7,7 @@ import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, is_bundle, open_bundle, versions
-from d4c_onnx.errors import GraphError
+from d4c_onnx.errors import BundleError, GraphError
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
 from d4c_onnx.quantization.bundle import finish_bundle, source_files
@@ -58,19 +58,21 @@ def half_bundle_files(bundle: Bundle, target: Path, section: QuantizationSection
 def find_half_bundle(bundle: Bundle, target: Path, section: QuantizationSection) -> Bundle | None:
     """What `half_bundle_files` would write, where an earlier run wrote it: widths of one model share one FP16 bundle.
 
-    Raises:
-        BundleError: the bundle there is damaged.
+    None where nothing is there, or something else, or a damaged one.
     """
     if not is_bundle(target):
         return None
-    made = open_bundle(target)
-    expected = {
-        "bits": "fp16",
-        "recipe": _shaped_by(section),
-        "source_files": source_files(bundle),
-        "versions": versions(),
-    }
-    return made if all(made.manifest.get(key) == value for key, value in expected.items()) else None
+    try:
+        made = open_bundle(target)
+    except BundleError:
+        return None
+    # weights may lie beside a graph, whose SHA-256 then says nothing of them
+    same_weights = made.manifest["model"].get("weights_sha256") == bundle.manifest["model"]["weights_sha256"]
+    own, known = versions(), made.manifest.get("versions", {})
+    same_tools = all(known.get(name) == own.get(name) for name in ("d4c-onnx", "onnx", "onnxruntime"))
+    expected = {"bits": "fp16", "recipe": _shaped_by(section), "source_files": source_files(bundle)}
+    same_form = all(made.manifest.get(key) == value for key, value in expected.items())
+    return made if same_form and same_weights and same_tools else None
 
 
 def _shaped_by(section: QuantizationSection) -> dict[str, Any]:

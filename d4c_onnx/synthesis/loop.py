@@ -1,8 +1,8 @@
 """The loop: it owns the optimiser, the views, and the checkpoints; everything else is given to it as values.
 
-A *unit* is a set of images under one Adam. By default each batch is a unit of its own; with `shared_optimizer` the
-whole set is one unit, whose minibatches step one Adam in turn, as published (there, images outside the minibatch
-drift on stale momentum).
+A *unit* is a set of images under one Adam. By default each batch is a unit of its own; with `shared_optimizer` all
+calibration images are one unit, whose minibatches step one Adam in turn, as published (there, images outside the
+minibatch drift on stale momentum).
 """
 
 from collections.abc import Callable

@@ -225,7 +225,9 @@ def test_interrupted_run_leaves_no_half_result_and_ends_with_the_same_files(
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     model = own / "mini-vit"
     deadline = time.monotonic() + 120
-    while not list(model.glob(".work-*/unit-0001.pt")) and time.monotonic() < deadline:  # one unit done, one begun
+    while not list(model.glob(".work-*/unit-0001.pt")):  # one unit done, one begun
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

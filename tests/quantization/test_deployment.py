@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.calibration import CalibrationSet, open_calibration_set
 from d4c_onnx.errors import CheckFailed
+from d4c_onnx.files import write_json
 from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex, attribute
@@ -348,6 +349,14 @@ def test_half_bundle_follows_the_recipe_and_is_found_again(vit_bundle: Bundle, t
     assert find_half_bundle(vit_bundle, one_row.path, plain) is not None
     for bundle, section in ((vit_bundle, other), (replace(vit_bundle, manifest=one_row.manifest), plain)):
         assert find_half_bundle(bundle, one_row.path, section) is None
+    manifest = one_row.manifest
+    for key, value in (("model", {"weights_sha256": "0"}), ("versions", {**manifest["versions"], "onnx": "1.0"})):
+        write_json(one_row.path / "manifest.json", {**manifest, key: value})
+        assert find_half_bundle(vit_bundle, one_row.path, plain) is None
+    write_json(one_row.path / "manifest.json", {**manifest, "versions": {**manifest["versions"], "torch": "1.0"}})
+    assert find_half_bundle(vit_bundle, one_row.path, plain) is not None
+    one_row.image_encoder.write_bytes(b"damaged")
+    assert find_half_bundle(vit_bundle, one_row.path, plain) is None
 
 
 @pytest.mark.parametrize("sizes", [(1,), (8,), (8, 5), (16, 16)])
