@@ -166,6 +166,41 @@ def one_product_served(model: onnx.ModelProto) -> None:
     one_product(model)
 
 
+def kernels_in_the_file(model: onnx.ModelProto) -> None:
+    """Products as com.microsoft.MatMulIntegerToFloat, which onnxruntime makes of them anyway, with the bias in it."""
+    served(model)
+    graph, index = model.graph, GraphIndex(model.graph)
+    fresh: dict[str, list[onnx.NodeProto]] = {}
+    gone = set()
+    for product in graph.node:
+        made = [index.producer.get(name) for name in product.input]
+        if product.op_type != "MatMul" or any(maker is None or maker.op_type != "DequantizeLinear" for maker in made):
+            continue
+        data, weight = made
+        add = index.only_consumer(product.output[0])
+        bias = (
+            next((name for name in add.input if name in index.initializers), "") if add and add.op_type == "Add" else ""
+        )
+        behind = index.only_consumer(add.output[0]) if bias else None
+        if behind is not None and behind.op_type == "Gelu":  # BiasGelu takes that one
+            bias = ""
+        scales = index.constant(weight.input[1])
+        inputs = [data.input[0], weight.input[0], data.input[1], weight.input[1], data.input[2], "", bias]
+        fresh[product.name] = [
+            helper.make_node(
+                "MatMulIntegerToFloat",
+                inputs,
+                [add.output[0] if bias else product.output[0]],
+                name=product.name,
+                domain="com.microsoft",
+            )
+        ]
+        assert scales.ndim <= 1
+        if bias:
+            gone.add(add.name)
+    _insert(graph, fresh, gone)
+
+
 def integer_products(model: onnx.ModelProto) -> None:
     """QLinearMatMul instead of MatMulIntegerToFloat: what a product makes is rounded before its bias is added."""
     _round_outputs(model, ("MatMul",))
@@ -239,6 +274,7 @@ VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "SkipLayerNormalization": skip_layer_norm,
     "Attention of opset 23": attention_23,
     "both, and q, k and v as one product": one_product_served,
+    "both, MatMulIntegerToFloat in the file": kernels_in_the_file,
     "products to integers (QLinearMatMul)": integer_products,
     "everything in integers": all_integers,
 }
