@@ -174,7 +174,10 @@ def _alike(rows: list[dict], others: list[dict]) -> bool:
 
 
 def picture(results: dict[str, dict], path: Path) -> None:
-    """W4A8 disagreement with FP32 against seconds, one panel a model; rows like the default have no name."""
+    """W4A8 disagreement with FP32 against seconds, one panel a model: each row's mean, and the range of its seeds.
+
+    Rows like the default have no name, and rows whose key is gone are left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,11 +189,12 @@ def picture(results: dict[str, dict], path: Path) -> None:
         usual = groups.get((model, "default"), [])
         for (owner, name), rows in groups.items():
             seconds = _cpu_seconds(rows)
-            if owner != model or seconds is None:
+            if owner != model or seconds is None or name not in ROWS:
                 continue
             values = [100 - row[BITS[0]]["agreement"] for row in rows]
             color = "tab:red" if name == "default" else "tab:green" if name in ("real", "noise", "pink") else "tab:blue"
-            panel.plot([max(1.0, seconds)] * len(values), values, "o", color=color, ms=4)
+            panel.plot(max(1.0, seconds), np.mean(values), "o", color=color, ms=5)
+            panel.vlines(max(1.0, seconds), min(values), max(values), color=color, alpha=0.35, lw=1)
             if name != "default" and usual and _alike(rows, usual):
                 continue  # a dozen names on one spot say nothing
             panel.annotate(
@@ -202,6 +206,7 @@ def picture(results: dict[str, dict], path: Path) -> None:
             )
         panel.set(
             xscale="log",
+            xlim=(0.8, 8000),
             title=model,
             xlabel="seconds of synthesis, all cores together",
             ylabel="W4A8 answers that differ from FP32, %",
