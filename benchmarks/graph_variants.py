@@ -14,7 +14,7 @@ import copy
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +34,10 @@ def gemm_with_bias(model: onnx.ModelProto) -> None:
     graph, index = model.graph, GraphIndex(model.graph)
     fresh: dict[str, list[onnx.NodeProto]] = {}
     flat: dict[str, str] = {}
-    for product in graph.node:
-        if product.op_type != "MatMul":
-            continue
-        made = [index.producer.get(name) for name in product.input]
-        add = index.only_consumer(product.output[0])
-        if None in made or any(maker.op_type != "DequantizeLinear" for maker in made) or add is None:
-            continue
-        bias = next((name for name in add.input if name in index.initializers), None)
-        data, weight = made
+    for product, data, weight in _products(index):
+        add, bias = _bias_behind(index, product)
         scales = index.array(weight.input[1])
-        if add.op_type != "Add" or bias is None or scales is None or scales.ndim != 1:
+        if not bias or scales is None or scales.ndim != 1:
             continue
         quantizer, name = index.producer[data.input[0]], product.name
         rows = index.constant(bias) / (index.constant(data.input[1]) * scales)
@@ -54,9 +47,8 @@ def gemm_with_bias(model: onnx.ModelProto) -> None:
         nodes = []
         if quantizer.input[0] not in flat:
             shape, value = f"{name}_rows_shape", f"{name}_rows"
-            unpacked = index.producer.get(weight.input[0])  # a Cast from int4
-            stored = index.initializers[unpacked.input[0] if unpacked else weight.input[0]].dims[0]
-            set_initializer(graph, shape, np.array([-1, stored], np.int64))
+            stored = index.initializers[_stored(index, weight)]
+            set_initializer(graph, shape, np.array([-1, stored.dims[0]], np.int64))
             nodes += [
                 helper.make_node("Reshape", [quantizer.input[0], shape], [value], name=value),
                 helper.make_node("QuantizeLinear", [value, *quantizer.input[1:]], [f"{value}_q"], name=f"{value}_q"),
@@ -129,26 +121,20 @@ def attention_23(model: onnx.ModelProto) -> None:
 def one_product(model: onnx.ModelProto) -> None:
     """The products of q, k and v as one, with a Split behind it."""
     graph, index = model.graph, GraphIndex(model.graph)
-    reading: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        made = [index.producer.get(name) for name in node.input]
-        if node.op_type == "MatMul" and all(
-            maker is not None and maker.op_type == "DequantizeLinear" for maker in made
-        ):
-            reading[made[0].input[0]].append(node)
+    reading: dict[str, list[tuple[onnx.NodeProto, onnx.NodeProto]]] = defaultdict(list)
+    for product, data, weight in _products(index):
+        reading[data.input[0]].append((product, weight))
     fresh, gone = {}, set()
-    for products in reading.values():
-        if len(products) != 3:
+    for found in reading.values():
+        if len(found) != 3:
             continue
+        products = [product for product, _ in found]
         name = f"{products[0].name}_one"
-        stored, scales = [], []
-        for product in products:
-            weight = index.producer[product.input[1]]
-            cast = index.producer.get(weight.input[0])
-            stored.append(index.constant(cast.input[0] if cast else weight.input[0]).astype(np.int8))
-            scales.append(index.constant(weight.input[1]))
+        stored = [index.constant(_stored(index, weight)).astype(np.int8) for _, weight in found]
         set_initializer(graph, f"{name}_weight", np.concatenate(stored, 1))
-        set_initializer(graph, f"{name}_scale", np.concatenate(scales))
+        set_initializer(
+            graph, f"{name}_scale", np.concatenate([index.constant(weight.input[1]) for _, weight in found])
+        )
         set_initializer(graph, f"{name}_sizes", np.array([part.shape[1] for part in stored], np.int64))
         outputs = [product.output[0] for product in products]
         fresh[products[0].name] = [
@@ -172,30 +158,16 @@ def kernels_in_the_file(model: onnx.ModelProto) -> None:
     graph, index = model.graph, GraphIndex(model.graph)
     fresh: dict[str, list[onnx.NodeProto]] = {}
     gone = set()
-    for product in graph.node:
-        made = [index.producer.get(name) for name in product.input]
-        if product.op_type != "MatMul" or any(maker is None or maker.op_type != "DequantizeLinear" for maker in made):
-            continue
-        data, weight = made
-        add = index.only_consumer(product.output[0])
-        bias = (
-            next((name for name in add.input if name in index.initializers), "") if add and add.op_type == "Add" else ""
-        )
+    for product, data, weight in _products(index):
+        add, bias = _bias_behind(index, product)
         behind = index.only_consumer(add.output[0]) if bias else None
         if behind is not None and behind.op_type == "Gelu":  # BiasGelu takes that one
             bias = ""
-        scales = index.constant(weight.input[1])
         inputs = [data.input[0], weight.input[0], data.input[1], weight.input[1], data.input[2], "", bias]
+        outputs = [add.output[0] if bias else product.output[0]]
         fresh[product.name] = [
-            helper.make_node(
-                "MatMulIntegerToFloat",
-                inputs,
-                [add.output[0] if bias else product.output[0]],
-                name=product.name,
-                domain="com.microsoft",
-            )
+            helper.make_node("MatMulIntegerToFloat", inputs, outputs, name=product.name, domain="com.microsoft")
         ]
-        assert scales.ndim <= 1
         if bias:
             gone.add(add.name)
     _insert(graph, fresh, gone)
@@ -203,38 +175,29 @@ def kernels_in_the_file(model: onnx.ModelProto) -> None:
 
 def integer_products(model: onnx.ModelProto) -> None:
     """QLinearMatMul instead of MatMulIntegerToFloat: what a product makes is rounded before its bias is added."""
-    _round_outputs(model, ("MatMul",))
+    _round_outputs(model, [product for product, _, _ in _products(GraphIndex(model.graph))])
 
 
 def all_integers(model: onnx.ModelProto) -> None:
     """Whatever has an integer kernel: products, attention too, biases, residuals, activations, softmax."""
-    _round_outputs(model, ("MatMul", "Add", "Mul", "Sigmoid", "Softmax", "LayerNormalization"), everything=True)
+    ops = ("MatMul", "Add", "Mul", "Sigmoid", "Softmax", "LayerNormalization")
+    _round_outputs(model, [node for node in model.graph.node if node.op_type in ops])
 
 
-def _round_outputs(model: onnx.ModelProto, ops: tuple[str, ...], everything: bool = False) -> None:
-    """Round what nodes make of values that are rounded already.
-
-    Args:
-        ops: of these kinds.
-        everything: of all values, and the constants of additions, too.
-    """
+def _round_outputs(model: onnx.ModelProto, chosen: Iterable[onnx.NodeProto]) -> None:
+    """Round what nodes make, and the constants that they add or multiply with."""
     graph, index = model.graph, GraphIndex(model.graph)
     for name, value in (("grid_scale", np.float32(0.05)), ("grid_zero", np.uint8(128))):
         graph.initializer.append(numpy_helper.from_array(np.array(value), name))  # scalars, or nothing is fused
     fresh: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        if node.op_type not in ops or node.output[0] in index.outputs:
-            continue
-        made = [index.producer.get(name) for name in node.input]
-        if not everything and any(maker is None or maker.op_type != "DequantizeLinear" for maker in made):
-            continue
+    for node in chosen:
         readers = index.consumers[node.output[0]]
-        if any(reader.op_type == "QuantizeLinear" for reader in readers):
+        if node.output[0] in index.outputs or any(reader.op_type == "QuantizeLinear" for reader in readers):
             continue
         nodes = []
         changed = copy.deepcopy(node)
         for place, name in enumerate(node.input):
-            values = index.array(name) if node.op_type in ("Add", "Mul") and made[place] is None else None
+            values = index.array(name) if node.op_type in ("Add", "Mul") else None
             if values is not None and values.dtype == np.float32 and values.size > 1:
                 set_initializer(graph, f"{name}_grid", np.clip(np.rint(values / 0.05) + 128, 0, 255).astype(np.uint8))
                 nodes.append(_dequantize(f"{name}_grid", f"{node.name}_{place}"))
@@ -251,6 +214,28 @@ def _round_outputs(model: onnx.ModelProto, ops: tuple[str, ...], everything: boo
 def _dequantize(integers: str, name: str) -> onnx.NodeProto:
     inputs = [integers, "grid_scale", "grid_zero"]
     return helper.make_node("DequantizeLinear", inputs, [name], name=f"{name}_dequantized")
+
+
+def _products(index: GraphIndex) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto, onnx.NodeProto]]:
+    """Each MatMul of dequantised values, and the DequantizeLinear of its data and of its weight."""
+    for node in index.graph.node:
+        made = [index.producer.get(name) for name in node.input]
+        if node.op_type == "MatMul" and all(maker and maker.op_type == "DequantizeLinear" for maker in made):
+            yield node, made[0], made[1]
+
+
+def _bias_behind(index: GraphIndex, product: onnx.NodeProto) -> tuple[onnx.NodeProto | None, str]:
+    """The Add behind a product and the constant it adds; the constant's name is empty without one."""
+    add = index.only_consumer(product.output[0])
+    if add is None or add.op_type != "Add":
+        return None, ""
+    return add, next((name for name in add.input if name in index.initializers), "")
+
+
+def _stored(index: GraphIndex, weight: onnx.NodeProto) -> str:
+    """The initialiser that a weight is dequantised from, through the Cast from int4."""
+    cast = index.producer.get(weight.input[0])
+    return cast.input[0] if cast else weight.input[0]
 
 
 def _insert(graph: onnx.GraphProto, fresh: dict[str, list[onnx.NodeProto]], gone: set[str] = frozenset()) -> None:

@@ -50,6 +50,9 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "BatchNorm statistics, weight 1000": ("default", "bns_weight=1000.0", ("mini-rn",)),
     "PGSI + BatchNorm statistics": ("default", "scg=false pae=false", ("mini-rn",)),
     "PGSI + PAE + BatchNorm statistics": ("default", "scg=false", ("mini-rn",)),
+    "total variation, weight 0.3": ("default", "tv_weight=0.3", MODELS),
+    "total variation, weight 1": ("default", "tv_weight=1.0", MODELS),
+    "total variation, weight 3": ("default", "tv_weight=3.0", MODELS),
     "coarse 0.5": ("default", "coarse=0.5", ("mini-vit",)),  # mini-rn's 2 x 2 tokens cannot be halved
     "25 steps": ("default", "steps=25", MODELS),
     "settle 0.02": ("default", "settle=0.02", MODELS),

@@ -57,6 +57,11 @@ class Bundle:
         return str(self.manifest["model"]["name"])
 
     @property
+    def weights_sha256(self) -> str:
+        """Of the torch weights it was made from: the same for every width of a model."""
+        return str(self.manifest["model"]["weights_sha256"])
+
+    @property
     def content(self) -> dict[str, Any]:
         """What `write_manifest` was given: the manifest without what it adds itself."""
         return {key: value for key, value in self.manifest.items() if key not in ("format", "files", "versions")}

@@ -64,7 +64,7 @@ def evaluate_bundles(
     bundles = [open_bundle(path) for path in paths]
     dataset = open_calibration_set(calibration) if calibration else None
     for bundle in bundles[1:]:
-        if _weights(bundle) != _weights(bundles[0]):
+        if bundle.weights_sha256 != bundles[0].weights_sha256:
             raise BundleError(
                 f"{bundle.path}: is of other weights than {bundles[0].path}, so their answers cannot be compared. "
                 "Evaluate each model by itself."
@@ -247,10 +247,6 @@ def benchmark_bundles(
     return report
 
 
-def _weights(bundle: Bundle) -> str:
-    return str(bundle.manifest["model"]["weights_sha256"])
-
-
 def _inputs(bundle: Bundle) -> tuple[Any, ...]:
     tokenizer = bundle.manifest["tokenizer"]
     return bundle.manifest["preprocess"]["size"], tokenizer["context_length"], tokenizer["dynamic_sequence"]
@@ -335,7 +331,7 @@ def check_set_fits(dataset: CalibrationSet, bundle: Bundle) -> None:
         CalibrationError: they differ.
     """
     check_images_fit(dataset, bundle)
-    if dataset.manifest["key"]["weights_sha256"] != _weights(bundle):
+    if dataset.manifest["key"]["weights_sha256"] != bundle.weights_sha256:
         raise CalibrationError(
             f"the calibration set belongs to other weights ({dataset.manifest.get('model')}) than {bundle.path}. "
             "Synthesise one from this model."

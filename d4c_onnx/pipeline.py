@@ -210,7 +210,7 @@ class _Origin:
         if self.loaded is not None:
             return self.loaded.weights_sha256
         assert self.bundle is not None
-        return str(self.bundle.manifest["model"]["weights_sha256"])
+        return self.bundle.weights_sha256
 
     @property
     def name(self) -> str:
@@ -235,7 +235,7 @@ class _Origin:
                 self.bundle.manifest["seed"],
                 on_step,
             )
-            if self.loaded.weights_sha256 != model["weights_sha256"]:
+            if self.loaded.weights_sha256 != self.bundle.weights_sha256:
                 raise ModelError(
                     f"{self.bundle.path}: was exported from other weights. Export it again with --overwrite."
                 )

@@ -15,16 +15,22 @@ from d4c_onnx.measure import inspect_bundle
 from d4c_onnx.recipe import load_recipe
 
 
-def _recipe(source: Path, images: int = 3):
+def _recipe(source: Path, images: int = 3, more: tuple[str, ...] = ()):
     keys = ("method=real", f"source={source}", f"images={images}", "held_out=1")
-    return load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
+    return load_recipe(None, [*(f"synthesis.{key}" for key in keys), "text.prompts=4", *more])
 
 
-def test_folder_becomes_a_set(tmp_path: Path) -> None:
-    photos = tmp_path / "my photos"
-    photos.mkdir()
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of five images."""
+    folder = tmp_path / "my photos"
+    folder.mkdir()
     for number in range(5):
-        Image.new("RGB", (60, 50), (50 * number, 0, 0)).save(photos / f"{number}.png")
+        Image.new("RGB", (60, 50), (50 * number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_folder_becomes_a_set(tmp_path: Path, photos: Path) -> None:
     folder, made = pipeline.synthesize_calibration_set("mini-vit", _recipe(photos), output=tmp_path / "out")
     assert made.pixel_values.shape == (3, 3, 48, 48)
     assert made.labels == ()
@@ -44,14 +50,11 @@ def test_folder_becomes_a_set(tmp_path: Path) -> None:
         pipeline.synthesize_calibration_set("mini-vit", _recipe(photos, 9), output=tmp_path / "out")
 
 
-def test_a_manifest_holds_what_was_read_not_where_it_lay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    photos = tmp_path / "my photos"
-    photos.mkdir()
-    for number in range(4):
-        Image.new("RGB", (60, 50), (50 * number, 9, 0)).save(photos / f"{number}.png")
-    more = ["text.held_out=2", "quantization.rounding=nearest", "evaluation.dataset=fidelity"]
-    keys = [*(f"synthesis.{key}" for key in ("method=real", f"source={photos}", "images=3", "held_out=1")), *more]
-    recipe = load_recipe(None, ["text.prompts=4", *keys])
+def test_a_manifest_holds_what_was_read_not_where_it_lay(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("text.held_out=2", "quantization.rounding=nearest", "evaluation.dataset=fidelity")
+    recipe = _recipe(photos, more=more)
 
     def quantize() -> dict[str, object]:
         return pipeline.quantize_bundle("mini-vit", recipe, output=tmp_path / "out")

@@ -67,7 +67,7 @@ def find_half_bundle(bundle: Bundle, target: Path, section: QuantizationSection)
     except BundleError:
         return None
     # weights may lie beside a graph, whose SHA-256 then says nothing of them
-    same_weights = made.manifest["model"].get("weights_sha256") == bundle.manifest["model"]["weights_sha256"]
+    same_weights = made.weights_sha256 == bundle.weights_sha256
     own, known = versions(), made.manifest.get("versions", {})
     same_tools = all(known.get(name) == own.get(name) for name in ("d4c-onnx", "onnx", "onnxruntime"))
     expected = {"bits": "fp16", "recipe": _shaped_by(section), "source_files": source_files(bundle)}

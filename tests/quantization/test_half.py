@@ -1,0 +1,52 @@
+"""The FP16 bundle: it answers as FP32, follows the recipe, and is found again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.files import write_json
+from d4c_onnx.graph.files import load_graph
+from d4c_onnx.quantization import find_half_bundle, half_bundle_files
+from d4c_onnx.recipe import load_recipe
+from d4c_onnx.runtime.session import EncoderSession
+
+SOT, EOT = 49406, 49407
+
+
+def test_half_bundle_finds_the_end_token(vit_bundle: Bundle, tmp_path: Path) -> None:
+    """49405 to 49407 are one number in float16; the end token must be found all the same."""
+    half = half_bundle_files(vit_bundle, tmp_path / "fp16", load_recipe().quantization)
+    ids = np.array([[SOT, 320, 49405, EOT, 0], [SOT, 49405, EOT, 0, 0]], np.int64)
+    exact, close = (EncoderSession(bundle.text_encoder).run(ids) for bundle in (vit_bundle, half))
+    assert close.dtype == np.float32
+    assert (exact * close).sum(-1).min() > 0.9999
+    assert half.image_encoder.stat().st_size < 0.55 * vit_bundle.image_encoder.stat().st_size
+    assert open_bundle(half.path).manifest["bits"] == "fp16"
+
+
+def test_half_bundle_follows_the_recipe_and_is_found_again(vit_bundle: Bundle, tmp_path: Path) -> None:
+    plain = load_recipe().quantization
+    other = load_recipe(None, ["quantization.pooled_row_only=false", "quantization.external_data=true"]).quantization
+    assert find_half_bundle(vit_bundle, tmp_path / "plain", plain) is None
+    one_row = half_bundle_files(vit_bundle, tmp_path / "plain", plain)
+    all_rows = half_bundle_files(vit_bundle, tmp_path / "other", other)
+    assert (all_rows.path / "image_encoder.onnx.data").exists()
+    nodes = [len(load_graph(made.image_encoder).graph.node) for made in (one_row, all_rows)]
+    assert nodes[0] != nodes[1]
+    images = np.random.default_rng(0).standard_normal((4, 3, 48, 48)).astype(np.float32)
+    one, all_of_them = (EncoderSession(made.image_encoder).run(images) for made in (one_row, all_rows))
+    np.testing.assert_allclose(one, all_of_them, atol=2e-3)
+    assert "CUDA" in one_row.manifest["target_note"]
+    assert find_half_bundle(vit_bundle, one_row.path, plain) is not None
+    for bundle, section in ((vit_bundle, other), (replace(vit_bundle, manifest=one_row.manifest), plain)):
+        assert find_half_bundle(bundle, one_row.path, section) is None
+    manifest = one_row.manifest
+    for key, value in (("model", {"weights_sha256": "0"}), ("versions", {**manifest["versions"], "onnx": "1.0"})):
+        write_json(one_row.path / "manifest.json", {**manifest, key: value})
+        assert find_half_bundle(vit_bundle, one_row.path, plain) is None
+    write_json(one_row.path / "manifest.json", {**manifest, "versions": {**manifest["versions"], "torch": "1.0"}})
+    assert find_half_bundle(vit_bundle, one_row.path, plain) is not None
+    one_row.image_encoder.write_bytes(b"damaged")
+    assert find_half_bundle(vit_bundle, one_row.path, plain) is None
