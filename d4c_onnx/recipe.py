@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from d4c_onnx.errors import RecipeError
 
 WEIGHT_BITS = (4, 6, 8)
-ACTIVATION_BITS = (4, 6, 8)
+ACTIVATION_BITS = (4, 6, 8, 16)
 
 
 class _Section(BaseModel):
@@ -94,9 +94,12 @@ class PromptSection(_Section):
 class QuantizationSection(_Section):
     """How both encoders are quantised."""
 
-    bits: str = Field("w4a8", description="w<weight bits>a<activation bits>")
+    bits: str = Field(
+        "w4a8",
+        description="w<weight bits>a<activation bits>; a16: weights only, activations in float16, for target cuda",
+    )
     rounding: Literal["auto", "nearest", "gptq", "gptaq", "adaround"] = Field(
-        "auto", description="how weights meet their grid; auto: gptaq at w4a8, else nearest"
+        "auto", description="how weights meet their grid; auto: gptaq at w4a8 and w4a16, else nearest"
     )
     adaround_steps: int = Field(1000, ge=1, le=1_000_000, description="Adam steps per region; published: 20,000")
     adaround_learning_rate: float = Field(0.01, gt=0, description="published: 0.001")
@@ -141,7 +144,7 @@ class QuantizationSection(_Section):
     target: Literal["cpu", "portable", "tensorrt", "openvino", "cuda"] = Field(
         "cpu",
         description="where the files are served. cpu: onnxruntime's CPU provider; portable: standard operators only; "
-        "tensorrt: symmetric int8, plain int4; openvino: plain int4; cuda: an FP16 bundle beside the int8 one",
+        "tensorrt: symmetric int8, plain int4; openvino: plain int4; cuda: an FP16 bundle beside",
     )
     int4_layout: Literal["auto", "cast", "native", "nibbles"] = Field(
         "auto",
@@ -179,6 +182,11 @@ class QuantizationSection(_Section):
         return parse_bits(self.bits)[1]
 
     @property
+    def weights_only(self) -> bool:
+        """Whether activations stay in float16."""
+        return self.activation_bits == 16
+
+    @property
     def rounding_method(self) -> str:
         """`rounding`, with auto resolved.
 
@@ -187,7 +195,7 @@ class QuantizationSection(_Section):
         """
         if self.rounding != "auto":
             return self.rounding
-        return "gptaq" if (self.weight_bits, self.activation_bits) == (4, 8) else "nearest"
+        return "gptaq" if self.weight_bits == 4 and self.activation_bits >= 8 else "nearest"
 
     @property
     def clip_factor(self) -> float:
@@ -226,13 +234,13 @@ def parse_bits(bits: str) -> tuple[int, int]:
     """Split `w4a8` into (4, 8).
 
     Raises:
-        RecipeError: for anything that is not w<4|6|8>a<4|6|8>.
+        RecipeError: for anything that is not w<4|6|8>a<4|6|8|16>.
     """
     for weight in WEIGHT_BITS:
         for activation in ACTIVATION_BITS:
             if bits.lower() == f"w{weight}a{activation}":
                 return weight, activation
-    raise RecipeError(f"--bits {bits}: not supported. Use w<4|6|8>a<4|6|8>, such as w4a8, w8a8 or w6a6.")
+    raise RecipeError(f"--bits {bits}: not supported. Use w<4|6|8>a<4|6|8|16>, such as w4a8, w8a8 or w4a16.")
 
 
 def recipe_names() -> list[str]:
@@ -291,6 +299,13 @@ def _check_quantization(section: QuantizationSection, where: str) -> None:
         raise RecipeError(
             f"{where}, quantization.average_bits: buys 8-bit layers for a 4-bit encoder; bits are {section.bits}."
         )
+    if section.weights_only and section.target != "cuda":
+        raise RecipeError(
+            f"{where}, quantization.bits: {section.bits} keeps activations in float16, which only --target cuda "
+            f"multiplies; the target is {section.target}. Use w{section.weight_bits}a8 there."
+        )
+    if section.weights_only and section.attention == "int8":
+        raise RecipeError(f"{where}, quantization.attention: int8 is not for {section.bits}: activations stay float16.")
     if section.correction != "none" and section.rounding == "adaround":
         raise RecipeError(f"{where}, quantization.correction: not with adaround, which fits the outputs itself.")
 

@@ -30,9 +30,12 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     if report["minimum_onnxruntime"] is None:  # in FP32
         return
     click.echo(f"needs onnxruntime {report['minimum_onnxruntime']} or newer")
-    if report["weight_bits_average"] >= 16:
-        return
-    click.echo("CUDA's provider runs quantised products as float products between (de)quantisers: correct, not faster.")
+    layers = [layer for encoder in report["encoders"].values() for layer in encoder["layers"]]
+    if any("int8" in layer["activation"] for layer in layers):
+        click.echo(
+            "CUDA's provider runs int8 products as float products between (de)quantisers: correct, but slower than "
+            "FP32. For it, quantize --target cuda --bits w4a16."
+        )
 
 
 _HEADER = ["layer", "op", "weight", "bits", "activation", "range", "weight scales", "kernel"]

@@ -19,8 +19,8 @@ _BITS: dict[int, int] = {
 }
 # Two 4-bit values a byte are looked up here: the name marks a Gather that unpacks.
 NIBBLE_TABLE = "nibble_pairs"
-# What may stand between a stored weight and the node that multiplies with it.
-_PASS_THROUGH = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape", "Slice", "Identity"}
+# What may stand between a stored weight and the node that multiplies with it; a Mul gives it its scale.
+_PASS_THROUGH = {"DequantizeLinear", "QuantizeLinear", "Cast", "Mul", "Transpose", "Reshape", "Slice", "Identity"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """One encoder, float file in, quantised file out."""
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,14 @@ from d4c_onnx.graph.files import load_graph, save_graph, set_metadata, strip_not
 from d4c_onnx.graph.index import GraphIndex, drop_unused
 from d4c_onnx.memory import release_freed
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.quantization.deployment import compute_pooled_row_only, convolve_pools, fuse_attention, target_of
+from d4c_onnx.quantization.deployment import (
+    Target,
+    compute_pooled_row_only,
+    convert_to_half,
+    convolve_pools,
+    fuse_attention,
+    target_of,
+)
 from d4c_onnx.quantization.folding import (
     dead_start_rows,
     fold_batch_norms,
@@ -30,12 +37,13 @@ from d4c_onnx.quantization.layout import (
     find_token_table,
     omit_zero_points,
     store_int4,
+    store_scaled,
     store_token_table,
 )
 from d4c_onnx.quantization.plan import Plan, make_plan
 from d4c_onnx.quantization.qdq import quantize_file, save_placed
 from d4c_onnx.quantization.ranges import collect_ranges
-from d4c_onnx.quantization.rounding import make_rounding
+from d4c_onnx.quantization.rounding import QuantizedWeight, make_rounding
 from d4c_onnx.quantization.weights import place_biases, round_weights
 from d4c_onnx.recipe import QuantizationSection
 
@@ -120,34 +128,28 @@ def quantize_encoder(
     place_biases(model, rounded.biases)
     form = target_of(section)
     metadata = {entry.key: entry.value for entry in model.metadata_props} | {"quantization": section.bits}
-    with tempfile.TemporaryDirectory() as folder:
-        placed = Path(folder) / "float.onnx"
-        save_placed(model, plan, weights, placed)
-        del model  # quantize_static loads the file again, several times over: a large encoder needs the room
-        release_freed()
-        quantized = quantize_file(placed, plan, weights, ranges, reader, form)
-    strip_notes(quantized)
-    clip_activations(quantized, ranges)
-    one_row = section.pooled_row_only and compute_pooled_row_only(quantized)
-    fused = fuse_attention(quantized) if form.fused_attention and section.attention == "float" else 0
-    layout = form.int4_layout
-    narrow = [f"{name}_quantized" for name, weight in weights.items() if weight.num_bits == 4]
-    pools: list[str] = []
-    if layout != "native":  # there nothing is multiplied as int8, and compilers are given every zero point
-        pools = convolve_pools(quantized) if form.convolved_pools else []
-        omit_zero_points(quantized, [f"{name}_quantized" for name in weights])
-    store_int4(quantized, [*narrow, *pools] if narrow else [], layout)
-    table = find_token_table(quantized.graph) if form.packed_table else None
-    table_bits = None
-    if table is not None:
-        gather, name = table
-        rows = np.asarray(GraphIndex(quantized.graph).constant(name), np.float32)
-        table_bits = section.table_bits if rows.shape[1] % 2 == 0 else 8
-        store_token_table(quantized, gather, name, make_rounding("nearest").round(rows, table_bits))
+    if section.weights_only:
+        quantized, one_row, fused = _in_half(model, plan, weights, section)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            placed = Path(folder) / "float.onnx"
+            save_placed(model, plan, weights, placed)
+            del model  # quantize_static loads the file again, several times over: a large encoder needs the room
+            release_freed()
+            quantized = quantize_file(placed, plan, weights, ranges, reader, form)
+        strip_notes(quantized)
+        clip_activations(quantized, ranges)
+        one_row, fused = _served(quantized, section)
+        _lay_out(quantized, weights, form)
+    table_bits = _store_table(quantized, section, form)
     set_metadata(quantized, metadata)
     save_graph(quantized, target, limit_bytes=0 if section.external_data else None)
     on_step("write", 1, 1, {})
-    int4 = any(weight.num_bits == 4 for weight in weights.values())
+    layouts: set[str | None] = {None}
+    if any(weight.num_bits == 4 for weight in weights.values()):
+        layouts.add("cast" if section.weights_only else form.int4_layout)
+    if table_bits == 4 and form.token_table == "folded":
+        layouts.add("cast")
     return EncoderReport(
         tuple(layer_bits(quantized)),
         table_bits,
@@ -156,8 +158,51 @@ def quantize_encoder(
         bool(plan.dead_rows),
         one_row,
         fused,
-        MINIMUM_ORT[layout if int4 else None],
+        max(MINIMUM_ORT[layout] for layout in layouts),
     )
+
+
+def _served(model: onnx.ModelProto, section: QuantizationSection) -> tuple[bool, int]:
+    """Rewrite the last block and attention for serving, in place; whether and how many."""
+    one_row = section.pooled_row_only and compute_pooled_row_only(model)
+    fuses = target_of(section).fused_attention and section.attention == "float"
+    return one_row, fuse_attention(model) if fuses else 0
+
+
+def _in_half(
+    model: onnx.ModelProto, plan: Plan, weights: Mapping[str, QuantizedWeight], section: QuantizationSection
+) -> tuple[onnx.ModelProto, bool, int]:
+    """Weights only: the float16 graph, whose weights are unpacked when it is loaded."""
+    one_row, fused = _served(model, section)
+    half = convert_to_half(model)
+    store_scaled(half, {layer.weight: (weights[layer.weight], layer.channel_axis) for layer in plan.layers})
+    return half, one_row, fused
+
+
+def _lay_out(quantized: onnx.ModelProto, weights: Mapping[str, QuantizedWeight], form: Target) -> None:
+    """Store 4-bit weights in 4 bits, in place, as the target wants them."""
+    narrow = [f"{name}_quantized" for name, weight in weights.items() if weight.num_bits == 4]
+    pools: list[str] = []
+    if form.int4_layout != "native":  # there nothing is multiplied as int8, and compilers are given every zero point
+        pools = convolve_pools(quantized) if form.convolved_pools else []
+        omit_zero_points(quantized, [f"{name}_quantized" for name in weights])
+    store_int4(quantized, [*narrow, *pools] if narrow else [], form.int4_layout)
+
+
+def _store_table(model: onnx.ModelProto, section: QuantizationSection, form: Target) -> int | None:
+    """Store the token table in integers, in place; its bits, or None where there is none or it stays as it is."""
+    table = None if form.token_table == "float" else find_token_table(model.graph)
+    if table is None:
+        return None
+    gather, name = table
+    rows = np.asarray(GraphIndex(model.graph).constant(name), np.float32)
+    bits = section.table_bits if rows.shape[1] % 2 == 0 else 8
+    rounded = make_rounding("nearest").round(rows, bits)
+    if form.token_table == "folded":
+        store_scaled(model, {name: (rounded, 0)})
+    else:
+        store_token_table(model, gather, name, rounded)
+    return bits
 
 
 def fold(
@@ -177,7 +222,8 @@ def fold(
     plan = make_plan(model.graph, section, raised)
     dead_rows = dead_start_rows(model, plan, reader, section, provider=provider, threads=threads)
     plan = replace(plan, dead_rows=dead_rows)
-    smoothed = smooth(model, plan, reader, section, provider=provider, threads=threads)
+    # float activations need no range: what smoothing takes from theirs it would add to the weights'
+    smoothed = {} if section.weights_only else smooth(model, plan, reader, section, provider=provider, threads=threads)
     if plan.dead_rows:
         pin_start_token(model, plan, reader, provider=provider, threads=threads)
     drop_unused(model.graph)  # the 1.702 that all QuickGELUs shared, say

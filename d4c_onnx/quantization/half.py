@@ -4,18 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, is_bundle, open_bundle, versions
-from d4c_onnx.errors import BundleError, GraphError
+from d4c_onnx.errors import BundleError
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
-from d4c_onnx.quantization.bundle import finish_bundle, source_files
-from d4c_onnx.quantization.deployment import compute_pooled_row_only
+from d4c_onnx.quantization.bundle import HALF_GOLDEN_TOLERANCE, finish_bundle, source_files
+from d4c_onnx.quantization.deployment import compute_pooled_row_only, convert_to_half, fuse_attention, target_of
+from d4c_onnx.quantization.folding import fold_batch_norms, skip_idle_pools
 from d4c_onnx.quantization.layout import MINIMUM_ORT
 from d4c_onnx.recipe import QuantizationSection
 
-GOLDEN_TOLERANCE = 0.01  # max abs difference of an FP16 embedding between machines
 _NOTE = (
     "float16 weights and products, for the CUDA provider; on CPUs onnxruntime computes them in float32, "
     "so there it saves download and disk, not time"
@@ -28,7 +27,7 @@ def half_bundle_files(bundle: Bundle, target: Path, section: QuantizationSection
     onnxruntime's own converter does it; weights and products are float16, embeddings float32.
 
     Args:
-        section: of it, `pooled_row_only` and `external_data`; widths and rounding are not FP16's.
+        section: of it, `pooled_row_only`, `fused_attention` and `external_data`; widths and rounding are not FP16's.
 
     Raises:
         GraphError: the converter refused an encoder.
@@ -36,12 +35,12 @@ def half_bundle_files(bundle: Bundle, target: Path, section: QuantizationSection
     """
     with staged_folder(target) as stage:
         for name in (IMAGE_ENCODER, TEXT_ENCODER):
-            half = _half(load_graph(bundle.path / name), name, section.pooled_row_only)
+            half = _half(load_graph(bundle.path / name), section)
             save_graph(half, stage / name, limit_bytes=0 if section.external_data else None)
         written = finish_bundle(
             bundle,
             stage,
-            GOLDEN_TOLERANCE,
+            HALF_GOLDEN_TOLERANCE,
             {
                 "minimum_onnxruntime": MINIMUM_ORT[None],
                 "seed": bundle.manifest["seed"],
@@ -77,16 +76,16 @@ def find_half_bundle(bundle: Bundle, target: Path, section: QuantizationSection)
 
 def _shaped_by(section: QuantizationSection) -> dict[str, Any]:
     """What of a recipe an FP16 bundle depends on."""
-    return {"quantization": {key: getattr(section, key) for key in ("pooled_row_only", "external_data")}}
+    own = {key: getattr(section, key) for key in ("pooled_row_only", "external_data")}
+    return {"quantization": own | {"fused_attention": target_of(section).fused_attention}}
 
 
-def _half(model: onnx.ModelProto, name: str, one_row: bool) -> onnx.ModelProto:
+def _half(model: onnx.ModelProto, section: QuantizationSection) -> onnx.ModelProto:
     strip_notes(model)
-    if one_row:
+    fold_batch_norms(model)
+    skip_idle_pools(model)
+    if section.pooled_row_only:
         compute_pooled_row_only(model)
-    try:
-        half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
-    except Exception as error:  # the converter and onnx's shape inference raise kinds of their own
-        raise GraphError(f"{name}: onnxruntime's float16 converter refused it ({str(error)[:300]}).") from error
-    strip_notes(half)
-    return half
+    if target_of(section).fused_attention:
+        fuse_attention(model)
+    return convert_to_half(model)

@@ -20,6 +20,7 @@ from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.graph.bits import NIBBLE_TABLE
 from d4c_onnx.graph.files import raise_opset
 from d4c_onnx.graph.index import GraphIndex, drop_unused, replace_nodes, set_initializer
+from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.quantization.rounding import QuantizedWeight
 
 INT4_OPSET = 21
@@ -106,6 +107,39 @@ def _nibbles(graph: onnx.GraphProto, index: GraphIndex, name: str, values: np.nd
     return [*nodes, helper.make_node("Reshape", [pairs, shape], [name], name=f"{name}_unpack")]
 
 
+def store_scaled(model: onnx.ModelProto, weights: Mapping[str, tuple[QuantizedWeight, int]]) -> None:
+    """Store float initialisers as integers that are unpacked when the file is loaded, in place.
+
+    integers -> Cast to float32 -> Mul by one scale a channel (-> Cast to float16, where the initialiser was that):
+    standard operators of constants, which onnxruntime folds. What runs is the float graph.
+
+    Args:
+        weights: per initialiser its grid, and the axis of its channels; 4-bit ones are stored in INT4.
+    """
+    graph = model.graph
+    index = GraphIndex(graph)
+    nodes: list[onnx.NodeProto] = []
+    for name, (weight, axis) in weights.items():
+        tensor = index.initializers[name]
+        shape, kept = tuple(tensor.dims), tensor.data_type
+        integers = channels_back(weight.integers, shape, axis)
+        stored, scale = f"{name}_quantized", f"{name}_scale"
+        packed = (
+            int4_initializer(stored, integers) if weight.num_bits == 4 else numpy_helper.from_array(integers, stored)
+        )
+        tensor.CopyFrom(packed)
+        line = [-1 if position == axis else 1 for position in range(len(shape))]
+        set_initializer(graph, scale, weight.scale.reshape(line).astype(np.float32))
+        real, scaled = f"{name}_integers", name if kept == TensorProto.FLOAT else f"{name}_scaled"
+        nodes.append(helper.make_node("Cast", [stored], [real], name=real, to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Mul", [real, scale], [scaled], name=f"{name}_dequantize"))
+        if scaled != name:
+            nodes.append(helper.make_node("Cast", [scaled], [name], name=f"{name}_cast", to=kept))
+    replace_nodes(graph, [*nodes, *graph.node])
+    if any(weight.num_bits == 4 for weight, _ in weights.values()):
+        raise_opset(model, INT4_OPSET)
+
+
 def omit_zero_points(model: onnx.ModelProto, names: Iterable[str]) -> None:
     """Drop the zero points of symmetric weights that products read, in place.
 
@@ -125,12 +159,16 @@ def omit_zero_points(model: onnx.ModelProto, names: Iterable[str]) -> None:
 
 
 def find_token_table(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, str] | None:
-    """The Gather that looks token ids up, and its float table; None when the encoder has none."""
+    """The Gather that looks token ids up, and its float or float16 table; None when the encoder has none."""
     index = GraphIndex(graph)
     for node in graph.node:
         if node.op_type == "Gather" and node.input[1] in index.inputs:
             table = index.initializers.get(node.input[0])
-            if table is not None and len(table.dims) == 2 and table.data_type == TensorProto.FLOAT:
+            if (
+                table is not None
+                and len(table.dims) == 2
+                and table.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
+            ):
                 return node, table.name
     return None
 

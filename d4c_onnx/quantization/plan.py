@@ -25,7 +25,7 @@ class Plan:
         weight_bits: width of the grid, by initialiser name: 4, 6, 8, or 7 for an 8-bit weight of reduced range.
         nodes: names of all nodes to quantise.
         op_types: their operator types.
-        activations: float values whose ranges are needed.
+        activations: float values whose ranges are needed; none where only weights are quantised.
         probabilities: those of them that a softmax makes: their range is known, [0, 1].
         dead_rows: layer inputs whose first row along axis 1 reaches no output (the start token, once it is pinned).
     """
@@ -79,7 +79,7 @@ def make_plan(graph: onnx.GraphProto, section: QuantizationSection, raised: Coll
         bits,
         tuple(node.name for node in nodes),
         tuple(sorted({node.op_type for node in nodes})),
-        tuple(names),
+        () if section.weights_only else tuple(names),
         frozenset(name for name in names if name in makers and makers[name].op_type == "Softmax"),
     )
 

@@ -33,6 +33,8 @@ def collect_ranges(
     Returns:
         Per value name: scale, zero point, width.
     """
+    if not plan.activations:
+        return {}
     activations = [name for name in plan.activations if name not in plan.probabilities]
     wanted = [name for name in activations if name not in {value.name for value in model.graph.input}]
     fed = [name for name in activations if name not in wanted]

@@ -108,7 +108,7 @@ class StatisticsCollector:
         provider: str = "cpu",
         threads: int = 0,
     ) -> None:
-        self._plan = plan
+        self._plan, self._ranges = plan, ranges
         self._index = GraphIndex(model.graph)
         self._nodes = {node.name: node for node in model.graph.node}
         self._plain = SegmentedEncoder(model, reader, provider, threads)
@@ -127,12 +127,13 @@ class StatisticsCollector:
         kinds = {layer.data: layer for layer in layers}
         found: dict[str, InputStatistics] = {}
         exact = self._plain.advance(list(kinds))
-        rounded = self._twin.advance([quantized_name(name) for name in kinds])
+        rounded_name = {name: quantized_name(name) if name in self._ranges else name for name in kinds}
+        rounded = self._twin.advance(list(rounded_name.values()))
         for plain, twin in zip(exact, rounded, strict=True):
             for name, layer in kinds.items():
                 node, shape = self._nodes[layer.node], tuple(self._index.initializers[layer.weight].dims)
                 rows = input_rows(self._plan.observed(name, plain[name]), node, shape)
-                quantized = input_rows(self._plan.observed(name, twin[quantized_name(name)]), node, shape)
+                quantized = input_rows(self._plan.observed(name, twin[rounded_name[name]]), node, shape)
                 if name not in found:
                     found[name] = new_statistics(rows.shape[0], rows.shape[2])
                 found[name].add(rows, quantized)

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from d4c_onnx.graph.bits import LayerBits, average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph
-from d4c_onnx.graph.index import GraphIndex
+from d4c_onnx.graph.index import GraphIndex, attribute
 from d4c_onnx.graph.layers import WEIGHTED_OPS
 from d4c_onnx.graph.signature import signature
 from d4c_onnx.runtime.kernels import FLOAT_KERNELS, INT8_KERNELS
@@ -29,9 +29,9 @@ class InspectedLayer:
         node, op: as in the file.
         shape: of the stored weight; empty for the product of two activations.
         bits: per stored weight; None without one.
-        activation: uint8, int8 or float32: what is multiplied.
+        activation: uint8, int8, float16 or float32: what is multiplied.
         activation_range: the real values at the ends of the activation's grid; None in float.
-        weight_scales: least and largest scale of the weight's channels; None in float.
+        weight_scales: least and largest scale of the weight's channels; None where it is stored in float.
         kernel: what onnxruntime's CPU provider runs, read from its optimised graph.
         int8: whether that is an int8 kernel.
         reason: why not, when it is not.
@@ -97,12 +97,12 @@ def inspect_encoder(path: Path, entries: Mapping[str, str] | None = None) -> Ins
                 node.op_type,
                 shape,
                 stored.bits if stored else None,
-                _dtype(index, data),
+                _dtype(index, node, data),
                 _range(index, data),
-                _scales(index, weight) if stored else None,
+                _scales(index, weight or (_unpacked(index, node) if stored else None)) if stored else None,
                 kernel,
                 int8,
-                "" if int8 else _reason(data, kernel),
+                "" if int8 else _reason(data, stored, kernel),
             )
         )
     weighted = [layer for layer in layers if layer.shape]
@@ -166,11 +166,32 @@ def _is_stored(index: GraphIndex, dequantize: onnx.NodeProto) -> bool:
     return maker is None or maker.op_type in ("Cast", "Reshape")
 
 
-def _dtype(index: GraphIndex, dequantize: onnx.NodeProto | None) -> str:
+def _unpacked(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The Mul that gives a weight its scale, where the weight is unpacked when the file is loaded."""
+    for name in node.input[:2]:
+        maker = index.producer.get(name)
+        while maker is not None and maker.op_type == "Cast":
+            maker = index.producer.get(maker.input[0])
+        if maker is not None and maker.op_type == "Mul" and maker.input[1] in index.initializers:
+            first = index.producer.get(maker.input[0])
+            if first is not None and first.op_type == "Cast" and first.input[0] in index.initializers:
+                return maker
+    return None
+
+
+def _dtype(index: GraphIndex, node: onnx.NodeProto, dequantize: onnx.NodeProto | None) -> str:
     if dequantize is None:
-        return "float32"
+        half = any(_is_half(index, name) for name in node.input[:2])
+        return "float16" if half else "float32"
     zero = index.array(dequantize.input[2]) if len(dequantize.input) > 2 else None
     return "uint8" if zero is None else str(zero.dtype)
+
+
+def _is_half(index: GraphIndex, name: str) -> bool:
+    tensor, maker = index.initializers.get(name), index.producer.get(name)
+    if tensor is not None:
+        return tensor.data_type == onnx.TensorProto.FLOAT16
+    return maker is not None and maker.op_type == "Cast" and attribute(maker, "to") == onnx.TensorProto.FLOAT16
 
 
 def _range(index: GraphIndex, dequantize: onnx.NodeProto | None) -> tuple[float, float] | None:
@@ -189,7 +210,9 @@ def _scales(index: GraphIndex, dequantize: onnx.NodeProto | None) -> tuple[float
     return None if scale is None else (float(scale.min()), float(scale.max()))
 
 
-def _reason(data: onnx.NodeProto | None, kernel: str) -> str:
+def _reason(data: onnx.NodeProto | None, stored: LayerBits | None, kernel: str) -> str:
+    if data is None and stored is not None and stored.bits < 16:
+        return "weights only: unpacked when the file is loaded, multiplied in float"
     if data is None:
         return "in float in the file"
     return f"quantised in the file, but onnxruntime {ort.__version__} runs {kernel} between (de)quantisers"

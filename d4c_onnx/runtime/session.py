@@ -1,5 +1,8 @@
 """onnxruntime sessions: provider choice, threads, one call per tower."""
 
+import contextlib
+import functools
+import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,12 +28,53 @@ def resolve_provider(provider: str) -> str:
     """`cpu`, `cuda` or `auto` to what this onnxruntime can run.
 
     Raises:
-        ModelError: cuda was asked for and this onnxruntime has no CUDA provider.
+        ModelError: cuda was asked for and no session starts on it.
     """
-    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
-    if provider == "cuda" and not has_cuda:
-        raise ModelError("--provider cuda: this onnxruntime has no CUDA provider. Install onnxruntime-gpu, or use cpu.")
-    return ("cuda" if has_cuda else "cpu") if provider == "auto" else provider
+    if provider == "cpu":
+        return provider
+    fault = _cuda_fault()
+    if provider == "cuda" and fault:
+        raise ModelError(f"--provider cuda: {fault}, or use cpu.")
+    return "cpu" if fault else "cuda"
+
+
+@functools.cache
+def _cuda_fault() -> str:
+    """Why no session starts on CUDA, and what to do; empty where one does.
+
+    onnxruntime lists the provider wherever it was built with it, and where the driver or a library is missing it
+    silently runs on the CPU: so a session is tried.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "this onnxruntime has no CUDA provider. Install onnxruntime-gpu in its place"
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    assert isinstance(model, onnx.ModelProto)
+    options = ort.SessionOptions()
+    said = io.StringIO()
+    ort.set_default_logger_severity(4)  # what is missing would be told on stderr
+    try:
+        with contextlib.redirect_stdout(said):
+            preload = getattr(ort, "preload_dlls", None)
+            if preload is not None:  # CUDA and cuDNN from their Python packages
+                preload()
+            found = ort.InferenceSession(model.SerializeToString(), options, providers=_PROVIDERS["cuda"])
+    except Exception as error:  # onnxruntime raises its own C++ exception types
+        return f"onnxruntime cannot start CUDA ({str(error)[:200]}). Mend the driver"
+    finally:
+        ort.set_default_logger_severity(2)
+    if "CUDAExecutionProvider" in found.get_providers():
+        return ""
+    missing = next((line for line in said.getvalue().splitlines() if line.startswith("Failed to load")), "")
+    return (
+        f"onnxruntime {ort.__version__} cannot load its CUDA provider"
+        f"{f' ({missing[:150]})' if missing else ''}. Install the CUDA {getattr(ort, 'cuda_version', '')} and cuDNN 9 "
+        "libraries (pip install onnxruntime-gpu[cuda,cudnn])"
+    )
 
 
 class EncoderSession:
@@ -78,11 +122,13 @@ class EncoderSession:
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
         source: Any = path if isinstance(path, bytes) else str(path)
+        name = resolve_provider(provider)
         try:
-            self._session = ort.InferenceSession(source, options, providers=_PROVIDERS[resolve_provider(provider)])
+            self._session = ort.InferenceSession(source, options, providers=_PROVIDERS[name])
         except Exception as error:  # onnxruntime raises its own C++ exception types
             shown = "model" if isinstance(path, bytes) else path
             raise BundleError(f"{shown}: onnxruntime {ort.__version__} cannot load it ({str(error)[:300]}).") from error
+        self._session.disable_fallback()  # a run that fails on CUDA would go on on the CPU
         self.input_name = next((value.name for value in self._session.get_inputs()), "")
         self.input_names = [value.name for value in self._session.get_inputs()]
         self.output_names = [output.name for output in self._session.get_outputs()]

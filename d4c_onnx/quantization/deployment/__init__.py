@@ -1,8 +1,17 @@
 """The last step of quantisation: the graph that is served, for a target. The answers stay the same."""
 
 from d4c_onnx.quantization.deployment.attention import fuse_attention
+from d4c_onnx.quantization.deployment.half import convert_to_half
 from d4c_onnx.quantization.deployment.pools import convolve_pools
 from d4c_onnx.quantization.deployment.rows import compute_pooled_row_only
 from d4c_onnx.quantization.deployment.targets import TARGETS, Target, target_of
 
-__all__ = ["TARGETS", "Target", "compute_pooled_row_only", "convolve_pools", "fuse_attention", "target_of"]
+__all__ = [
+    "TARGETS",
+    "Target",
+    "compute_pooled_row_only",
+    "convert_to_half",
+    "convolve_pools",
+    "fuse_attention",
+    "target_of",
+]

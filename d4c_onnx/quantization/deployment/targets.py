@@ -20,7 +20,9 @@ class Target:
         reduce_range: 8-bit weights stay in [-64, 63]. onnxruntime's kernels for x86 without VNNI add two products of
             uint8 and int8 in 16 bits, which full weights overflow: ViT-B/32's W8A8 image embeddings then were seven
             times further from FP32 than the file says.
-        packed_table: the token table is stored in integers, by standard operators that TensorRT's parser does not take.
+        token_table: packed: integers that stay packed in memory, and only looked-up rows are unpacked; folded: integers
+            that are unpacked when the file is loaded, for the CUDA provider has no bit operations; float: as it is,
+            for TensorRT's parser takes neither.
         half: put an FP16 bundle beside the int8 one.
         note: what to expect there.
     """
@@ -32,7 +34,7 @@ class Target:
     symmetric: bool
     quantize_bias: bool
     reduce_range: bool
-    packed_table: bool
+    token_table: Literal["packed", "folded", "float"]
     half: bool
     note: str
 
@@ -48,7 +50,7 @@ TARGETS = {
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
-        packed_table=True,
+        token_table="packed",
         half=False,
         note="int8 kernels on onnxruntime's CPU provider",
     ),
@@ -60,7 +62,7 @@ TARGETS = {
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
-        packed_table=True,
+        token_table="packed",
         half=False,
         note="standard operators only; int8 kernels on the CPU provider",
     ),
@@ -72,7 +74,7 @@ TARGETS = {
         symmetric=True,
         quantize_bias=False,
         reduce_range=False,
-        packed_table=False,
+        token_table="float",
         half=False,
         note=f"for TensorRT{_COMPILED}",
     ),
@@ -84,31 +86,37 @@ TARGETS = {
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
-        packed_table=True,
+        token_table="packed",
         half=False,
         note=f"for OpenVINO{_COMPILED}",
     ),
     "cuda": Target(
         int4_layout="cast",
-        fused_attention=False,
+        fused_attention=True,
         patch_product=False,
         convolved_pools=False,
         symmetric=False,
         quantize_bias=True,
         reduce_range=False,
-        packed_table=True,
+        token_table="folded",
         half=True,
-        note="the CUDA provider has no kernel for QDQ products: it dequantises and multiplies in float, so the int8 "
-        "file saves download and disk, not time; serve the FP16 bundle there, or TensorRT",
+        note="the CUDA provider has no kernel for QDQ products: it dequantises and multiplies in float, slower than "
+        "FP32. Serve w4a16 there, or the FP16 bundle",
     ),
 }
+
+
+_UNPACKED = "weights are unpacked to float16 when the file is loaded, and run as the FP16 bundle does"
 
 
 def target_of(section: QuantizationSection) -> Target:
     """The recipe's target, with the keys that overrule it."""
     target = TARGETS[section.target]
+    if section.weights_only:
+        target = replace(target, note=_UNPACKED)
     if section.int4_layout != "auto":
-        target = replace(target, int4_layout=section.int4_layout)
+        table = "packed" if target.token_table == "folded" and section.int4_layout != "cast" else target.token_table
+        target = replace(target, int4_layout=section.int4_layout, token_table=table)
     keys = ("fused_attention", "patch_product", "convolved_pools", "reduce_range")
     overruled = {key: value for key in keys if (value := getattr(section, key)) is not None}
     return replace(target, **overruled)
