@@ -159,6 +159,11 @@ class QuantizationSection(_Section):
     fused_attention: bool | None = Field(
         None, description="attention as com.microsoft.MultiHeadAttention; none: as the target has it"
     )
+    fused_residuals: bool | None = Field(
+        None,
+        description="fp16 and a16: residual sum, bias and LayerNorm as com.microsoft.SkipLayerNormalization; none: as "
+        "the target has it",
+    )
     patch_product: bool | None = Field(
         None,
         description="quantise a ViT's patch convolution as a product; exact. none: as the target has it",

@@ -66,9 +66,21 @@ def test_missing_file_names_the_shipped_ones() -> None:
         load_recipe("nowhere.yaml")
 
 
+@pytest.mark.parametrize("width", ["w4a16", "w8a16"])
+def test_float_activations_are_for_cuda(width: str) -> None:
+    section = load_recipe(None, [f"quantization.bits={width}", "quantization.target=cuda"]).quantization
+    assert section.weights_only
+    assert section.rounding_method == {"w4a16": "gptaq", "w8a16": "nearest"}[width]
+    for target in ("cpu", "portable", "tensorrt", "openvino"):
+        with pytest.raises(RecipeError, match=rf"{width} keeps activations in float16.*Use {width[:2]}a8"):
+            load_recipe(None, [f"quantization.bits={width}", f"quantization.target={target}"])
+    with pytest.raises(RecipeError, match=r"quantization\.attention"):
+        load_recipe(None, [f"quantization.bits={width}", "quantization.target=cuda", "quantization.attention=int8"])
+
+
 @given(st.text(max_size=8))
 def test_only_known_bits_parse(text: str) -> None:
-    known = {f"w{w}a{a}": (w, a) for w in (4, 6, 8) for a in (4, 6, 8)}
+    known = {f"w{w}a{a}": (w, a) for w in (4, 6, 8) for a in (4, 6, 8, 16)}
     if text.lower() in known:
         assert parse_bits(text) == known[text.lower()]
     else:

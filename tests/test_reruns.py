@@ -99,11 +99,13 @@ def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch
     assert quantize() == ["mini-vit", "w4a8", "fp16"]  # measures both, makes neither
     assert quantize("quantization.bits=w8a8") == ["mini-vit", "w8a8", "fp16"]
     assert (own / "fp16" / "image_encoder.onnx").stat().st_mtime_ns == half
-    for name in ("w4a8", "w8a8", "fp16"):
+    assert quantize("quantization.bits=w4a16") == ["mini-vit", "w4a16", "fp16"]
+    assert (own / "fp16" / "image_encoder.onnx").stat().st_mtime_ns == half
+    for name in ("w4a8", "w8a8", "w4a16", "fp16"):
         made = open_bundle(own / name)
         assert made.manifest["accuracy"]["bundles"][-1]["bundle"] == "fp16"
         assert made.manifest["accuracy"]["bundles"][-1]["versus_first"]["cosine_image"] > 0.999
-        assert "CUDA" in made.manifest["target_note"]
+        assert "CUDA" in made.manifest["target_note"] or name == "w4a16"
     with pytest.raises(BundleError, match="fp16: already exists"):  # of another form: not this run's to replace
         quantize("quantization.bits=w6a6", "quantization.pooled_row_only=false")
     assert not (own / "w6a6").exists()

@@ -61,18 +61,23 @@ def command(
 def _print(report: dict[str, Any], sizes: list[int]) -> None:
     from d4c_onnx.evaluation.latency import machine_title
 
+    memory = {"RAM MB": "loaded_bytes", "in use MB": "held_bytes", "peak MB": "peak_bytes"}
+    gpu = ""
+    if report["machine"]["gpu"]:
+        memory["GPU MB"] = "gpu_bytes"
+        gpu = ", GPU: what it took there by then"
     for tower, rows in report["towers"].items():
         show.table(
             f"{tower}: loading, each in a process of its own; RAM: what loading adds, in use: what of it is held, "
-            f"peak: of the process after batches of {min(sizes)} and {max(sizes)}",
-            ["", "MB", "load ms", "first ms", "RAM MB", "in use MB", "peak MB"],
+            f"peak: of the process after batches of {min(sizes)} and {max(sizes)}{gpu}",
+            ["", "MB", "load ms", "first ms", *memory],
             [
                 [
                     row["name"],
                     f"{row['size_bytes'] / 1e6:.1f}",
                     f"{row['load_ms']:.0f}",
                     f"{row['first_ms']:.0f}",
-                    *(_megabytes(row[key]) for key in ("loaded_bytes", "held_bytes", "peak_bytes")),
+                    *(_megabytes(row[key]) for key in memory.values()),
                 ]
                 for row in rows
             ],
@@ -89,8 +94,9 @@ def _print(report: dict[str, Any], sizes: list[int]) -> None:
 
 
 def _cell(found: dict[str, float]) -> str:
-    spread = f"[{found['low_ms']:.1f}, {found['high_ms']:.1f}]"
-    return f"{found['median_ms']:.1f} {spread} {found['speed_up']:.2f}x {found['per_second']:.0f}/s"
+    digits = 1 if found["median_ms"] >= 10 else 2
+    median, low, high = (f"{found[key]:.{digits}f}" for key in ("median_ms", "low_ms", "high_ms"))
+    return f"{median} [{low}, {high}] {found['speed_up']:.2f}x {found['per_second']:.0f}/s"
 
 
 def _megabytes(value: int | None) -> str:

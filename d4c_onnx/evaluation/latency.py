@@ -22,24 +22,29 @@ import onnxruntime as ort
 from d4c_onnx.bundle import Bundle, file_size_bytes
 from d4c_onnx.errors import BundleError
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.runtime.gpu import gpu_name
 from d4c_onnx.runtime.session import EncoderSession
 
 _WARM_UP, _LOADS = 2, 3
 # A session in a process of its own: how long it loads and its first batch takes, what it adds to the resident memory
-# when it loads, how much of that is held (the rest is what the allocator keeps for later), and the peak after a batch.
+# when it loads, how much of that is held (the rest is what the allocator keeps for later), the peak after a batch, and
+# what it took of a GPU by then.
 _PROCESS_PROBE = """
 import json, os, sys, time
 import numpy as np
 from pathlib import Path
 from d4c_onnx.memory import release_freed
-from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.gpu import gpu_used_bytes
+from d4c_onnx.runtime.session import EncoderSession, resolve_provider
 def resident():
     if not Path("/proc/self/statm").exists():
         return None
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 asked = json.loads(sys.argv[1])
 first, largest = (np.ones(shape, asked["dtype"]) for shape in asked["shapes"])
+resolve_provider(asked["provider"])  # tries a session of its own
 before = resident()
+gpu_before = gpu_used_bytes() if asked["provider"] == "cuda" else None
 start = time.perf_counter()
 session = EncoderSession(Path(asked["path"]), asked["provider"], asked["threads"], entries=asked["entries"])
 load_ms = 1e3 * (time.perf_counter() - start)
@@ -54,7 +59,9 @@ first_ms = 1e3 * (time.perf_counter() - start)
 session.run(largest)
 if before is not None:  # getrusage's maximum would be that of the process that started this one
     [peak] = [1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")]
+gpu = None if gpu_before is None else gpu_used_bytes() - gpu_before
 found = {"load_ms": load_ms, "first_ms": first_ms, "loaded_bytes": loaded, "held_bytes": held, "peak_bytes": peak}
+found["gpu_bytes"] = gpu
 print(json.dumps(found))
 """
 
@@ -92,9 +99,9 @@ def measure_latency(
 
     Returns:
         Per tower one row a contender: `name`, `size_bytes`; of processes of its own `load_ms` and `first_ms` (medians),
-        `loaded_bytes` (what loading adds), `held_bytes` (what of that is in use) and `peak_bytes` (None where the
-        system does not tell); and `batches`: per size `median_ms`, `low_ms`, `high_ms` (the quartiles), `per_second`
-        and `speed_up` over the baseline.
+        `loaded_bytes` (what loading adds), `held_bytes` (what of that is in use), `peak_bytes` and, on cuda,
+        `gpu_bytes` (None where the system does not tell); and `batches`: per size `median_ms`, `low_ms`, `high_ms`
+        (the quartiles), `per_second` and `speed_up` over the baseline.
 
     Raises:
         BundleError: onnxruntime cannot load a file.
@@ -200,6 +207,7 @@ def describe_machine(provider: str, threads: int) -> dict[str, Any]:
     """What a latency means nothing without; `threads` comes back as None where 0 left them to onnxruntime."""
     return {
         "cpu": _cpu_name(),
+        "gpu": gpu_name() if provider == "cuda" else None,
         "threads": threads or None,
         "provider": provider,
         "onnxruntime": ort.__version__,
@@ -209,7 +217,8 @@ def describe_machine(provider: str, threads: int) -> dict[str, Any]:
 def machine_title(machine: Mapping[str, Any]) -> str:
     """What `describe_machine` found, in a line."""
     threads = f"{machine['threads']} threads" if machine["threads"] else "onnxruntime's choice of threads"
-    return f"{machine['cpu']}, {threads}, {machine['provider']}, onnxruntime {machine['onnxruntime']}"
+    provider = f"{machine['provider']} ({machine['gpu']})" if machine.get("gpu") else machine["provider"]
+    return f"{machine['cpu']}, {threads}, {provider}, onnxruntime {machine['onnxruntime']}"
 
 
 def _cpu_name() -> str:

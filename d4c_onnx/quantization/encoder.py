@@ -174,7 +174,7 @@ def _in_half(
 ) -> tuple[onnx.ModelProto, bool, int]:
     """Weights only: the float16 graph, whose weights are unpacked when it is loaded."""
     one_row, fused = _served(model, section)
-    half = convert_to_half(model)
+    half = convert_to_half(model, target_of(section))
     store_scaled(half, {layer.weight: (weights[layer.weight], layer.channel_axis) for layer in plan.layers})
     return half, one_row, fused
 

@@ -27,7 +27,7 @@ def half_bundle_files(bundle: Bundle, target: Path, section: QuantizationSection
     onnxruntime's own converter does it; weights and products are float16, embeddings float32.
 
     Args:
-        section: of it, `pooled_row_only`, `fused_attention` and `external_data`; widths and rounding are not FP16's.
+        section: of it, what `_shaped_by` names; widths and rounding are not FP16's.
 
     Raises:
         GraphError: the converter refused an encoder.
@@ -77,7 +77,8 @@ def find_half_bundle(bundle: Bundle, target: Path, section: QuantizationSection)
 def _shaped_by(section: QuantizationSection) -> dict[str, Any]:
     """What of a recipe an FP16 bundle depends on."""
     own = {key: getattr(section, key) for key in ("pooled_row_only", "external_data")}
-    return {"quantization": own | {"fused_attention": target_of(section).fused_attention}}
+    form = {key: getattr(target_of(section), key) for key in ("fused_attention", "fused_residuals")}
+    return {"quantization": own | form}
 
 
 def _half(model: onnx.ModelProto, section: QuantizationSection) -> onnx.ModelProto:
@@ -86,6 +87,7 @@ def _half(model: onnx.ModelProto, section: QuantizationSection) -> onnx.ModelPro
     skip_idle_pools(model)
     if section.pooled_row_only:
         compute_pooled_row_only(model)
-    if target_of(section).fused_attention:
+    form = target_of(section)
+    if form.fused_attention:
         fuse_attention(model)
-    return convert_to_half(model)
+    return convert_to_half(model, form)

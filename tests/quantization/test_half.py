@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import pytest
 
 from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.files import write_json
@@ -24,6 +26,29 @@ def test_half_bundle_finds_the_end_token(vit_bundle: Bundle, tmp_path: Path) -> 
     assert (exact * close).sum(-1).min() > 0.9999
     assert half.image_encoder.stat().st_size < 0.55 * vit_bundle.image_encoder.stat().st_size
     assert open_bundle(half.path).manifest["bits"] == "fp16"
+
+
+@pytest.mark.parametrize("model", ["vit", "rn"])
+def test_half_files_are_valid_and_fused(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The converter alone leaves nodes in an order that ONNX forbids, and TensorRT's parser refuses."""
+    bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
+    plain = ["quantization.fused_attention=false", "quantization.fused_residuals=false"]
+    fused = half_bundle_files(bundle, tmp_path / "fused", load_recipe(None, ["quantization.target=cuda"]).quantization)
+    other = half_bundle_files(bundle, tmp_path / "plain", load_recipe(None, plain).quantization)
+    for made in (fused, other):
+        for path in made.encoders.values():
+            onnx.checker.check_model(path)
+    kinds = {
+        made.path.name: {node.op_type for path in made.encoders.values() for node in load_graph(path).graph.node}
+        for made in (fused, other)
+    }
+    assert {"MultiHeadAttention", "SkipLayerNormalization"} <= kinds["fused"]
+    assert not {"MultiHeadAttention", "SkipLayerNormalization"} & kinds["plain"]
+    assert not any("BatchNormalization" in found for found in kinds.values())
+    height, width = bundle.manifest["preprocess"]["size"]
+    images = np.random.default_rng(0).standard_normal((4, 3, height, width)).astype(np.float32)
+    exact, *halves = (EncoderSession(made.image_encoder).run(images) for made in (bundle, fused, other))
+    assert all((exact * half).sum(-1).min() > 0.99995 for half in halves)
 
 
 def test_half_bundle_follows_the_recipe_and_is_found_again(vit_bundle: Bundle, tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """Serving side: preprocess equals open_clip's, sessions refuse clearly, kernels are counted, golden vectors hold."""
 
+import ctypes
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +20,11 @@ from d4c_onnx.measure import inspect_bundle
 from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.golden import TEXT, golden_input, read_golden
+from d4c_onnx.runtime.gpu import gpu_name, gpu_used_bytes
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.kernels import count_kernels
 from d4c_onnx.runtime.preprocess import denormalize, normalize, preprocess_image
-from d4c_onnx.runtime.session import EncoderSession, resolve_provider
+from d4c_onnx.runtime.session import EncoderSession, _cuda_fault, resolve_provider
 from d4c_onnx.runtime.tokenizer import TextTokenizer
 
 CONFIG = {
@@ -88,11 +93,90 @@ def test_unloadable_file_is_a_clear_error(tmp_path: Path) -> None:
         TextTokenizer(tmp_path / "tokenizer.json")
 
 
+@pytest.fixture
+def cuda_untried() -> Iterator[None]:
+    """What was found out about CUDA is forgotten before and after."""
+    _cuda_fault.cache_clear()
+    yield
+    _cuda_fault.cache_clear()
+
+
+@pytest.mark.usefixtures("cuda_untried")
 def test_missing_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     assert resolve_provider("auto") == "cpu"
     with pytest.raises(ModelError, match="onnxruntime-gpu"):
         resolve_provider("cuda")
+
+
+@pytest.mark.usefixtures("cuda_untried")
+@pytest.mark.parametrize("started", [False, True])
+def test_a_session_that_fell_back_to_the_cpu_is_not_called_cuda(
+    started: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """onnxruntime-gpu lists CUDA on machines without a driver, and silently runs there on the CPU."""
+
+    def preload() -> None:
+        sys.stdout.write("Failed to load libcublasLt.so.13: no such file\n")
+
+    def session(*_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"] * started + ["CPUExecutionProvider"])
+
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("onnxruntime.preload_dlls", preload, raising=False)
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    assert resolve_provider("auto") == ("cuda" if started else "cpu")
+    if started:
+        assert resolve_provider("cuda") == "cuda"
+    else:
+        with pytest.raises(ModelError, match=r"cannot load its CUDA provider \(Failed to load libcublasLt"):
+            resolve_provider("cuda")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("cuda_untried")
+def test_a_broken_cuda_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def session(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
+
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    assert resolve_provider("auto") == "cpu"
+    with pytest.raises(ModelError, match="no CUDA-capable device"):
+        resolve_provider("cuda")
+
+
+class _Driver:
+    """libcuda's four calls: one device of 1000 bytes, 400 of them free."""
+
+    def __init__(self, fault: int) -> None:
+        self.fault = fault
+
+    def cuInit(self, _: int) -> int:
+        return self.fault
+
+    def cuDeviceGetName(self, text: ctypes.Array, _: int, __: object) -> int:
+        text.value = b"NVIDIA Test"
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, _: object, __: object) -> int:
+        return 0
+
+    def cuCtxSetCurrent(self, _: object) -> int:
+        return 0
+
+    def cuMemGetInfo_v2(self, free: object, total: object) -> int:
+        free._obj.value, total._obj.value = 400, 1000  # type: ignore[attr-defined]
+        return 0
+
+
+def test_the_gpu_is_asked_through_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: _Driver(0))
+    assert (gpu_name(), gpu_used_bytes()) == ("NVIDIA Test", 600)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: _Driver(100))
+    assert (gpu_name(), gpu_used_bytes()) == (None, None)
+    monkeypatch.undo()
+    assert (gpu_name() is None) == (gpu_used_bytes() is None)
 
 
 @pytest.mark.parametrize(("model", "tower"), [("vit", "image"), ("vit", "text"), ("rn", "image")])

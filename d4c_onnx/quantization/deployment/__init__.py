@@ -3,6 +3,7 @@
 from d4c_onnx.quantization.deployment.attention import fuse_attention
 from d4c_onnx.quantization.deployment.half import convert_to_half
 from d4c_onnx.quantization.deployment.pools import convolve_pools
+from d4c_onnx.quantization.deployment.residuals import fuse_residuals
 from d4c_onnx.quantization.deployment.rows import compute_pooled_row_only
 from d4c_onnx.quantization.deployment.targets import TARGETS, Target, target_of
 
@@ -13,5 +14,6 @@ __all__ = [
     "convert_to_half",
     "convolve_pools",
     "fuse_attention",
+    "fuse_residuals",
     "target_of",
 ]

@@ -32,9 +32,14 @@ def fuse_attention(model: onnx.ModelProto) -> int:
     replaced = {heads.join[1].name: _fused(graph, index, heads) for heads in found}
     replace_nodes(graph, [new for node in graph.node for new in replaced.get(node.name, [node])])
     drop_unused(graph)
+    use_contrib(model)
+    return len(found)
+
+
+def use_contrib(model: onnx.ModelProto) -> None:
+    """Declare onnxruntime's own operators, in place."""
     if all(entry.domain != CONTRIB for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
-    return len(found)
 
 
 def _fused(graph: onnx.GraphProto, index: GraphIndex, heads: Heads) -> list[onnx.NodeProto]:

@@ -13,6 +13,7 @@ class Target:
     Attributes:
         int4_layout: how 4-bit weights lie in the file (see `quantization.layout`).
         fused_attention: `com.microsoft.MultiHeadAttention` instead of standard operators.
+        fused_residuals: in float16, `com.microsoft.SkipLayerNormalization` instead of sums and LayerNormalization.
         patch_product: a ViT's patch convolution is quantised as a product of patches.
         convolved_pools: average pools between integers are depthwise convolutions.
         symmetric: int8 activations with zero point 0 everywhere, instead of uint8 with any.
@@ -29,6 +30,7 @@ class Target:
 
     int4_layout: Literal["cast", "native", "nibbles"]
     fused_attention: bool
+    fused_residuals: bool
     patch_product: bool
     convolved_pools: bool
     symmetric: bool
@@ -45,6 +47,7 @@ TARGETS = {
     "cpu": Target(
         int4_layout="cast",
         fused_attention=True,
+        fused_residuals=False,
         patch_product=True,
         convolved_pools=True,
         symmetric=False,
@@ -57,6 +60,7 @@ TARGETS = {
     "portable": Target(
         int4_layout="cast",
         fused_attention=False,
+        fused_residuals=False,
         patch_product=True,
         convolved_pools=True,
         symmetric=False,
@@ -69,6 +73,7 @@ TARGETS = {
     "tensorrt": Target(
         int4_layout="native",
         fused_attention=False,
+        fused_residuals=False,
         patch_product=False,
         convolved_pools=False,
         symmetric=True,
@@ -81,6 +86,7 @@ TARGETS = {
     "openvino": Target(
         int4_layout="native",
         fused_attention=False,
+        fused_residuals=False,
         patch_product=False,
         convolved_pools=False,
         symmetric=False,
@@ -93,6 +99,7 @@ TARGETS = {
     "cuda": Target(
         int4_layout="cast",
         fused_attention=True,
+        fused_residuals=True,
         patch_product=False,
         convolved_pools=False,
         symmetric=False,
@@ -117,6 +124,6 @@ def target_of(section: QuantizationSection) -> Target:
     if section.int4_layout != "auto":
         table = "packed" if target.token_table == "folded" and section.int4_layout != "cast" else target.token_table
         target = replace(target, int4_layout=section.int4_layout, token_table=table)
-    keys = ("fused_attention", "patch_product", "convolved_pools", "reduce_range")
+    keys = ("fused_attention", "fused_residuals", "patch_product", "convolved_pools", "reduce_range")
     overruled = {key: value for key in keys if (value := getattr(section, key)) is not None}
     return replace(target, **overruled)

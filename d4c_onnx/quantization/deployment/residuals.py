@@ -1,0 +1,58 @@
+"""Residual sum, bias and LayerNorm as one kernel of onnxruntime."""
+
+import onnx
+from onnx import helper
+
+from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes
+from d4c_onnx.quantization.deployment.attention import CONTRIB, use_contrib
+
+
+def fuse_residuals(model: onnx.ModelProto) -> int:
+    """Replace `LayerNormalization(x + (y + bias))` by `com.microsoft.SkipLayerNormalization`, in place; how many.
+
+    The sum is its second result, for the next residual. The same up to rounding. On GPUs each step saved is a pass over
+    the tokens and a kernel to launch; on CPUs the operator is slower than its parts.
+    """
+    graph = model.graph
+    index = GraphIndex(graph)
+    fused: dict[str, onnx.NodeProto] = {}
+    gone: set[str] = set()
+    for norm in graph.node:
+        total = index.producer.get(norm.input[0]) if norm.op_type == "LayerNormalization" else None
+        if total is None or total.name in fused or total.op_type != "Add" or len(norm.input) < 3:
+            continue
+        if attribute(norm, "axis", -1) not in (-1, 2) or len(index.initializers[norm.input[1]].dims) != 1:
+            continue
+        found = next((part for name in total.input if (part := _product(index, name))), None)
+        if found is None:
+            continue
+        summand, value, bias = found
+        outer = next(name for name in total.input if name != summand)
+        fused[total.name] = helper.make_node(
+            "SkipLayerNormalization",
+            [value, outer, *norm.input[1:3], *([bias] if bias else [])],
+            [norm.output[0], "", "", total.output[0]],
+            name=f"{norm.name}_skip",
+            domain=CONTRIB,
+            epsilon=attribute(norm, "epsilon", 1e-5),
+        )
+        gone.add(norm.name)
+    if fused:
+        replace_nodes(graph, [fused.get(node.name, node) for node in graph.node if node.name not in gone])
+        drop_unused(graph)  # the Adds of the biases
+        use_contrib(model)
+    return len(fused)
+
+
+def _product(index: GraphIndex, summand: str) -> tuple[str, str, str] | None:
+    """Of a block's output, which has a row for each token: the summand, the product in it, and its bias or nothing."""
+    maker = index.producer.get(summand)
+    if maker is None or index.only_consumer(summand) is None:
+        return None
+    if maker.op_type == "MatMul":
+        return summand, summand, ""
+    for value, bias in (tuple(maker.input), tuple(maker.input)[::-1]) if maker.op_type == "Add" else ():
+        tensor, product = index.initializers.get(bias), index.producer.get(value)
+        if tensor is not None and len(tensor.dims) == 1 and product is not None and product.op_type == "MatMul":
+            return summand, value, bias
+    return None
