@@ -309,6 +309,15 @@ def _check_quantization(section: QuantizationSection, where: str) -> None:
             f"{where}, quantization.bits: {section.bits} keeps activations in float16, which only --target cuda "
             f"multiplies; the target is {section.target}. Use w{section.weight_bits}a8 there."
         )
+    if section.weights_only and section.int4_layout not in ("auto", "cast"):
+        raise RecipeError(
+            f"{where}, quantization.int4_layout: {section.int4_layout} is not for {section.bits}, whose weights are "
+            "unpacked by a Cast. Leave it out."
+        )
+    if section.weights_only and section.weight_bits == 6:
+        raise RecipeError(
+            f"{where}, quantization.bits: {section.bits} would save no byte over w8a16. Use w4a16 or w8a16."
+        )
     if section.weights_only and section.attention == "int8":
         raise RecipeError(f"{where}, quantization.attention: int8 is not for {section.bits}: activations stay float16.")
     if section.correction != "none" and section.rounding == "adaround":

@@ -74,6 +74,10 @@ def test_float_activations_are_for_cuda(width: str) -> None:
     for target in ("cpu", "portable", "tensorrt", "openvino"):
         with pytest.raises(RecipeError, match=rf"{width} keeps activations in float16.*Use {width[:2]}a8"):
             load_recipe(None, [f"quantization.bits={width}", f"quantization.target={target}"])
+    for key, value in (("int4_layout", "nibbles"), ("int4_layout", "native"), ("bits", "w6a16")):
+        given = {"bits": width, "target": "cuda", key: value}
+        with pytest.raises(RecipeError, match=rf"quantization\.{key}"):
+            load_recipe(None, [f"quantization.{name}={text}" for name, text in given.items()])
     with pytest.raises(RecipeError, match=r"quantization\.attention"):
         load_recipe(None, [f"quantization.bits={width}", "quantization.target=cuda", "quantization.attention=int8"])
 

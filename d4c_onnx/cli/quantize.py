@@ -11,7 +11,11 @@ from d4c_onnx.progress import OnStep
 
 @click.command("quantize")
 @options.model_argument
-@click.option("--bits", metavar="wNaM", help="Weight and activation bits: w4a8, w8a8, w6a6, ...  [recipe: w4a8]")
+@click.option(
+    "--bits",
+    metavar="wNaM",
+    help="Weight and activation bits: w4a8, w8a8, w6a6, ...; w4a16 for --target cuda.  [recipe: w4a8]",
+)
 @click.option(
     "--average-bits",
     type=click.FloatRange(4, 8),

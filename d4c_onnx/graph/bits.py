@@ -72,6 +72,8 @@ def _stored(index: GraphIndex, name: str) -> tuple[onnx.TensorProto, tuple[int, 
             continue
         if node is None or node.op_type not in _PASS_THROUGH:
             return None
+        if node.op_type == "Mul" and node.input[1] not in index.initializers:
+            return None
         if node.op_type == "Reshape" and reshaped is None and node.input[1] in index.initializers:
             reshaped = tuple(int(size) for size in index.constant(node.input[1]))
         name = node.input[0]

@@ -147,7 +147,7 @@ def quantize_encoder(
     on_step("write", 1, 1, {})
     layouts: set[str | None] = {None}
     if any(weight.num_bits == 4 for weight in weights.values()):
-        layouts.add("cast" if section.weights_only else form.int4_layout)
+        layouts.add(form.int4_layout)
     if table_bits == 4 and form.token_table == "folded":
         layouts.add("cast")
     return EncoderReport(
@@ -173,8 +173,8 @@ def _in_half(
     model: onnx.ModelProto, plan: Plan, weights: Mapping[str, QuantizedWeight], section: QuantizationSection
 ) -> tuple[onnx.ModelProto, bool, int]:
     """Weights only: the float16 graph, whose weights are unpacked when it is loaded."""
-    one_row, fused = _served(model, section)
-    half = convert_to_half(model, target_of(section))
+    one_row = section.pooled_row_only and compute_pooled_row_only(model)
+    half, fused = convert_to_half(model, target_of(section))
     store_scaled(half, {layer.weight: (weights[layer.weight], layer.channel_axis) for layer in plan.layers})
     return half, one_row, fused
 
@@ -196,7 +196,8 @@ def _store_table(model: onnx.ModelProto, section: QuantizationSection, form: Tar
         return None
     gather, name = table
     rows = np.asarray(GraphIndex(model.graph).constant(name), np.float32)
-    bits = section.table_bits if rows.shape[1] % 2 == 0 else 8
+    halves = form.token_table == "folded" or rows.shape[1] % 2 == 0
+    bits = section.table_bits if halves else 8
     rounded = make_rounding("nearest").round(rows, bits)
     if form.token_table == "folded":
         store_scaled(model, {name: (rounded, 0)})
@@ -222,7 +223,8 @@ def fold(
     plan = make_plan(model.graph, section, raised)
     dead_rows = dead_start_rows(model, plan, reader, section, provider=provider, threads=threads)
     plan = replace(plan, dead_rows=dead_rows)
-    # float activations need no range: what smoothing takes from theirs it would add to the weights'
+    # float activations need no range: what smoothing takes from theirs it would add to the weights'. A start token that
+    # is an outlier is pinned all the same, because it would rule the moments that weights are rounded by.
     smoothed = {} if section.weights_only else smooth(model, plan, reader, section, provider=provider, threads=threads)
     if plan.dead_rows:
         pin_start_token(model, plan, reader, provider=provider, threads=threads)

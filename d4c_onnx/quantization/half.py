@@ -6,11 +6,11 @@ from typing import Any
 import onnx
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, is_bundle, open_bundle, versions
-from d4c_onnx.errors import BundleError
+from d4c_onnx.errors import BundleError, GraphError
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
 from d4c_onnx.quantization.bundle import HALF_GOLDEN_TOLERANCE, finish_bundle, source_files
-from d4c_onnx.quantization.deployment import compute_pooled_row_only, convert_to_half, fuse_attention, target_of
+from d4c_onnx.quantization.deployment import compute_pooled_row_only, convert_to_half, target_of
 from d4c_onnx.quantization.folding import fold_batch_norms, skip_idle_pools
 from d4c_onnx.quantization.layout import MINIMUM_ORT
 from d4c_onnx.recipe import QuantizationSection
@@ -35,7 +35,10 @@ def half_bundle_files(bundle: Bundle, target: Path, section: QuantizationSection
     """
     with staged_folder(target) as stage:
         for name in (IMAGE_ENCODER, TEXT_ENCODER):
-            half = _half(load_graph(bundle.path / name), section)
+            try:
+                half = _half(load_graph(bundle.path / name), section)
+            except GraphError as error:
+                raise GraphError(f"{bundle.path / name}: {error}") from error
             save_graph(half, stage / name, limit_bytes=0 if section.external_data else None)
         written = finish_bundle(
             bundle,
@@ -87,7 +90,5 @@ def _half(model: onnx.ModelProto, section: QuantizationSection) -> onnx.ModelPro
     skip_idle_pools(model)
     if section.pooled_row_only:
         compute_pooled_row_only(model)
-    form = target_of(section)
-    if form.fused_attention:
-        fuse_attention(model)
-    return convert_to_half(model, form)
+    half, _ = convert_to_half(model, target_of(section))
+    return half

@@ -8,6 +8,8 @@ int8 kernels at half the bytes, because onnxruntime folds what unpacks them when
 - `nibbles`: two values a uint8, looked up in a table of 256 pairs of int8 (`Gather`). Any opset, onnxruntime 1.20.
   Unpacked by bit operations instead, the weights would be uint8 with zero point 8, and onnxruntime 1.32 multiplies
   those at half the speed of int8 ones.
+
+Where activations stay in float16, no kernel wants integers at all: `store_scaled` unpacks them to the float graph.
 """
 
 from collections.abc import Iterable, Mapping

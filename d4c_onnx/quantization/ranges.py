@@ -1,15 +1,21 @@
 """Activation ranges: two passes of the float encoder over all calibration samples."""
 
+import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams, RangeObserver, quant_params
+from d4c_onnx.calibration.readers import first_batches
+from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.index import opened
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.deployment import target_of
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.session import EncoderSession
+
+# What can be far larger than the encoder's input: float16 ends at 65,504.
+_LARGEST = ("MatMul", "Gemm", "Conv", "Add", "Mul", "LayerNormalization")
 
 
 def collect_ranges(
@@ -33,7 +39,8 @@ def collect_ranges(
     Returns:
         Per value name: scale, zero point, width.
     """
-    if not plan.activations:
+    if section.weights_only:
+        _check_float16(model, reader, provider, threads)
         return {}
     activations = [name for name in plan.activations if name not in plan.probabilities]
     wanted = [name for name in activations if name not in {value.name for value in model.graph.input}]
@@ -65,6 +72,26 @@ def collect_ranges(
     return known | {
         name: observer.mse(bits, headroom, section.clip_factor, symmetric) for name, observer in observers.items()
     }
+
+
+def _check_float16(model: onnx.ModelProto, reader: CalibrationDataReader, provider: str, threads: int) -> None:
+    """Look at one sample's products, sums and normalised values; a CPU would compute them in float32 and not overflow.
+
+    Raises:
+        GraphError: one is beyond what float16 holds.
+    """
+    made = [name for node in model.graph.node if node.op_type in _LARGEST for name in node.output]
+    wanted = [name for name in made if name not in {value.name for value in model.graph.output}]
+    with opened(model, wanted):
+        session = EncoderSession.of_model(model, provider, threads)
+    batch = first_batches(reader, 1)[0]
+    for name, values in session.run_all(batch[:1]).items():
+        largest = np.abs(values).max(initial=0)
+        if not largest <= np.finfo(np.float16).max:  # so that what is not a number fails, too
+            raise GraphError(
+                f"{name}: reaches {largest:.3g}, float16 holds 65504: these activations cannot stay in float16. "
+                "Use 8-bit ones (w4a8, w8a8) on a CPU."
+            )
 
 
 def _count(reader: CalibrationDataReader) -> int:

@@ -14,7 +14,6 @@ import onnx
 
 from d4c_onnx.graph.index import GraphIndex
 from d4c_onnx.graph.layers import WeightedLayer
-from d4c_onnx.quantization.statistics import quantized_name
 
 # What a region of convolutions may hold (the fake-quantised twin's rounding nodes included).
 REGION_OPS = ("Conv", "Relu", "Add", "AveragePool", "MaxPool", "Clip", "QuantizeLinear", "DequantizeLinear")
@@ -57,7 +56,8 @@ def find_regions(twin: onnx.GraphProto, layers: tuple[WeightedLayer, ...]) -> li
             continue
         for layer in inside:
             node = index.producer[layer.output]
-            regions.append(Region((layer,), (node,), quantized_name(layer.data), layer.output))
+            data = next(name for name in node.input[:2] if name != layer.weight)  # as the twin rounds it, or does not
+            regions.append(Region((layer,), (node,), data, layer.output))
     return regions
 
 

@@ -97,7 +97,7 @@ def inspect_encoder(path: Path, entries: Mapping[str, str] | None = None) -> Ins
                 node.op_type,
                 shape,
                 stored.bits if stored else None,
-                _dtype(index, node, data),
+                _dtype(index, node, stored is not None, data),
                 _range(index, data),
                 _scales(index, weight or (_unpacked(index, node) if stored else None)) if stored else None,
                 kernel,
@@ -126,7 +126,10 @@ class _Running:
         # channels-last and blocked convolutions and scaled products keep the node's or its output's name with a mark
         # behind it
         self._by_name = {
-            node.name.split("_token_")[0].split("/MatMulScale")[0].removesuffix("_nchwc"): node.op_type
+            node.name.split("_token_")[0]
+            .split("/MatMulScale")[0]
+            .removeprefix("InsertedPrecisionFreeCast_")
+            .removesuffix("_nchwc"): node.op_type
             for node in products
         }
 
@@ -179,10 +182,11 @@ def _unpacked(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto | None:
     return None
 
 
-def _dtype(index: GraphIndex, node: onnx.NodeProto, dequantize: onnx.NodeProto | None) -> str:
+def _dtype(index: GraphIndex, node: onnx.NodeProto, weighted: bool, dequantize: onnx.NodeProto | None) -> str:
     if dequantize is None:
-        half = any(_is_half(index, name) for name in node.input[:2])
-        return "float16" if half else "float32"
+        halves = [tensor for tensor in index.initializers.values() if tensor.data_type == onnx.TensorProto.FLOAT16]
+        own = any(_is_half(index, name) for name in node.input[:2])
+        return "float16" if own or (halves and not weighted) else "float32"
     zero = index.array(dequantize.input[2]) if len(dequantize.input) > 2 else None
     return "uint8" if zero is None else str(zero.dtype)
 

@@ -45,16 +45,13 @@ def _cuda_fault() -> str:
     onnxruntime lists the provider wherever it was built with it, and where the driver or a library is missing it
     silently runs on the CPU: so a session is tried.
     """
-    import onnx
-    from onnx import TensorProto, helper
-
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return "this onnxruntime has no CUDA provider. Install onnxruntime-gpu in its place"
+    from onnx import TensorProto, helper
+
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", value[:1], value[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    assert isinstance(model, onnx.ModelProto)
-    options = ort.SessionOptions()
     said = io.StringIO()
     ort.set_default_logger_severity(4)  # what is missing would be told on stderr
     try:
@@ -62,7 +59,7 @@ def _cuda_fault() -> str:
             preload = getattr(ort, "preload_dlls", None)
             if preload is not None:  # CUDA and cuDNN from their Python packages
                 preload()
-            found = ort.InferenceSession(model.SerializeToString(), options, providers=_PROVIDERS["cuda"])
+            found = ort.InferenceSession(model.SerializeToString(), providers=_PROVIDERS["cuda"])
     except Exception as error:  # onnxruntime raises its own C++ exception types
         return f"onnxruntime cannot start CUDA ({str(error)[:200]}). Mend the driver"
     finally:

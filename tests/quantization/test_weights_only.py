@@ -11,12 +11,19 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
 from d4c_onnx.bundle import Bundle
-from d4c_onnx.calibration import CalibrationSet, open_calibration_set
+from d4c_onnx.calibration import (
+    CalibrationSet,
+    D4CCalibrationDataReader,
+    PromptCalibrationDataReader,
+    open_calibration_set,
+)
+from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.bits import average_bits, layer_bits
-from d4c_onnx.graph.files import load_graph
-from d4c_onnx.graph.index import GraphIndex
+from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
+from d4c_onnx.graph.index import GraphIndex, set_initializer
 from d4c_onnx.graph.layers import channels_back
-from d4c_onnx.quantization import half_bundle_files, quantize_bundle_files
+from d4c_onnx.graph.shapes import note_shapes
+from d4c_onnx.quantization import half_bundle_files, quantize_bundle_files, quantize_encoder
 from d4c_onnx.quantization.deployment import fuse_residuals
 from d4c_onnx.quantization.layout import store_scaled
 from d4c_onnx.quantization.rounding.base import QuantizedWeight
@@ -103,8 +110,9 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
     assert average_bits(layers) == pytest.approx(made.manifest["weight_bits_average"], abs=1e-3)
     assert average_bits(layers) < 4.3
     for layer in inspect_encoder(made.image_encoder).layers:
-        if layer.shape and layer.op != "Conv":
-            assert layer.activation == "float16"
+        assert layer.kernel != "unknown"
+        assert layer.activation == "float16"
+        if layer.shape:
             assert 0 < layer.weight_scales[0] <= layer.weight_scales[1]
             assert "weights only" in layer.reason
 
@@ -116,8 +124,10 @@ def test_fused_residuals_keep_the_function(
     bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
     changed = load_graph(bundle.encoders[tower])
     before = sum(node.op_type == "LayerNormalization" for node in changed.graph.node)
+    note_shapes(changed)
     assert fuse_residuals(changed) == sums
     assert sum(node.op_type == "LayerNormalization" for node in changed.graph.node) == before - sums
+    strip_notes(changed)
     onnx.checker.check_model(changed)
     height, width = bundle.manifest["preprocess"]["size"]
     batch = rng.standard_normal((3, 3, height, width), dtype=np.float32)
@@ -128,29 +138,80 @@ def test_fused_residuals_keep_the_function(
     assert fuse_residuals(changed) == 0
 
 
-def test_a_sum_that_is_no_residual_stays() -> None:
-    """Position added to tokens: one of the two has no batch axis, and onnxruntime's operator would refuse it."""
-    width = 8
+def _normed(nodes: list[onnx.NodeProto], shape: list[int | str]) -> onnx.ModelProto:
+    """LayerNorm of a value `sum`, made of the input x and constants."""
     constants = {
-        "position": np.ones((3, width), np.float32),
-        "scale": np.ones(width, np.float32),
-        "bias": np.zeros(width, np.float32),
+        "weight": np.eye(8, dtype=np.float32),
+        "position": np.ones((3, 8), np.float32),
+        "row": np.ones((1, 3, 8), np.float32),
+        "scale": np.ones(8, np.float32),
+        "bias": np.full(8, 0.5, np.float32),
     }
-    model = helper.make_model(
-        helper.make_graph(
-            [
-                helper.make_node("Neg", ["position"], ["rows"]),
-                helper.make_node("Neg", ["x"], ["tokens"]),
-                helper.make_node("Add", ["tokens", "rows"], ["sum"], name="sum"),
-                helper.make_node("LayerNormalization", ["sum", "scale", "bias"], ["y"], name="norm"),
-            ],
-            "one",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, width])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3, width])],
-            [numpy_helper.from_array(values, name) for name, values in constants.items()],
-        ),
-        opset_imports=[helper.make_opsetid("", 18)],
-        ir_version=8,
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("LayerNormalization", ["sum", "scale", "bias"], ["y"], name="norm")],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
     )
-    assert fuse_residuals(model) == 0
-    assert [node.op_type for node in model.graph.node] == ["Neg", "Neg", "Add", "LayerNormalization"]
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    note_shapes(model)
+    return model
+
+
+def _sum_of(left: str, right: str, *before: tuple[str, list[str], str]) -> list[onnx.NodeProto]:
+    nodes = [helper.make_node(op, inputs, [output], name=output) for op, inputs, output in before]
+    return [*nodes, helper.make_node("Add", [left, right], ["sum"], name="sum")]
+
+
+PRODUCT = ("MatMul", ["x", "weight"], "product")
+
+
+@pytest.mark.parametrize(
+    ("fits", "shape", "nodes"),
+    [
+        (
+            True,
+            ["n", 3, 8],
+            _sum_of("x2", "y2", ("Neg", ["x"], "x2"), PRODUCT, ("Add", ["bias", "product"], "y2")),
+        ),
+        (True, ["n", 3, 8], _sum_of("product", "x2", ("Neg", ["x"], "x2"), PRODUCT)),
+        # no residual: a bias alone
+        (False, ["n", 3, 8], _sum_of("product", "bias", PRODUCT)),
+        # position added to tokens, a row for all of the batch, four axes: onnxruntime's operator takes none of them
+        (False, ["n", 3, 8], _sum_of("product", "rows", PRODUCT, ("Neg", ["position"], "rows"))),
+        (False, ["n", 3, 8], _sum_of("x2", "product", ("Neg", ["x"], "x2"), ("MatMul", ["row", "weight"], "product"))),
+        (False, ["n", 3, 3, 8], _sum_of("x2", "product", ("Neg", ["x"], "x2"), PRODUCT)),
+    ],
+)
+def test_only_residuals_are_fused(fits: bool, shape: list[int | str], nodes: list[onnx.NodeProto]) -> None:
+    model = _normed(nodes, shape)
+    batch = np.random.default_rng(0).standard_normal([2, *shape[1:]]).astype(np.float32)
+    exact = EncoderSession(model.SerializeToString()).run(batch)
+    assert fuse_residuals(model) == fits
+    np.testing.assert_allclose(EncoderSession(model.SerializeToString()).run(batch), exact, atol=1e-6)
+
+
+def test_adaround_knows_float_activations(
+    vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
+) -> None:
+    keys = ["bits=w4a16", "target=cuda", "rounding=adaround", "adaround_steps=3"]
+    section = load_recipe(None, [f"quantization.{key}" for key in keys]).quantization
+    reader = PromptCalibrationDataReader(vit_calibration[1])
+    report = quantize_encoder(vit_bundle.text_encoder, tmp_path / "q.onnx", reader, section, threads=1)
+    assert {layer.bits for layer in report.layers} == {4, 8}
+
+
+def test_what_float16_cannot_hold_is_refused(
+    vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
+) -> None:
+    """A CPU computes float16 files in float32: only the values themselves tell."""
+    model = load_graph(vit_bundle.image_encoder)
+    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    bias = GraphIndex(model.graph).constant(norm.input[2])
+    set_initializer(model.graph, norm.input[2], bias + np.float32(1e6))
+    save_graph(model, tmp_path / "large.onnx")
+    section = load_recipe(None, ["quantization.bits=w4a16", "quantization.target=cuda"]).quantization
+    reader = D4CCalibrationDataReader(vit_calibration[1])
+    with pytest.raises(GraphError, match="float16 holds 65504"):
+        quantize_encoder(tmp_path / "large.onnx", tmp_path / "q.onnx", reader, section, threads=1)

@@ -1,7 +1,7 @@
-"""The last step of quantisation: the graph that is served, for a target. The answers stay the same."""
+"""The last step of quantisation: the graph that is served, for a target. But for float16, the answers stay the same."""
 
 from d4c_onnx.quantization.deployment.attention import fuse_attention
-from d4c_onnx.quantization.deployment.half import convert_to_half
+from d4c_onnx.quantization.deployment.float16 import convert_to_half
 from d4c_onnx.quantization.deployment.pools import convolve_pools
 from d4c_onnx.quantization.deployment.residuals import fuse_residuals
 from d4c_onnx.quantization.deployment.rows import compute_pooled_row_only

@@ -4,6 +4,7 @@ import onnx
 from onnx import helper
 
 from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes
+from d4c_onnx.graph.shapes import Dims, noted_dims
 from d4c_onnx.quantization.deployment.attention import CONTRIB, use_contrib
 
 
@@ -11,23 +12,27 @@ def fuse_residuals(model: onnx.ModelProto) -> int:
     """Replace `LayerNormalization(x + (y + bias))` by `com.microsoft.SkipLayerNormalization`, in place; how many.
 
     The sum is its second result, for the next residual. The same up to rounding. On GPUs each step saved is a pass over
-    the tokens and a kernel to launch; on CPUs the operator is slower than its parts.
+    the tokens and a kernel to launch; on CPUs the operator is slower than its parts. It takes [batch, tokens, width]
+    without broadcasting: shapes must be noted (`graph.shapes`), and a sum whose are not stays as it is.
     """
     graph = model.graph
-    index = GraphIndex(graph)
+    index, dims = GraphIndex(graph), noted_dims(graph)
     fused: dict[str, onnx.NodeProto] = {}
     gone: set[str] = set()
     for norm in graph.node:
         total = index.producer.get(norm.input[0]) if norm.op_type == "LayerNormalization" else None
         if total is None or total.name in fused or total.op_type != "Add" or len(norm.input) < 3:
             continue
-        if attribute(norm, "axis", -1) not in (-1, 2) or len(index.initializers[norm.input[1]].dims) != 1:
+        scale = index.initializers.get(norm.input[1])
+        if attribute(norm, "axis", -1) not in (-1, 2) or scale is None or len(scale.dims) != 1:
             continue
         found = next((part for name in total.input if (part := _product(index, name))), None)
         if found is None:
             continue
         summand, value, bias = found
         outer = next(name for name in total.input if name != summand)
+        if outer in index.initializers or not _same(dims.get(summand), dims.get(outer)):
+            continue
         fused[total.name] = helper.make_node(
             "SkipLayerNormalization",
             [value, outer, *norm.input[1:3], *([bias] if bias else [])],
@@ -56,3 +61,12 @@ def _product(index: GraphIndex, summand: str) -> tuple[str, str, str] | None:
         if tensor is not None and len(tensor.dims) == 1 and product is not None and product.op_type == "MatMul":
             return summand, value, bias
     return None
+
+
+def _same(one: Dims | None, other: Dims | None) -> bool:
+    """Whether two values are [batch, tokens, width] and neither is repeated along the other."""
+    if one is None or other is None or len(one) != 3 or len(other) != 3:
+        return False
+    axes = list(zip(one, other, strict=True))
+    sizes = [pair for pair in axes if all(isinstance(size, int) for size in pair)]
+    return all(left == right for left, right in sizes) and not any(1 in pair for pair in axes if pair not in sizes)

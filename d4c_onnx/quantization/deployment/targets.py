@@ -24,7 +24,7 @@ class Target:
         token_table: packed: integers that stay packed in memory, and only looked-up rows are unpacked; folded: integers
             that are unpacked when the file is loaded, for the CUDA provider has no bit operations; float: as it is,
             for TensorRT's parser takes neither.
-        half: put an FP16 bundle beside the int8 one.
+        half: put an FP16 bundle beside.
         note: what to expect there.
     """
 

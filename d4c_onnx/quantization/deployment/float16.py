@@ -9,30 +9,38 @@ from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.files import strip_notes
 from d4c_onnx.graph.index import GraphIndex, drop_unused, replace_nodes
 from d4c_onnx.graph.layers import weighted_layers
+from d4c_onnx.graph.shapes import note_shapes
+from d4c_onnx.quantization.deployment.attention import fuse_attention
 from d4c_onnx.quantization.deployment.residuals import fuse_residuals
 from d4c_onnx.quantization.deployment.targets import Target
 
 
-def convert_to_half(model: onnx.ModelProto, form: Target) -> onnx.ModelProto:
-    """onnxruntime's own conversion; `model` must not be used afterwards.
+def convert_to_half(model: onnx.ModelProto, form: Target) -> tuple[onnx.ModelProto, int]:
+    """onnxruntime's own conversion, and the target's fused operators; `model` must not be used afterwards.
 
     What follows the final projection stays in float32: normalised in float16, embeddings were up to 4e-4 longer or
-    shorter than 1.
+    shorter than 1. The fusions come last: ONNX infers no type behind onnxruntime's own operators, and the converter
+    puts Casts around what has no float16 form by those types.
+
+    Returns:
+        The float16 graph, and how many attentions are one kernel.
 
     Raises:
         GraphError: the converter refused it.
     """
-    if form.fused_residuals:
-        fuse_residuals(model)
     tail = _cut_tail(model.graph)
     try:
-        half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
+        note_shapes(model)
+        half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
     except Exception as error:  # the converter and onnx's shape inference raise kinds of their own
         raise GraphError(f"onnxruntime's float16 converter refused the graph ({str(error)[:300]}).") from error
     OnnxModel.graph_topological_sort(half.graph)  # it puts the input's Cast last, which ONNX forbids
     _join_tail(half.graph, tail)
+    fused = fuse_attention(half) if form.fused_attention else 0
+    if form.fused_residuals:
+        fuse_residuals(half)
     strip_notes(half)
-    return half
+    return half, fused
 
 
 def _cut_tail(graph: onnx.GraphProto) -> onnx.GraphProto:
