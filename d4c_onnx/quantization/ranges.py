@@ -14,9 +14,6 @@ from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.session import EncoderSession
 
-# What can be far larger than the encoder's input: float16 ends at 65,504.
-_LARGEST = ("MatMul", "Gemm", "Conv", "Add", "Mul", "LayerNormalization")
-
 
 def collect_ranges(
     model: onnx.ModelProto,
@@ -40,7 +37,7 @@ def collect_ranges(
         Per value name: scale, zero point, width.
     """
     if section.weights_only:
-        _check_float16(model, reader, provider, threads)
+        _check_float16(model, plan, reader, provider, threads)
         return {}
     activations = [name for name in plan.activations if name not in plan.probabilities]
     wanted = [name for name in activations if name not in {value.name for value in model.graph.input}]
@@ -74,14 +71,22 @@ def collect_ranges(
     }
 
 
-def _check_float16(model: onnx.ModelProto, reader: CalibrationDataReader, provider: str, threads: int) -> None:
-    """Look at one sample's products, sums and normalised values; a CPU would compute them in float32 and not overflow.
+def _check_float16(
+    model: onnx.ModelProto, plan: Plan, reader: CalibrationDataReader, provider: str, threads: int
+) -> None:
+    """Look at one sample's products, residual sums and normalised values; a CPU, in float32, never overflows.
+
+    Masks, which may hold the least float32 there is, are not looked at: the conversion confines them.
 
     Raises:
         GraphError: one is beyond what float16 holds.
     """
-    made = [name for node in model.graph.node if node.op_type in _LARGEST for name in node.output]
-    wanted = [name for name in made if name not in {value.name for value in model.graph.output}]
+    norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+    names = [layer.output for layer in plan.layers] + [
+        name for node in norms for name in (node.input[0], node.output[0])
+    ]
+    given = {value.name for value in (*model.graph.input, *model.graph.output)}
+    wanted = [name for name in dict.fromkeys(names) if name not in given]
     with opened(model, wanted):
         session = EncoderSession.of_model(model, provider, threads)
     batch = first_batches(reader, 1)[0]
