@@ -30,7 +30,7 @@ def test_half_bundle_finds_the_end_token(vit_bundle: Bundle, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("model", ["vit", "rn"])
 def test_half_files_are_valid_and_fused(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """The converter alone leaves nodes in an order that ONNX forbids, and TensorRT's parser refuses."""
+    """The converter alone leaves nodes in an order that ONNX forbids."""
     bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
     plain = ["quantization.fused_attention=false", "quantization.fused_residuals=false"]
     fused = half_bundle_files(bundle, tmp_path / "fused", load_recipe(None, ["quantization.target=cuda"]).quantization)
