@@ -164,6 +164,11 @@ class QuantizationSection(_Section):
         description="fp16 and a16: residual sum, bias and LayerNorm as com.microsoft.SkipLayerNormalization; none: as "
         "the target has it",
     )
+    separate_gelu: bool | None = Field(
+        None,
+        description="keep onnxruntime from fusing GELU with the bias before it: its kernel for both is the slower one "
+        "on CPUs with AVX-512. none: as the target has it",
+    )
     patch_product: bool | None = Field(
         None,
         description="quantise a ViT's patch convolution as a product; exact. none: as the target has it",

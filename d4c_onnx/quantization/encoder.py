@@ -21,11 +21,13 @@ from d4c_onnx.quantization.deployment import (
     convert_to_half,
     convolve_pools,
     fuse_attention,
+    separate_gelu,
     target_of,
 )
 from d4c_onnx.quantization.folding import (
     dead_start_rows,
     fold_batch_norms,
+    fold_gates,
     pin_start_token,
     skip_idle_pools,
     smooth,
@@ -163,9 +165,12 @@ def quantize_encoder(
 
 
 def _served(model: onnx.ModelProto, section: QuantizationSection) -> tuple[bool, int]:
-    """Rewrite the last block and attention for serving, in place; whether and how many."""
+    """Rewrite the last block, GELU and attention for serving, in place; whether one row, and how many attentions."""
     one_row = section.pooled_row_only and compute_pooled_row_only(model)
-    fuses = target_of(section).fused_attention and section.attention == "float"
+    form = target_of(section)
+    fuses = form.fused_attention and section.attention == "float"
+    if form.separate_gelu:
+        separate_gelu(model)
     return one_row, fuse_attention(model) if fuses else 0
 
 
@@ -218,6 +223,7 @@ def fold(
     """All exact rewrites, in place; returns the plan of the rewritten graph and the smoothing that was chosen."""
     fold_batch_norms(model)
     skip_idle_pools(model)
+    fold_gates(model)
     if target_of(section).patch_product:
         unfold_patches(model)
     plan = make_plan(model.graph, section, raised)
@@ -228,7 +234,7 @@ def fold(
     smoothed = {} if section.weights_only else smooth(model, plan, reader, section, provider=provider, threads=threads)
     if plan.dead_rows:
         pin_start_token(model, plan, reader, provider=provider, threads=threads)
-    drop_unused(model.graph)  # the 1.702 that all QuickGELUs shared, say
+    drop_unused(model.graph)
     # smoothing may have put a Mul behind an activation: the layer then reads another value
     dead = {layer.weight for layer in plan.layers if layer.data in plan.dead_rows}
     final = make_plan(model.graph, section, raised)

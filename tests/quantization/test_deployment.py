@@ -20,7 +20,13 @@ from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex, attribute
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.quantization.bundle import _unseen
-from d4c_onnx.quantization.deployment import TARGETS, compute_pooled_row_only, convolve_pools, fuse_attention
+from d4c_onnx.quantization.deployment import (
+    TARGETS,
+    compute_pooled_row_only,
+    convolve_pools,
+    fuse_attention,
+    separate_gelu,
+)
 from d4c_onnx.quantization.layout import store_int4
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime import optimizer
@@ -90,6 +96,38 @@ def test_last_block_has_one_row(vit_bundle: Bundle, rng: np.random.Generator, to
     queries = [value.shape[2] for value in EncoderSession(model.SerializeToString()).run_all(batch).values()]
     assert queries[-1] == 1
     assert all(rows > 1 for rows in queries[:-1])
+
+
+def test_gelu_stays_apart_from_its_bias() -> None:
+    rng = np.random.default_rng(0)
+    values = {"weight": rng.standard_normal((8, 16)), "bias": rng.standard_normal(16)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "weight"], ["p"], name="product"),
+        helper.make_node("Add", ["p", "bias"], ["h"], name="add"),
+        helper.make_node("Gelu", ["h"], ["g"], name="gelu"),
+        helper.make_node("Add", ["g", "bias"], ["y"], name="other"),  # keeps the bias as it was
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "mlp",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "tokens", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "tokens", 16])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    x = rng.standard_normal((2, 3, 8)).astype(np.float32)
+    expected = _run(model, x)
+
+    def kernels() -> list[str]:
+        return [node.op_type for node in optimized_graph(model.SerializeToString()).graph.node]
+
+    assert "BiasGelu" in kernels()  # or this rewrite has no point any more
+    assert separate_gelu(model) == 1
+    onnx.checker.check_model(model)
+    assert "Gelu" in kernels()
+    assert "BiasGelu" not in kernels()
+    np.testing.assert_allclose(_run(model, x), expected, atol=1e-6)
+    assert separate_gelu(model) == 0
 
 
 def test_rewrites_leave_other_forms_alone(rn_bundle: Bundle, vit_bundle: Bundle) -> None:

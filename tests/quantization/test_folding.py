@@ -14,11 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet, D4CCalibrationDataReader, PromptCalibrationDataReader
 from d4c_onnx.graph.files import load_graph
-from d4c_onnx.graph.index import GraphIndex, set_initializer
+from d4c_onnx.graph.index import GraphIndex, attribute, set_initializer
 from d4c_onnx.graph.layers import weighted_layers
 from d4c_onnx.quantization import quantize_encoder
 from d4c_onnx.quantization.folding import smoothing
 from d4c_onnx.quantization.folding.batch_norm import fold_batch_norms
+from d4c_onnx.quantization.folding.gates import fold_gates
 from d4c_onnx.quantization.folding.idle_pools import skip_idle_pools
 from d4c_onnx.quantization.folding.patches import unfold_patches
 from d4c_onnx.quantization.folding.places import Place, apply_scale, find_places
@@ -26,7 +27,7 @@ from d4c_onnx.quantization.folding.start_token import dead_start_rows, pin_start
 from d4c_onnx.quantization.folding.stress import inflate
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.recipe import load_recipe
-from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.session import EncoderSession, optimized_graph
 
 SECTION = load_recipe(None).quantization
 
@@ -129,6 +130,72 @@ def test_gelu_takes_its_scale_from_a_mul_and_keeps_it_there() -> None:
         onnx.checker.check_model(model)
         assert np.allclose(EncoderSession(model.SerializeToString()).run(x), expected, rtol=1e-4, atol=1e-4)
     assert sum(node.op_type == "Mul" for node in model.graph.node) == 1
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_quick_gelu_loses_its_constant_exactly(tower: str, vit_bundle: Bundle, rng: np.random.Generator) -> None:
+    model = load_graph(vit_bundle.encoders[tower])
+    blocks = sum(node.op_type == "Sigmoid" for node in model.graph.node)
+    muls = sum(node.op_type == "Mul" for node in model.graph.node)
+    assert fold_gates(model) == blocks > 0
+    onnx.checker.check_model(model)
+    assert sum(node.op_type == "Mul" for node in model.graph.node) == muls - blocks
+    assert fold_gates(model) == 0
+    batch = rng.standard_normal((3, 3, 48, 48)).astype(np.float32)
+    if tower == "text":
+        batch = np.array([[49406, 320, 1125, 539, 49407], [49406, 320, 49407, 0, 0]], np.int64)
+    served = optimized_graph(model.SerializeToString())
+    gelus = [node for node in served.graph.node if node.op_type == "QuickGelu"]
+    assert [attribute(node, "alpha") for node in gelus] == [1.0] * blocks
+    got = EncoderSession(model.SerializeToString()).run(batch)
+    np.testing.assert_allclose(got, EncoderSession(vit_bundle.encoders[tower]).run(batch), atol=2e-6)
+
+
+def _quick_gelu(width: int, constant: np.ndarray, shared: bool = False) -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    values = {"first": rng.standard_normal((8, width)), "bias": rng.standard_normal(width)}
+    values |= {"second": rng.standard_normal((width, 4)), "a": constant}
+    nodes = [
+        helper.make_node("MatMul", ["x", "first"], ["p"], name="c_fc"),
+        helper.make_node("Add", ["bias", "p"], ["h"], name="add"),
+        helper.make_node("Mul", ["a", "h"], ["m"], name="gate"),
+        helper.make_node("Sigmoid", ["m"], ["s"], name="sigmoid"),
+        helper.make_node("Mul", ["h", "s"], ["g"], name="product"),
+        helper.make_node("MatMul", ["g", "second"], ["y"], name="c_proj"),
+    ]
+    outputs = ["y", "h"] if shared else ["y"]
+    graph = helper.make_graph(
+        nodes,
+        "mlp",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in values.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+@given(st.floats(0.05, 20), st.integers(1, 40))
+@settings(max_examples=20, deadline=None)
+def test_any_positive_constant_folds(constant: float, width: int) -> None:
+    model = _quick_gelu(width, np.array(constant))
+    x = np.random.default_rng(width).standard_normal((5, 8)).astype(np.float32)
+    expected = EncoderSession(model.SerializeToString()).run(x)
+    assert fold_gates(model) == 1
+    np.testing.assert_allclose(EncoderSession(model.SerializeToString()).run(x), expected, rtol=1e-4, atol=1e-4)
+    assert _kinds(model) == {"activation": 1}  # smoothing can still reach it, at the price of a Mul
+    apply_scale(model.graph, _places(model)[0], np.random.default_rng(0).uniform(0.1, 10, width).astype(np.float32))
+    np.testing.assert_allclose(EncoderSession(model.SerializeToString()).run(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_constants_that_do_not_fold_stay(vit_bundle: Bundle) -> None:
+    for model in (
+        _quick_gelu(16, np.linspace(1, 2, 16)),  # a stress variant's
+        _quick_gelu(16, np.array(-1.702)),
+        _quick_gelu(16, np.array(1.702), shared=True),  # another reader would get 1.702 h
+    ):
+        before = model.SerializeToString()
+        assert fold_gates(model) == 0
+        assert model.SerializeToString() == before
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,5 +1,6 @@
 """The last step of quantisation: the graph that is served, for a target. But for float16, the answers stay the same."""
 
+from d4c_onnx.quantization.deployment.activations import separate_gelu
 from d4c_onnx.quantization.deployment.attention import fuse_attention
 from d4c_onnx.quantization.deployment.float16 import convert_to_half
 from d4c_onnx.quantization.deployment.pools import convolve_pools
@@ -15,5 +16,6 @@ __all__ = [
     "convolve_pools",
     "fuse_attention",
     "fuse_residuals",
+    "separate_gelu",
     "target_of",
 ]

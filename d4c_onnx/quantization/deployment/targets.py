@@ -14,6 +14,7 @@ class Target:
         int4_layout: how 4-bit weights lie in the file (see `quantization.layout`).
         fused_attention: `com.microsoft.MultiHeadAttention` instead of standard operators.
         fused_residuals: in float16, `com.microsoft.SkipLayerNormalization` instead of sums and LayerNormalization.
+        separate_gelu: GELU stays apart from the bias before it, for the CPU provider.
         patch_product: a ViT's patch convolution is quantised as a product of patches.
         convolved_pools: average pools between integers are depthwise convolutions.
         symmetric: int8 activations with zero point 0 everywhere, instead of uint8 with any.
@@ -31,6 +32,7 @@ class Target:
     int4_layout: Literal["cast", "native", "nibbles"]
     fused_attention: bool
     fused_residuals: bool
+    separate_gelu: bool
     patch_product: bool
     convolved_pools: bool
     symmetric: bool
@@ -48,6 +50,7 @@ TARGETS = {
         int4_layout="cast",
         fused_attention=True,
         fused_residuals=False,
+        separate_gelu=True,
         patch_product=True,
         convolved_pools=True,
         symmetric=False,
@@ -61,6 +64,7 @@ TARGETS = {
         int4_layout="cast",
         fused_attention=False,
         fused_residuals=False,
+        separate_gelu=True,
         patch_product=True,
         convolved_pools=True,
         symmetric=False,
@@ -74,6 +78,7 @@ TARGETS = {
         int4_layout="native",
         fused_attention=False,
         fused_residuals=False,
+        separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
         symmetric=True,
@@ -87,6 +92,7 @@ TARGETS = {
         int4_layout="native",
         fused_attention=False,
         fused_residuals=False,
+        separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
         symmetric=False,
@@ -100,6 +106,7 @@ TARGETS = {
         int4_layout="cast",
         fused_attention=True,
         fused_residuals=True,
+        separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
         symmetric=False,
@@ -124,6 +131,6 @@ def target_of(section: QuantizationSection) -> Target:
     if section.int4_layout != "auto":
         table = "packed" if target.token_table == "folded" and section.int4_layout != "cast" else target.token_table
         target = replace(target, int4_layout=section.int4_layout, token_table=table)
-    keys = ("fused_attention", "fused_residuals", "patch_product", "convolved_pools", "reduce_range")
+    keys = ("fused_attention", "fused_residuals", "separate_gelu", "patch_product", "convolved_pools", "reduce_range")
     overruled = {key: value for key in keys if (value := getattr(section, key)) is not None}
     return replace(target, **overruled)

@@ -8,7 +8,7 @@ columns take s, and whatever makes x must take 1 / s. That is exact where x is m
   sequence, never channels, so the channel keeps its scale through the mix;
 - QuickGELU, h sigmoid(1.702 h), after a linear layer (c_proj): row j of c_fc is divided by s_j and the constant in the
   sigmoid becomes 1.702 s_j, since (h / s) sigmoid(1.702 s (h / s)) = QuickGELU(h) / s;
-- any other activation: an elementwise Mul by 1 / s behind it, one more pass over the values;
+- any other activation, SiLU too: an elementwise Mul by 1 / s behind it, one more pass over the values;
 - such a Mul that is there already: its constant is divided by s.
 
 Dividing the rows of a layer that is itself quantised changes nothing for it: its grid is per row.
@@ -156,8 +156,11 @@ def _absorber(
         gate = _quick_gelu_gate(index, node)
         hidden = next((entry for entry in gate.input if entry in node.input), "") if gate is not None else ""
         source = linear_source(index, by_node, hidden)
-        if gate is not None and source is not None and len(index.consumers[hidden]) == 2:
+        alone = len(index.consumers[hidden]) == 2 and hidden not in index.outputs
+        if gate is not None and source is not None and alone:
             return ("quick_gelu", _rows_of(source), gate.name) if _owned_source(index, source, width) else None
+        if _is_silu(index, node):
+            return "activation", (), None
     elif node.op_type in _ACTIVATIONS:
         return "activation", (), None
     return None
@@ -190,6 +193,15 @@ def _quick_gelu_gate(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto 
             if len(constant) == 1 and hidden in gate.input:
                 return gate
     return None
+
+
+def _is_silu(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether `node`, a Mul, is the outer product of h * Sigmoid(h): what `gates` leaves of QuickGELU."""
+    for hidden, gated in (tuple(node.input), tuple(reversed(node.input))):
+        sigmoid = index.producer.get(gated)
+        if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.input[0] == hidden:
+            return index.only_consumer(gated) is node
+    return False
 
 
 def _scale_gate(graph: onnx.GraphProto, index: GraphIndex, place: Place, scale: np.ndarray) -> None:

@@ -1,0 +1,28 @@
+"""GELU apart from the bias before it."""
+
+import onnx
+
+from d4c_onnx.graph.index import GraphIndex, set_initializer
+
+
+def separate_gelu(model: onnx.ModelProto) -> int:
+    """Keep onnxruntime from making one BiasGelu of a bias and GELU, in place; returns how many.
+
+    Release 1.32 computes GELU alone in one pass where the processor has AVX-512; the kernel for both takes three, and a
+    buffer of its own. The fusion asks for a bias of one axis, so these get three: [1, 1, width] adds the same.
+    """
+    graph = model.graph
+    index = GraphIndex(graph)
+    count = 0
+    for node in graph.node:
+        add = index.producer.get(node.input[0]) if node.op_type == "Gelu" else None
+        if add is None or add.op_type != "Add" or index.only_consumer(add.output[0]) is None:
+            continue
+        for position, name in enumerate(add.input):
+            bias = index.array(name)
+            if bias is not None and bias.ndim == 1:
+                own = f"{name}_apart"
+                set_initializer(graph, own, bias.reshape(1, 1, -1))
+                add.input[position] = own
+                count += 1
+    return count
