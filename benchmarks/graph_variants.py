@@ -1,12 +1,14 @@
 """Which form of the same quantised graph runs fastest? Every variant is made from one `--target portable` file.
 
-    d4c-onnx quantize ViT-B-32 --pretrained random --target portable --set quantization.pooled_row_only=false ...
+    d4c-onnx quantize ViT-B-32 --pretrained random --target portable --set quantization.pooled_row_only=false \
+        --set quantization.separate_gelu=false ...
     python benchmarks/graph_variants.py exported/ViT-B-32 exported/ViT-B-32/w4a8 --batches 1,16
 
-`pooled row only` and `attention as one kernel` are what the product does (`quantization.pooled_row_only`,
-`fused_attention`); the others did not win, and live here only. Where outputs are rounded to integers, it is on a grid
-of no meaning: that tells how fast, not how well. `--beside` races other bundles of the model as they are, such as one
-made with `quantization.attention=int8`. Interleaved medians, two threads.
+`pooled row only`, `GELU apart` from its bias, and `attention as one kernel` are what the product does
+(`quantization.pooled_row_only`, `separate_gelu`, `fused_attention`); the others did not win, and live here only. Where
+outputs are rounded to integers, it is on a grid of no meaning: that tells how fast, not how well. `--beside` races
+other bundles of the model as they are, such as one made with `quantization.attention=int8`. Interleaved medians, two
+threads.
 """
 
 import argparse
@@ -25,12 +27,15 @@ from d4c_onnx.bundle import open_bundle
 from d4c_onnx.evaluation.latency import Contender, drawn_feeds, measure_latency
 from d4c_onnx.graph.files import load_graph, save_graph
 from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
-from d4c_onnx.quantization.deployment import compute_pooled_row_only, fuse_attention
+from d4c_onnx.quantization.deployment import compute_pooled_row_only, fuse_attention, separate_gelu
 from d4c_onnx.quantization.deployment.pattern import find_attention
 
 
 def gemm_with_bias(model: onnx.ModelProto) -> None:
-    """MatMul + Add as Gemm over rows: onnxruntime's QGemm adds the (int32) bias in its kernel."""
+    """MatMul + Add as Gemm over rows: onnxruntime's QGemm adds the (int32) bias in its kernel.
+
+    It takes a Gemm only whose weight has a zero point a channel; ours are given back to it here.
+    """
     graph, index = model.graph, GraphIndex(model.graph)
     fresh: dict[str, list[onnx.NodeProto]] = {}
     flat: dict[str, str] = {}
@@ -40,7 +45,9 @@ def gemm_with_bias(model: onnx.ModelProto) -> None:
         if not bias or scales is None or scales.ndim != 1:
             continue
         quantizer, name = index.producer[data.input[0]], product.name
-        rows = index.constant(bias) / (index.constant(data.input[1]) * scales)
+        if quantizer.op_type != "QuantizeLinear":  # the pooled row's is a Gather
+            continue
+        rows = index.constant(bias).reshape(-1) / (index.constant(data.input[1]) * scales)
         set_initializer(graph, f"{name}_bias", np.rint(rows).astype(np.int32))
         set_initializer(graph, f"{name}_bias_scale", (index.constant(data.input[1]) * scales).astype(np.float32))
         set_initializer(graph, f"{name}_bias_zero", np.zeros(len(scales), np.int32))
@@ -57,13 +64,16 @@ def gemm_with_bias(model: onnx.ModelProto) -> None:
                 ),
             ]
             flat[quantizer.input[0]] = f"{value}_d"
-        like = [f"{name}_like", f"{name}_back"]
+        like, zero = [f"{name}_like", f"{name}_back"], f"{name}_weight_zero"
+        set_initializer(graph, zero, np.zeros(len(scales), np.int8))
+        with_zero = [*weight.input[:2], zero]
         set_initializer(graph, f"{name}_n", np.array([len(scales)], np.int64))
         nodes += [
             helper.make_node(
                 "DequantizeLinear", [f"{name}_bias", f"{name}_bias_scale", f"{name}_bias_zero"], [f"{name}_c"], axis=0
             ),
-            helper.make_node("Gemm", [flat[quantizer.input[0]], weight.output[0], f"{name}_c"], [f"{name}_2d"]),
+            helper.make_node("DequantizeLinear", with_zero, [f"{name}_w"], axis=1),
+            helper.make_node("Gemm", [flat[quantizer.input[0]], f"{name}_w", f"{name}_c"], [f"{name}_2d"]),
             helper.make_node("Shape", [quantizer.input[0]], [like[0]], start=0, end=-1),
             helper.make_node("Concat", [like[0], f"{name}_n"], [like[1]], axis=0),
             helper.make_node("Reshape", [f"{name}_2d", like[1]], [add.output[0]], name=f"{name}_3d"),
@@ -160,9 +170,8 @@ def kernels_in_the_file(model: onnx.ModelProto) -> None:
     gone = set()
     for product, data, weight in _products(index):
         add, bias = _bias_behind(index, product)
-        behind = index.only_consumer(add.output[0]) if bias else None
-        if behind is not None and behind.op_type == "Gelu":  # BiasGelu takes that one
-            bias = ""
+        if bias:
+            set_initializer(graph, bias, index.constant(bias).reshape(-1))  # GELU's are [1, 1, width]
         inputs = [data.input[0], weight.input[0], data.input[1], weight.input[1], data.input[2], "", bias]
         outputs = [add.output[0] if bias else product.output[0]]
         fresh[product.name] = [
@@ -247,19 +256,33 @@ def _insert(graph: onnx.GraphProto, fresh: dict[str, list[onnx.NodeProto]], gone
 def served(model: onnx.ModelProto) -> None:
     """What `--target cpu` writes."""
     compute_pooled_row_only(model)
+    separate_gelu(model)
     fuse_attention(model)
+
+
+def bias_gelu(model: onnx.ModelProto) -> None:
+    """What `--target cpu` wrote before `separate_gelu`: onnxruntime makes BiasGelu of it."""
+    compute_pooled_row_only(model)
+    fuse_attention(model)
+
+
+def served_gemm(model: onnx.ModelProto) -> None:
+    """The bias inside QGemm, in what `--target cpu` writes."""
+    served(model)
+    gemm_with_bias(model)
 
 
 VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "as quantised (portable, all rows)": lambda model: None,
     "pooled row only": compute_pooled_row_only,
     "attention as one kernel": fuse_attention,
-    "both (target cpu)": served,
-    "bias inside QGemm": gemm_with_bias,
+    "both": bias_gelu,
+    "both, and GELU apart (target cpu)": served,
+    "target cpu, bias inside QGemm": served_gemm,
     "SkipLayerNormalization": skip_layer_norm,
     "Attention of opset 23": attention_23,
-    "both, and q, k and v as one product": one_product_served,
-    "both, MatMulIntegerToFloat in the file": kernels_in_the_file,
+    "target cpu, q, k and v as one product": one_product_served,
+    "target cpu, MatMulIntegerToFloat in the file": kernels_in_the_file,
     "products to integers (QLinearMatMul)": integer_products,
     "everything in integers": all_integers,
 }

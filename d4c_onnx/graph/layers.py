@@ -35,6 +35,14 @@ class WeightedLayer:
     last: bool
 
 
+@dataclass(frozen=True, slots=True)
+class LinearSource:
+    """A weighted layer and the bias added to it: what makes a value's channels."""
+
+    layer: WeightedLayer
+    bias: str | None
+
+
 def weighted_layers(graph: onnx.GraphProto) -> list[WeightedLayer]:
     """All weighted layers of a float graph in graph order.
 
@@ -61,6 +69,33 @@ def weighted_layers(graph: onnx.GraphProto) -> list[WeightedLayer]:
                 )
             )
     return layers
+
+
+def linear_source(index: GraphIndex, by_node: dict[str, WeightedLayer], value: str) -> LinearSource | None:
+    """The weighted layer (and its bias) that makes `value`; None where something else does."""
+    node = index.producer.get(value)
+    if node is None:
+        return None
+    if node.name in by_node and is_plain(index, by_node[node.name]):
+        bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else None
+        return LinearSource(by_node[node.name], bias or None)
+    if node.op_type != "Add":
+        return None
+    for position in (0, 1):
+        tensor = index.initializers.get(node.input[position])
+        inner = index.producer.get(node.input[1 - position])
+        if tensor is not None and len(tensor.dims) == 1 and inner is not None and inner.name in by_node:
+            layer = by_node[inner.name]
+            alone = inner.op_type == "MatMul" and index.only_consumer(inner.output[0]) is node
+            return LinearSource(layer, tensor.name) if alone and is_plain(index, layer) else None
+    return None
+
+
+def is_plain(index: GraphIndex, layer: WeightedLayer) -> bool:
+    """x W with one matrix W on the right: the last axis of what goes in and out are the channels."""
+    node = index.producer[layer.output]
+    matrix = len(index.initializers[layer.weight].dims) == 2
+    return layer.op != "Conv" and node.input[0] == layer.data and matrix and not attribute(node, "transA", 0)
 
 
 def _weight_input(index: GraphIndex, node: onnx.NodeProto) -> int | None:

@@ -4,6 +4,7 @@ import onnx
 from onnx import helper
 
 from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes
+from d4c_onnx.graph.layers import WeightedLayer, linear_source, weighted_layers
 from d4c_onnx.graph.shapes import Dims, noted_dims
 from d4c_onnx.quantization.deployment.attention import CONTRIB, use_contrib
 
@@ -17,6 +18,7 @@ def fuse_residuals(model: onnx.ModelProto) -> int:
     """
     graph = model.graph
     index, dims = GraphIndex(graph), noted_dims(graph)
+    layers = {layer.node: layer for layer in weighted_layers(graph)}
     fused: dict[str, onnx.NodeProto] = {}
     gone: set[str] = set()
     for norm in graph.node:
@@ -26,7 +28,7 @@ def fuse_residuals(model: onnx.ModelProto) -> int:
         scale = index.initializers.get(norm.input[1])
         if attribute(norm, "axis", -1) not in (-1, 2) or scale is None or len(scale.dims) != 1:
             continue
-        found = next((part for name in total.input if (part := _product(index, name))), None)
+        found = next((part for name in total.input if (part := _product(index, layers, name))), None)
         if found is None:
             continue
         summand, value, bias = found
@@ -49,18 +51,12 @@ def fuse_residuals(model: onnx.ModelProto) -> int:
     return len(fused)
 
 
-def _product(index: GraphIndex, summand: str) -> tuple[str, str, str] | None:
+def _product(index: GraphIndex, layers: dict[str, WeightedLayer], summand: str) -> tuple[str, str, str] | None:
     """Of a block's output, which has a row for each token: the summand, the product in it, and its bias or nothing."""
-    maker = index.producer.get(summand)
-    if maker is None or index.only_consumer(summand) is None:
+    source = linear_source(index, layers, summand) if index.only_consumer(summand) is not None else None
+    if source is None or source.layer.op != "MatMul":
         return None
-    if maker.op_type == "MatMul":
-        return summand, summand, ""
-    for value, bias in (tuple(maker.input), tuple(maker.input)[::-1]) if maker.op_type == "Add" else ():
-        tensor, product = index.initializers.get(bias), index.producer.get(value)
-        if tensor is not None and len(tensor.dims) == 1 and product is not None and product.op_type == "MatMul":
-            return summand, value, bias
-    return None
+    return summand, source.layer.output, source.bias or ""
 
 
 def _same(one: Dims | None, other: Dims | None) -> bool:

@@ -21,7 +21,7 @@ import onnx
 from onnx import helper
 
 from d4c_onnx.graph.index import GraphIndex, attribute, set_initializer
-from d4c_onnx.graph.layers import WeightedLayer, channels_back, channels_first
+from d4c_onnx.graph.layers import LinearSource, WeightedLayer, channels_back, channels_first, is_plain, linear_source
 
 _ACTIVATIONS = ("Gelu", "QuickGelu", "Relu")
 
@@ -49,14 +49,6 @@ class Place:
     consumers: tuple[WeightedLayer, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class LinearSource:
-    """A weighted layer and the bias added to it: what makes a value's channels."""
-
-    layer: WeightedLayer
-    bias: str | None
-
-
 def find_places(graph: onnx.GraphProto, layers: tuple[WeightedLayer, ...]) -> list[Place]:
     """All places of a graph, in graph order.
 
@@ -72,7 +64,7 @@ def find_places(graph: onnx.GraphProto, layers: tuple[WeightedLayer, ...]) -> li
         exact = (
             len(consumers) == len(readers)
             and name not in index.outputs
-            and all(_plain(index, layer) and _owned(index, layer.weight) for layer in consumers)
+            and all(is_plain(index, layer) and _owned(index, layer.weight) for layer in consumers)
         )
         node = index.producer.get(name)
         if exact and node is not None:
@@ -99,26 +91,6 @@ def apply_scale(graph: onnx.GraphProto, place: Place, scale: np.ndarray) -> None
         weight = index.constant(layer.weight)
         rows = channels_first(weight, layer.channel_axis) * scale
         set_initializer(graph, layer.weight, channels_back(rows.astype(np.float32), weight.shape, layer.channel_axis))
-
-
-def linear_source(index: GraphIndex, by_node: dict[str, WeightedLayer], value: str) -> LinearSource | None:
-    """The weighted layer (and its bias) that makes `value`; None where something else does."""
-    node = index.producer.get(value)
-    if node is None:
-        return None
-    if node.name in by_node and _plain(index, by_node[node.name]):
-        bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else None
-        return LinearSource(by_node[node.name], bias or None)
-    if node.op_type != "Add":
-        return None
-    for position in (0, 1):
-        tensor = index.initializers.get(node.input[position])
-        inner = index.producer.get(node.input[1 - position])
-        if tensor is not None and len(tensor.dims) == 1 and inner is not None and inner.name in by_node:
-            layer = by_node[inner.name]
-            alone = inner.op_type == "MatMul" and index.only_consumer(inner.output[0]) is node
-            return LinearSource(layer, tensor.name) if alone and _plain(index, layer) else None
-    return None
 
 
 def through_heads(index: GraphIndex, value: str) -> str | None:
@@ -222,13 +194,6 @@ def _insert_mul(graph: onnx.GraphProto, index: GraphIndex, place: Place, scale: 
                 reader.input[position] = shrunk
     position = next(number for number, node in enumerate(graph.node) if node.name == place.node)
     graph.node.insert(position + 1, helper.make_node("Mul", [place.output, constant], [shrunk], name=shrunk))
-
-
-def _plain(index: GraphIndex, layer: WeightedLayer) -> bool:
-    """x W with one matrix W on the right: the last axis of what goes in and out are the channels."""
-    node = index.producer[layer.output]
-    matrix = len(index.initializers[layer.weight].dims) == 2
-    return layer.op != "Conv" and node.input[0] == layer.data and matrix and not attribute(node, "transA", 0)
 
 
 def _rows_of(source: LinearSource) -> tuple[tuple[str, int], ...]:

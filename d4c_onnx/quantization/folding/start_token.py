@@ -20,7 +20,8 @@ from onnx import helper
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.graph.index import GraphIndex, replace_nodes, set_initializer
-from d4c_onnx.quantization.folding.places import linear_source, through_heads
+from d4c_onnx.graph.layers import linear_source
+from d4c_onnx.quantization.folding.places import through_heads
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.segments import SegmentedEncoder
 from d4c_onnx.recipe import QuantizationSection
