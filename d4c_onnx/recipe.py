@@ -164,6 +164,11 @@ class QuantizationSection(_Section):
         description="fp16 and a16: residual sum, bias and LayerNorm as com.microsoft.SkipLayerNormalization; none: as "
         "the target has it",
     )
+    fused_biases: bool | None = Field(
+        None,
+        description="products with a bias as com.microsoft.MatMulIntegerToFloat: faster on the CPU provider, but QDQ "
+        "no more, so onnxruntime alone reads them. none: as the target has it (no target does)",
+    )
     separate_gelu: bool | None = Field(
         None,
         description="keep onnxruntime from fusing GELU with the bias before it: its kernel for both is the slower one "

@@ -6,7 +6,7 @@ from math import prod
 import onnx
 
 from d4c_onnx.graph.index import GraphIndex
-from d4c_onnx.graph.layers import WEIGHTED_OPS
+from d4c_onnx.graph.layers import INTEGER_PRODUCT, WEIGHTED_OPS
 
 _BITS: dict[int, int] = {
     onnx.TensorProto.INT4: 4,
@@ -40,11 +40,11 @@ class LayerBits:
 
 
 def layer_bits(model: onnx.ModelProto) -> list[LayerBits]:
-    """Every MatMul, Gemm and Conv with a stored weight, and the width of the initialiser behind it."""
+    """Every MatMul (onnxruntime's integer one, too), Gemm and Conv with a stored weight, and how wide it is stored."""
     index = GraphIndex(model.graph)
     layers = []
     for node in model.graph.node:
-        if node.op_type not in WEIGHTED_OPS:
+        if node.op_type not in (*WEIGHTED_OPS, INTEGER_PRODUCT):
             continue
         for name in (node.input[1], node.input[0]) if node.op_type == "MatMul" else (node.input[1],):
             stored = _stored(index, name)

@@ -8,6 +8,8 @@ import onnx
 from d4c_onnx.graph.index import GraphIndex, attribute
 
 WEIGHTED_OPS = ("MatMul", "Gemm", "Conv")
+# onnxruntime's own product of integers with a float result; quantised files may hold it
+INTEGER_PRODUCT = "MatMulIntegerToFloat"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from d4c_onnx.quantization.deployment import (
     convert_to_half,
     convolve_pools,
     fuse_attention,
+    fuse_biases,
     separate_gelu,
     target_of,
 )
@@ -62,6 +63,7 @@ class EncoderReport:
         start_token_pinned: whether the start token's keys and values are constants of the file.
         pooled_row_only: whether the last block computes one row only.
         fused_attention: how many attentions are one kernel of onnxruntime.
+        fused_biases: how many products are one with their bias, and QDQ no more.
         minimum_onnxruntime: the oldest release that loads the file.
     """
 
@@ -72,6 +74,7 @@ class EncoderReport:
     start_token_pinned: bool
     pooled_row_only: bool
     fused_attention: int
+    fused_biases: int
     minimum_onnxruntime: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,6 +89,7 @@ class EncoderReport:
             "start_token_pinned": self.start_token_pinned,
             "pooled_row_only": self.pooled_row_only,
             "fused_attention": self.fused_attention,
+            "fused_biases": self.fused_biases,
             "minimum_onnxruntime": self.minimum_onnxruntime,
         }
 
@@ -131,7 +135,7 @@ def quantize_encoder(
     form = target_of(section)
     metadata = {entry.key: entry.value for entry in model.metadata_props} | {"quantization": section.bits}
     if section.weights_only:
-        quantized, one_row, fused = _in_half(model, plan, weights, section)
+        quantized, served = _in_half(model, plan, weights, section)
     else:
         with tempfile.TemporaryDirectory() as folder:
             placed = Path(folder) / "float.onnx"
@@ -141,7 +145,7 @@ def quantize_encoder(
             quantized = quantize_file(placed, plan, weights, ranges, reader, form)
         strip_notes(quantized)
         clip_activations(quantized, ranges)
-        one_row, fused = _served(quantized, section)
+        served = _served(quantized, section)
         _lay_out(quantized, weights, form)
     table_bits = _store_table(quantized, section, form)
     set_metadata(quantized, metadata)
@@ -158,30 +162,30 @@ def quantize_encoder(
         len(ranges),
         smoothed,
         bool(plan.dead_rows),
-        one_row,
-        fused,
+        *served,
         max(MINIMUM_ORT[layout] for layout in layouts),
     )
 
 
-def _served(model: onnx.ModelProto, section: QuantizationSection) -> tuple[bool, int]:
-    """Rewrite the last block, GELU and attention for serving, in place; whether one row, and how many attentions."""
+def _served(model: onnx.ModelProto, section: QuantizationSection) -> tuple[bool, int, int]:
+    """Rewrite a QDQ graph for serving, in place: whether one row, how many attentions and biases are fused."""
     one_row = section.pooled_row_only and compute_pooled_row_only(model)
     form = target_of(section)
-    fuses = form.fused_attention and section.attention == "float"
+    biases = fuse_biases(model) if form.fused_biases and form.int4_layout != "native" else 0
     if form.separate_gelu:
         separate_gelu(model)
-    return one_row, fuse_attention(model) if fuses else 0
+    attentions = fuse_attention(model) if form.fused_attention and section.attention == "float" else 0
+    return one_row, attentions, biases
 
 
 def _in_half(
     model: onnx.ModelProto, plan: Plan, weights: Mapping[str, QuantizedWeight], section: QuantizationSection
-) -> tuple[onnx.ModelProto, bool, int]:
+) -> tuple[onnx.ModelProto, tuple[bool, int, int]]:
     """Weights only: the float16 graph, whose weights are unpacked when it is loaded."""
     one_row = section.pooled_row_only and compute_pooled_row_only(model)
     half, fused = convert_to_half(model, target_of(section))
     store_scaled(half, {layer.weight: (weights[layer.weight], layer.channel_axis) for layer in plan.layers})
-    return half, one_row, fused
+    return half, (one_row, fused, 0)
 
 
 def _lay_out(quantized: onnx.ModelProto, weights: Mapping[str, QuantizedWeight], form: Target) -> None:

@@ -1,6 +1,7 @@
 """The deployed graph answers as the plain one, for every target and layout."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from d4c_onnx.quantization.deployment import (
 from d4c_onnx.quantization.layout import store_int4
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime import optimizer
+from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.optimizer import OptimizerEffect, compare_answers
 from d4c_onnx.runtime.session import EncoderSession, optimized_graph
 
@@ -259,6 +261,36 @@ def test_cpu_target_fuses_attention(
         for batch in batches:
             one, other = (EncoderSession(entry.encoders[tower]).run(batch) for entry in (fused, layouts["cast"]))
             assert (one * other).sum(-1).min() > 0.999  # an activation may round to the neighbouring step
+
+
+@pytest.mark.parametrize("layout", ["cast", "nibbles", "native"])
+def test_fused_biases_keep_answers_and_bits(
+    layout: str, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
+) -> None:
+    keys = (f"int4_layout={layout}", "fused_biases=true")
+    plain, fused = (
+        _quantized(vit_bundle, vit_calibration[1], tmp_path / str(len(chosen)), *chosen) for chosen in (keys[:1], keys)
+    )
+    rng = np.random.default_rng(1)
+    for tower, batches in _feeds(fused, rng).items():
+        before, after = (load_graph(entry.encoders[tower]) for entry in (plain, fused))
+        onnx.checker.check_model(after)
+        products = [node.op_type for node in after.graph.node].count("MatMulIntegerToFloat")
+        assert fused.manifest["encoders"][fused.encoders[tower].name]["fused_biases"] == products
+        adds = [sum(node.op_type == "Add" for node in model.graph.node) for model in (before, after)]
+        assert adds[0] - adds[1] == products
+        assert (products > 0) == (layout != "native")  # plain int4 is no int8 matrix: those stay QDQ
+        one, other = (
+            [(layer.node, layer.shape, layer.bits) for layer in layer_bits(model)] for model in (before, after)
+        )
+        assert one == other
+        for batch in batches:
+            assert (_run(after, batch) * _run(before, batch)).sum(-1).min() > 0.999
+        if layout == "cast":
+            seen, same = (inspect_encoder(entry.encoders[tower]) for entry in (plain, fused))
+            assert seen.summary == same.summary
+            for layer, twin in zip(seen.layers, same.layers, strict=True):
+                assert replace(twin, op=layer.op) == layer
 
 
 def test_causal_masks_are_known_not_given(vit_bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from d4c_onnx.quantization.deployment.activations import separate_gelu
 from d4c_onnx.quantization.deployment.attention import fuse_attention
+from d4c_onnx.quantization.deployment.biases import fuse_biases
 from d4c_onnx.quantization.deployment.float16 import convert_to_half
 from d4c_onnx.quantization.deployment.pools import convolve_pools
 from d4c_onnx.quantization.deployment.residuals import fuse_residuals
@@ -15,6 +16,7 @@ __all__ = [
     "convert_to_half",
     "convolve_pools",
     "fuse_attention",
+    "fuse_biases",
     "fuse_residuals",
     "separate_gelu",
     "target_of",

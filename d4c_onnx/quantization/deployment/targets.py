@@ -14,6 +14,7 @@ class Target:
         int4_layout: how 4-bit weights lie in the file (see `quantization.layout`).
         fused_attention: `com.microsoft.MultiHeadAttention` instead of standard operators.
         fused_residuals: in float16, `com.microsoft.SkipLayerNormalization` instead of sums and LayerNormalization.
+        fused_biases: `com.microsoft.MatMulIntegerToFloat` instead of QDQ products with a bias behind them.
         separate_gelu: GELU stays apart from the bias before it, for the CPU provider.
         patch_product: a ViT's patch convolution is quantised as a product of patches.
         convolved_pools: average pools between integers are depthwise convolutions.
@@ -32,6 +33,7 @@ class Target:
     int4_layout: Literal["cast", "native", "nibbles"]
     fused_attention: bool
     fused_residuals: bool
+    fused_biases: bool
     separate_gelu: bool
     patch_product: bool
     convolved_pools: bool
@@ -50,6 +52,7 @@ TARGETS = {
         int4_layout="cast",
         fused_attention=True,
         fused_residuals=False,
+        fused_biases=False,
         separate_gelu=True,
         patch_product=True,
         convolved_pools=True,
@@ -64,6 +67,7 @@ TARGETS = {
         int4_layout="cast",
         fused_attention=False,
         fused_residuals=False,
+        fused_biases=False,
         separate_gelu=True,
         patch_product=True,
         convolved_pools=True,
@@ -78,6 +82,7 @@ TARGETS = {
         int4_layout="native",
         fused_attention=False,
         fused_residuals=False,
+        fused_biases=False,
         separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
@@ -92,6 +97,7 @@ TARGETS = {
         int4_layout="native",
         fused_attention=False,
         fused_residuals=False,
+        fused_biases=False,
         separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
@@ -106,6 +112,7 @@ TARGETS = {
         int4_layout="cast",
         fused_attention=True,
         fused_residuals=True,
+        fused_biases=False,
         separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
@@ -131,6 +138,14 @@ def target_of(section: QuantizationSection) -> Target:
     if section.int4_layout != "auto":
         table = "packed" if target.token_table == "folded" and section.int4_layout != "cast" else target.token_table
         target = replace(target, int4_layout=section.int4_layout, token_table=table)
-    keys = ("fused_attention", "fused_residuals", "separate_gelu", "patch_product", "convolved_pools", "reduce_range")
+    keys = (
+        "fused_attention",
+        "fused_residuals",
+        "fused_biases",
+        "separate_gelu",
+        "patch_product",
+        "convolved_pools",
+        "reduce_range",
+    )
     overruled = {key: value for key in keys if (value := getattr(section, key)) is not None}
     return replace(target, **overruled)

@@ -1,0 +1,79 @@
+"""A quantised product and the bias behind it as one kernel of onnxruntime."""
+
+import onnx
+from onnx import TensorProto, helper
+
+from d4c_onnx.graph.index import GraphIndex, drop_unused, replace_nodes, set_initializer
+from d4c_onnx.graph.layers import INTEGER_PRODUCT
+from d4c_onnx.quantization.deployment.attention import CONTRIB, use_contrib
+
+
+def fuse_biases(model: onnx.ModelProto) -> int:
+    """Replace QDQ products and their biases by `com.microsoft.MatMulIntegerToFloat`, in place; returns how many.
+
+    onnxruntime makes that kernel of every QDQ product anyway, but leaves the Add, one more pass over what the product
+    made. The answer is the same up to float32 rounding. Such a product is QDQ no more: onnxruntime alone reads it. One
+    without a bias stays as it is, and so does any whose weight is not an int8 matrix with zero points 0.
+
+    Args:
+        model: a QDQ encoder whose weights are still stored in 8 bits.
+    """
+    graph = model.graph
+    index = GraphIndex(graph)
+    fused: dict[str, onnx.NodeProto] = {}
+    gone: set[str] = set()
+    for product in graph.node:
+        if product.op_type != "MatMul":
+            continue
+        data, weight = (index.producer.get(name) for name in product.input)
+        if data is None or weight is None or not _is_activation(index, data) or not _is_matrix(index, weight):
+            continue
+        add, bias = _bias(index, product, index.initializers[weight.input[0]].dims[1])
+        if add is None:
+            continue
+        if len(index.initializers[bias].dims) != 1:
+            flat = f"{bias}_flat"
+            set_initializer(graph, flat, index.constant(bias).reshape(-1))
+            bias = flat
+        inputs = [data.input[0], weight.input[0], data.input[1], weight.input[1], data.input[2], "", bias]
+        fused[product.name] = helper.make_node(
+            INTEGER_PRODUCT, inputs, [add.output[0]], name=product.name, domain=CONTRIB
+        )
+        gone.add(add.name)
+    if fused:
+        replace_nodes(graph, [fused.get(node.name, node) for node in graph.node if node.name not in gone])
+        drop_unused(graph)
+        use_contrib(model)
+    return len(fused)
+
+
+def _is_activation(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """A DequantizeLinear with one scale and one zero point, of what the graph computes."""
+    single = all(index.array(name) is not None and index.constant(name).size == 1 for name in node.input[1:])
+    return (
+        node.op_type == "DequantizeLinear"
+        and len(node.input) == 3
+        and node.input[0] not in index.initializers
+        and single
+    )
+
+
+def _is_matrix(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """A DequantizeLinear of a constant int8 matrix on the right, a scale a column, zero points 0."""
+    tensor = index.initializers.get(node.input[0])
+    if node.op_type != "DequantizeLinear" or tensor is None or tensor.data_type != TensorProto.INT8:
+        return False
+    scale, zero = index.array(node.input[1]), index.array(node.input[2]) if len(node.input) > 2 else None
+    columns = len(tensor.dims) == 2 and scale is not None and scale.shape in ((), (1,), (tensor.dims[1],))
+    return columns and (zero is None or not zero.any())
+
+
+def _bias(index: GraphIndex, product: onnx.NodeProto, width: int) -> tuple[onnx.NodeProto | None, str]:
+    """The Add behind a product and the constant, one value a column, that it adds."""
+    add = index.only_consumer(product.output[0])
+    if add is not None and add.op_type == "Add":
+        for name in add.input:
+            tensor = index.initializers.get(name)
+            if tensor is not None and list(tensor.dims) in ([width], [1, 1, width]):
+                return add, name
+    return None, ""
