@@ -5,10 +5,10 @@
     python benchmarks/graph_variants.py exported/ViT-B-32 exported/ViT-B-32/w4a8 --batches 1,16
 
 `pooled row only`, `GELU apart` from its bias, and `attention as one kernel` are what the product does
-(`quantization.pooled_row_only`, `separate_gelu`, `fused_attention`); the others did not win, and live here only. Where
-outputs are rounded to integers, it is on a grid of no meaning: that tells how fast, not how well. `--beside` races
-other bundles of the model as they are, such as one made with `quantization.attention=int8`. Interleaved medians, two
-threads.
+(`quantization.pooled_row_only`, `separate_gelu`, `fused_attention`), `fused biases` what it can do; the others did not
+win, and live here only. Where outputs are rounded to integers, it is on a grid of no meaning: that tells how fast, not
+how well. `--beside` races other bundles of the model as they are, such as one made with `quantization.attention=int8`.
+Interleaved medians, two threads.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from d4c_onnx.bundle import open_bundle
 from d4c_onnx.evaluation.latency import Contender, drawn_feeds, measure_latency
 from d4c_onnx.graph.files import load_graph, save_graph
 from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
-from d4c_onnx.quantization.deployment import compute_pooled_row_only, fuse_attention, separate_gelu
+from d4c_onnx.quantization.deployment import compute_pooled_row_only, fuse_attention, fuse_biases, separate_gelu
 from d4c_onnx.quantization.deployment.pattern import find_attention
 
 
@@ -162,26 +162,6 @@ def one_product_served(model: onnx.ModelProto) -> None:
     one_product(model)
 
 
-def kernels_in_the_file(model: onnx.ModelProto) -> None:
-    """Products as com.microsoft.MatMulIntegerToFloat, which onnxruntime makes of them anyway, with the bias in it."""
-    served(model)
-    graph, index = model.graph, GraphIndex(model.graph)
-    fresh: dict[str, list[onnx.NodeProto]] = {}
-    gone = set()
-    for product, data, weight in _products(index):
-        add, bias = _bias_behind(index, product)
-        if bias:
-            set_initializer(graph, bias, index.constant(bias).reshape(-1))  # GELU's are [1, 1, width]
-        inputs = [data.input[0], weight.input[0], data.input[1], weight.input[1], data.input[2], "", bias]
-        outputs = [add.output[0] if bias else product.output[0]]
-        fresh[product.name] = [
-            helper.make_node("MatMulIntegerToFloat", inputs, outputs, name=product.name, domain="com.microsoft")
-        ]
-        if bias:
-            gone.add(add.name)
-    _insert(graph, fresh, gone)
-
-
 def integer_products(model: onnx.ModelProto) -> None:
     """QLinearMatMul instead of MatMulIntegerToFloat: what a product makes is rounded before its bias is added."""
     _round_outputs(model, [product for product, _, _ in _products(GraphIndex(model.graph))])
@@ -272,6 +252,12 @@ def served_gemm(model: onnx.ModelProto) -> None:
     gemm_with_bias(model)
 
 
+def served_biases(model: onnx.ModelProto) -> None:
+    """What `--target cpu --set quantization.fused_biases=true` writes."""
+    fuse_biases(model)
+    served(model)
+
+
 VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "as quantised (portable, all rows)": lambda model: None,
     "pooled row only": compute_pooled_row_only,
@@ -282,7 +268,7 @@ VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "SkipLayerNormalization": skip_layer_norm,
     "Attention of opset 23": attention_23,
     "target cpu, q, k and v as one product": one_product_served,
-    "target cpu, MatMulIntegerToFloat in the file": kernels_in_the_file,
+    "target cpu, fused biases": served_biases,
     "products to integers (QLinearMatMul)": integer_products,
     "everything in integers": all_integers,
 }

@@ -157,8 +157,8 @@ def _quantizers(
     An integer product holds what they would: they are made up of it.
     """
     if node.op_type == INTEGER_PRODUCT:
-        integers, weight, scale, weight_scale, zero = node.input[:5]
-        data = onnx.helper.make_node("DequantizeLinear", [integers, scale, zero], [])
+        integers, weight, scale, weight_scale, *zero = node.input[:5]
+        data = onnx.helper.make_node("DequantizeLinear", [integers, scale, *zero], [])
         return data, onnx.helper.make_node("DequantizeLinear", [weight, weight_scale], [])
     found: list[onnx.NodeProto | None] = []
     for name in node.input[:2]:
@@ -208,7 +208,8 @@ def _is_half(index: GraphIndex, name: str) -> bool:
 def _range(index: GraphIndex, dequantize: onnx.NodeProto | None) -> tuple[float, float] | None:
     if dequantize is None:
         return None
-    scale, zero = (index.array(name) for name in dequantize.input[1:3])
+    scale = index.array(dequantize.input[1])
+    zero = index.array(dequantize.input[2]) if len(dequantize.input) > 2 else np.uint8(0)
     if scale is None or zero is None or scale.size != 1:
         return None
     limits = np.iinfo(zero.dtype)

@@ -9,7 +9,7 @@ def separate_gelu(model: onnx.ModelProto) -> int:
     """Keep onnxruntime from making one BiasGelu of a bias and GELU, in place; returns how many.
 
     Release 1.32 computes GELU alone in one pass where the processor has AVX-512; the kernel for both takes three, and a
-    buffer of its own. The fusion asks for a bias of one axis, so these get three: [1, 1, width] adds the same.
+    buffer of its own. The fusion asks for a bias of one axis, so these get two: [1, width] adds the same.
     """
     graph = model.graph
     index = GraphIndex(graph)
@@ -22,7 +22,7 @@ def separate_gelu(model: onnx.ModelProto) -> int:
             bias = index.array(name)
             if bias is not None and bias.ndim == 1:
                 own = f"{name}_apart"
-                set_initializer(graph, own, bias.reshape(1, 1, -1))
+                set_initializer(graph, own, bias.reshape(1, -1))
                 add.input[position] = own
                 count += 1
     return count

@@ -3,7 +3,7 @@
 import onnx
 from onnx import TensorProto, helper
 
-from d4c_onnx.graph.index import GraphIndex, drop_unused, replace_nodes, set_initializer
+from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
 from d4c_onnx.graph.layers import INTEGER_PRODUCT
 from d4c_onnx.quantization.deployment.attention import CONTRIB, use_contrib
 
@@ -14,9 +14,6 @@ def fuse_biases(model: onnx.ModelProto) -> int:
     onnxruntime makes that kernel of every QDQ product anyway, but leaves the Add, one more pass over what the product
     made. The answer is the same up to float32 rounding. Such a product is QDQ no more: onnxruntime alone reads it. One
     without a bias stays as it is, and so does any whose weight is not an int8 matrix with zero points 0.
-
-    Args:
-        model: a QDQ encoder whose weights are still stored in 8 bits.
     """
     graph = model.graph
     index = GraphIndex(graph)
@@ -26,9 +23,9 @@ def fuse_biases(model: onnx.ModelProto) -> int:
         if product.op_type != "MatMul":
             continue
         data, weight = (index.producer.get(name) for name in product.input)
-        if data is None or weight is None or not _is_activation(index, data) or not _is_matrix(index, weight):
+        if data is None or weight is None or not _is_activation(index, data):
             continue
-        add, bias = _bias(index, product, index.initializers[weight.input[0]].dims[1])
+        add, bias = _bias(index, product, _columns(index, weight))
         if add is None:
             continue
         if len(index.initializers[bias].dims) != 1:
@@ -58,14 +55,17 @@ def _is_activation(index: GraphIndex, node: onnx.NodeProto) -> bool:
     )
 
 
-def _is_matrix(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """A DequantizeLinear of a constant int8 matrix on the right, a scale a column, zero points 0."""
-    tensor = index.initializers.get(node.input[0])
-    if node.op_type != "DequantizeLinear" or tensor is None or tensor.data_type != TensorProto.INT8:
-        return False
+def _columns(index: GraphIndex, node: onnx.NodeProto) -> int:
+    """Of a DequantizeLinear of a constant int8 matrix, a scale a column, zero points 0; of anything else 0."""
+    maker = index.producer.get(node.input[0])
+    unpacked = maker is not None and maker.op_type == "Cast" and attribute(maker, "to") == TensorProto.INT8
+    tensor = index.initializers.get(maker.input[0] if maker is not None and unpacked else node.input[0])
+    if node.op_type != "DequantizeLinear" or tensor is None or len(tensor.dims) != 2:
+        return 0
     scale, zero = index.array(node.input[1]), index.array(node.input[2]) if len(node.input) > 2 else None
-    columns = len(tensor.dims) == 2 and scale is not None and scale.shape in ((), (1,), (tensor.dims[1],))
-    return columns and (zero is None or not zero.any())
+    exact = (unpacked or tensor.data_type == TensorProto.INT8) and (zero is None or not zero.any())
+    per_column = scale is not None and scale.shape in ((), (1,), (tensor.dims[1],))
+    return int(tensor.dims[1]) if exact and per_column else 0
 
 
 def _bias(index: GraphIndex, product: onnx.NodeProto, width: int) -> tuple[onnx.NodeProto | None, str]:
@@ -74,6 +74,6 @@ def _bias(index: GraphIndex, product: onnx.NodeProto, width: int) -> tuple[onnx.
     if add is not None and add.op_type == "Add":
         for name in add.input:
             tensor = index.initializers.get(name)
-            if tensor is not None and list(tensor.dims) in ([width], [1, 1, width]):
+            if tensor is not None and list(tensor.dims) in ([width], [1, width]):
                 return add, name
     return None, ""
