@@ -254,8 +254,8 @@ def served_gemm(model: onnx.ModelProto) -> None:
 
 def served_biases(model: onnx.ModelProto) -> None:
     """What `--target cpu --set quantization.fused_biases=true` writes."""
-    fuse_biases(model)
     served(model)
+    fuse_biases(model)
 
 
 VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {

@@ -114,8 +114,7 @@ class QuantizationSection(_Section):
         0.5,
         gt=0,
         le=1,
-        description="smooth where at most this share of the error after rounding remains; a twelfth of it where "
-        "smoothing costs a Mul",
+        description="smooth where at most this share of the error after rounding remains",
     )
     start_token: Literal["auto", "pin", "keep"] = Field(
         "auto",
@@ -167,7 +166,8 @@ class QuantizationSection(_Section):
     fused_biases: bool | None = Field(
         None,
         description="products with a bias as com.microsoft.MatMulIntegerToFloat: faster on the CPU provider, but QDQ "
-        "no more, so onnxruntime alone reads them. none: as the target has it (no target does)",
+        "no more, so onnxruntime alone reads them. Not at a16 and int4 layout native. none: as the target has it "
+        "(no target does)",
     )
     separate_gelu: bool | None = Field(
         None,

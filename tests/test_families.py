@@ -13,7 +13,7 @@ from d4c_onnx.calibration import open_calibration_set
 from d4c_onnx.models.load import load_model
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.inspection import inspect_encoder
-from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.session import EncoderSession, optimized_graph
 from d4c_onnx.runtime.tokenizer import TextTokenizer
 
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -70,5 +70,8 @@ def test_family(tmp_path: Path, name: str, fused: int) -> None:
     for tower, feed in feeds.items():
         float_embeds, embeds = (EncoderSession(bundle.encoders[tower]).run(feed) for bundle in (original, quantized))
         assert (float_embeds * embeds).sum(1).min() > 0.9
+        served = {node.op_type for node in optimized_graph(quantized.encoders[tower]).graph.node}
+        assert served & {"Gelu", "FastGelu"}  # FastGelu: by tanh, with its bias
+        assert not served & {"BiasGelu", "Erf", "Tanh"}  # timm's GELUs are known for what they are, too
         layers = inspect_encoder(quantized.encoders[tower]).layers
         assert [layer.node for layer in layers if layer.int8 != bool(layer.bits)] == []  # attention stays in float

@@ -35,7 +35,8 @@ def trace_tower(
     dynamic: dict[int, object] = {0: torch.export.Dim("batch", min=1, max=65535)}
     if max_sequence is not None:
         dynamic[1] = torch.export.Dim("sequence", min=2, max=max_sequence)
-    gelu = any(isinstance(module, nn.GELU) for module in tower.modules())
+    # timm's are classes of their own
+    gelu = any(isinstance(part, nn.GELU) or type(part).__name__ in ("GELU", "GELUTanh") for part in tower.modules())
     try:
         with _quiet():
             program = torch.onnx.export(

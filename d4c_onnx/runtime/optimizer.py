@@ -67,7 +67,7 @@ def optimizer_effect(
         return np.concatenate([session.run(batch) for batch in batches])
 
     fast = answers(EncoderSession(quantized, threads=threads, entries=entries))
-    literal = answers(EncoderSession(quantized, threads=threads, optimize=False, literal=True))
+    literal = answers(EncoderSession(quantized, threads=threads, optimize=False, literal=True, entries=entries))
     exact = answers(EncoderSession(reference, threads=threads))
     return compare_answers(fast, literal, exact)
 

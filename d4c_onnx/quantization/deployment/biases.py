@@ -64,7 +64,9 @@ def _columns(index: GraphIndex, node: onnx.NodeProto) -> int:
         return 0
     scale, zero = index.array(node.input[1]), index.array(node.input[2]) if len(node.input) > 2 else None
     exact = (unpacked or tensor.data_type == TensorProto.INT8) and (zero is None or not zero.any())
-    per_column = scale is not None and scale.shape in ((), (1,), (tensor.dims[1],))
+    per_column = scale is not None and (
+        scale.size == 1 or (scale.shape == (tensor.dims[1],) and attribute(node, "axis", 1) in (1, -1))
+    )
     return int(tensor.dims[1]) if exact and per_column else 0
 
 

@@ -31,12 +31,10 @@ from d4c_onnx.quantization.segments import SegmentedEncoder
 from d4c_onnx.recipe import QuantizationSection
 
 _ALPHAS = (0.25, 0.5, 0.75, 1.0)
-# A Mul behind an activation runs at every inference, over the widest values of a block. On ViT-B/32's random weights
-# Muls that left 5 to 10 % of a layer's error changed nothing in the embeddings.
-_COSTLY = 0.08
 _ROWS = 512  # rows of the error search per place
-# Where a weight's grid ends, as a share of its maximum, when alphas are compared; the rounding searches it later.
-_TOP = {4: 0.75, 6: 0.95, 7: 1.0, 8: 1.0}
+# Where a row's grid may end, as a share of its maximum, when alphas are compared; the rounding searches it later. At 4
+# bits a trained row wants to be clipped; one of equal weights, such as a random layer's, must not be.
+_TOPS = {4: (0.75, 1.0), 6: (0.95,), 7: (1.0,), 8: (1.0,)}
 
 
 @dataclass(slots=True)
@@ -102,8 +100,7 @@ def _search(
     largest = np.maximum(np.abs(seen.low), np.abs(seen.high))
     peak = np.max([np.abs(weight).max(0) for weight, _ in weights], axis=0)
     none = np.ones_like(largest)
-    threshold = section.smoothing_threshold * (_COSTLY if place.kind == "activation" else 1)
-    best, least, winner = 0.0, threshold * _error(rows, seen, weights, none, section), none
+    best, least, winner = 0.0, section.smoothing_threshold * _error(rows, seen, weights, none, section), none
     for alpha in _ALPHAS:
         scale = np.maximum(largest, 1e-6) ** alpha / np.maximum(peak, 1e-6) ** (1 - alpha)
         scale = (scale / np.exp(np.log(scale).mean())).astype(np.float32)
@@ -128,8 +125,17 @@ def _error(
     rounded = ((integers - params.zero_point) * params.scale).astype(np.float32)
     total = 0.0
     for weight, bits in weights:
-        folded = weight * scale
-        steps = np.maximum(np.abs(folded).max(1) * _TOP[bits] / grid_limits(bits)[1], 1e-12).astype(np.float32)
-        grid = round_to_grid(folded, steps, bits) * steps[:, None]
+        grid = _on_grid(weight * scale, bits)
         total += float(np.square(rows @ weight.T - rounded @ grid.T).sum(dtype=np.float64))
     return total
+
+
+def _on_grid(weight: np.ndarray, bits: int) -> np.ndarray:
+    """Rows [channels, width] on the better one of few grids, float32."""
+    best, least = weight, np.full(len(weight), np.inf, np.float32)
+    for top in _TOPS[bits]:
+        steps = np.maximum(np.abs(weight).max(1) * top / grid_limits(bits)[1], 1e-12).astype(np.float32)
+        grid = round_to_grid(weight, steps, bits) * steps[:, None]
+        error = np.square(grid - weight).sum(1)
+        best, least = np.where((error < least)[:, None], grid, best), np.minimum(error, least)
+    return best
