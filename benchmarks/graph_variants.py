@@ -254,8 +254,10 @@ def served_gemm(model: onnx.ModelProto) -> None:
 
 def served_biases(model: onnx.ModelProto) -> None:
     """What `--target cpu --set quantization.fused_biases=true` writes."""
-    served(model)
-    fuse_biases(model)
+    compute_pooled_row_only(model)
+    fuse_biases(model)  # before GELU's get a second axis
+    separate_gelu(model)
+    fuse_attention(model)
 
 
 VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {

@@ -6,7 +6,7 @@ from math import prod
 import onnx
 
 from d4c_onnx.graph.index import GraphIndex
-from d4c_onnx.graph.layers import INTEGER_PRODUCT, WEIGHTED_OPS
+from d4c_onnx.graph.layers import STORED_OPS
 
 _BITS: dict[int, int] = {
     onnx.TensorProto.INT4: 4,
@@ -44,7 +44,7 @@ def layer_bits(model: onnx.ModelProto) -> list[LayerBits]:
     index = GraphIndex(model.graph)
     layers = []
     for node in model.graph.node:
-        if node.op_type not in (*WEIGHTED_OPS, INTEGER_PRODUCT):
+        if node.op_type not in STORED_OPS:
             continue
         for name in (node.input[1], node.input[0]) if node.op_type == "MatMul" else (node.input[1],):
             stored = _stored(index, name)

@@ -10,6 +10,7 @@ from d4c_onnx.graph.index import GraphIndex, attribute
 WEIGHTED_OPS = ("MatMul", "Gemm", "Conv")
 # onnxruntime's own product of integers with a float result; quantised files may hold it
 INTEGER_PRODUCT = "MatMulIntegerToFloat"
+STORED_OPS = (*WEIGHTED_OPS, INTEGER_PRODUCT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,16 @@ def linear_source(index: GraphIndex, by_node: dict[str, WeightedLayer], value: s
             layer = by_node[inner.name]
             alone = inner.op_type == "MatMul" and index.only_consumer(inner.output[0]) is node
             return LinearSource(layer, tensor.name) if alone and is_plain(index, layer) else None
+    return None
+
+
+def added_constant(index: GraphIndex, value: str) -> tuple[onnx.NodeProto, str] | None:
+    """The Add that alone reads `value`, and the constant of one axis that it adds; None where there is no such."""
+    add = index.only_consumer(value)
+    for name in add.input if add is not None and add.op_type == "Add" else ():
+        tensor = index.initializers.get(name)
+        if add is not None and tensor is not None and len(tensor.dims) == 1:
+            return add, name
     return None
 
 

@@ -162,30 +162,30 @@ def quantize_encoder(
         len(ranges),
         smoothed,
         bool(plan.dead_rows),
-        *served,
-        max(MINIMUM_ORT[layout] for layout in layouts),
+        minimum_onnxruntime=max(MINIMUM_ORT[layout] for layout in layouts),
+        **served,
     )
 
 
-def _served(model: onnx.ModelProto, section: QuantizationSection) -> tuple[bool, int, int]:
-    """Rewrite a QDQ graph for serving, in place: whether one row, how many attentions and biases are fused."""
+def _served(model: onnx.ModelProto, section: QuantizationSection) -> dict[str, Any]:
+    """Rewrite a QDQ graph for serving, in place; what the report says of that."""
     one_row = section.pooled_row_only and compute_pooled_row_only(model)
     form = target_of(section)
     biases = fuse_biases(model) if form.fused_biases and form.int4_layout != "native" else 0
     if form.separate_gelu:
         separate_gelu(model)
     attentions = fuse_attention(model) if form.fused_attention and section.attention == "float" else 0
-    return one_row, attentions, biases
+    return {"pooled_row_only": one_row, "fused_attention": attentions, "fused_biases": biases}
 
 
 def _in_half(
     model: onnx.ModelProto, plan: Plan, weights: Mapping[str, QuantizedWeight], section: QuantizationSection
-) -> tuple[onnx.ModelProto, tuple[bool, int, int]]:
-    """Weights only: the float16 graph, whose weights are unpacked when it is loaded."""
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Weights only: the float16 graph, whose weights are unpacked when it is loaded, and what the report says of it."""
     one_row = section.pooled_row_only and compute_pooled_row_only(model)
     half, fused = convert_to_half(model, target_of(section))
     store_scaled(half, {layer.weight: (weights[layer.weight], layer.channel_axis) for layer in plan.layers})
-    return half, (one_row, fused, 0)
+    return half, {"pooled_row_only": one_row, "fused_attention": fused, "fused_biases": 0}
 
 
 def _lay_out(quantized: onnx.ModelProto, weights: Mapping[str, QuantizedWeight], form: Target) -> None:

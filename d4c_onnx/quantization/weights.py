@@ -8,7 +8,7 @@ from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.graph.index import GraphIndex, set_initializer
-from d4c_onnx.graph.layers import WeightedLayer, channels_back, channels_first
+from d4c_onnx.graph.layers import WeightedLayer, added_constant, channels_back, channels_first
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.corrections import correct_affine, correct_mean
 from d4c_onnx.quantization.plan import Plan
@@ -90,14 +90,8 @@ def bias_name(index: GraphIndex, layer: WeightedLayer) -> str | None:
     if layer.op != "MatMul":
         name = node.input[2] if len(node.input) > 2 else ""
         return name if name in index.initializers else None
-    reader = index.only_consumer(layer.output)
-    if reader is None or reader.op_type != "Add":
-        return None
-    for name in reader.input:
-        tensor = index.initializers.get(name)
-        if tensor is not None and len(tensor.dims) == 1 and len(index.consumers[name]) == 1:
-            return name
-    return None
+    found = added_constant(index, layer.output)
+    return found[1] if found is not None and len(index.consumers[found[1]]) == 1 else None
 
 
 def _stages(plan: Plan) -> list[list[WeightedLayer]]:

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from d4c_onnx.graph.bits import LayerBits, average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph
 from d4c_onnx.graph.index import GraphIndex, attribute
-from d4c_onnx.graph.layers import INTEGER_PRODUCT, WEIGHTED_OPS
+from d4c_onnx.graph.layers import INTEGER_PRODUCT, STORED_OPS
 from d4c_onnx.graph.signature import signature
 from d4c_onnx.runtime.kernels import FLOAT_KERNELS, INT8_KERNELS
 from d4c_onnx.runtime.session import optimized_graph
@@ -83,7 +83,7 @@ def inspect_encoder(path: Path, entries: Mapping[str, str] | None = None) -> Ins
     weights = {layer.node: layer for layer in layer_bits(model)}
     layers = []
     for node in model.graph.node:
-        if node.op_type not in (*WEIGHTED_OPS, INTEGER_PRODUCT):
+        if node.op_type not in STORED_OPS:
             continue
         stored = weights.get(node.name)
         unpacked = stored.weight.removesuffix("_int4").removesuffix("_nibbles") if stored else None

@@ -3,8 +3,8 @@
 import onnx
 from onnx import TensorProto, helper
 
-from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
-from d4c_onnx.graph.layers import INTEGER_PRODUCT
+from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes
+from d4c_onnx.graph.layers import INTEGER_PRODUCT, added_constant
 from d4c_onnx.quantization.deployment.attention import CONTRIB, use_contrib
 
 
@@ -25,13 +25,10 @@ def fuse_biases(model: onnx.ModelProto) -> int:
         data, weight = (index.producer.get(name) for name in product.input)
         if data is None or weight is None or not _is_activation(index, data):
             continue
-        add, bias = _bias(index, product, _columns(index, weight))
-        if add is None:
+        found = added_constant(index, product.output[0])
+        if found is None or list(index.initializers[found[1]].dims) != [_columns(index, weight)]:
             continue
-        if len(index.initializers[bias].dims) != 1:
-            flat = f"{bias}_flat"
-            set_initializer(graph, flat, index.constant(bias).reshape(-1))
-            bias = flat
+        add, bias = found
         inputs = [data.input[0], weight.input[0], data.input[1], weight.input[1], data.input[2], "", bias]
         fused[product.name] = helper.make_node(
             INTEGER_PRODUCT, inputs, [add.output[0]], name=product.name, domain=CONTRIB
@@ -56,7 +53,8 @@ def _is_activation(index: GraphIndex, node: onnx.NodeProto) -> bool:
 
 
 def _columns(index: GraphIndex, node: onnx.NodeProto) -> int:
-    """Of a DequantizeLinear of a constant int8 matrix, a scale a column, zero points 0; of anything else 0."""
+    """The columns of a dequantised constant int8 matrix (stored as int4 behind a Cast, or not) with one scale or one a
+    column, and zero points 0; of anything else 0."""
     maker = index.producer.get(node.input[0])
     unpacked = maker is not None and maker.op_type == "Cast" and attribute(maker, "to") == TensorProto.INT8
     tensor = index.initializers.get(maker.input[0] if maker is not None and unpacked else node.input[0])
@@ -68,14 +66,3 @@ def _columns(index: GraphIndex, node: onnx.NodeProto) -> int:
         scale.size == 1 or (scale.shape == (tensor.dims[1],) and attribute(node, "axis", 1) in (1, -1))
     )
     return int(tensor.dims[1]) if exact and per_column else 0
-
-
-def _bias(index: GraphIndex, product: onnx.NodeProto, width: int) -> tuple[onnx.NodeProto | None, str]:
-    """The Add behind a product and the constant, one value a column, that it adds."""
-    add = index.only_consumer(product.output[0])
-    if add is not None and add.op_type == "Add":
-        for name in add.input:
-            tensor = index.initializers.get(name)
-            if tensor is not None and list(tensor.dims) in ([width], [1, width]):
-                return add, name
-    return None, ""

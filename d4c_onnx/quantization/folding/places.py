@@ -14,6 +14,7 @@ columns take s, and whatever makes x must take 1 / s. That is exact where x is m
 Dividing the rows of a layer that is itself quantised changes nothing for it: its grid is per row.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,12 +154,17 @@ def _value_source(index: GraphIndex, by_node: dict[str, WeightedLayer], node: on
     return linear_source(index, by_node, value) if value and index.only_consumer(value) else None
 
 
-def _quick_gelu_gate(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The `Mul(h, constant)` of h * Sigmoid(constant * h), when `node` is its outer product."""
+def _sigmoids(index: GraphIndex, node: onnx.NodeProto) -> Iterator[tuple[str, onnx.NodeProto]]:
+    """The h and the Sigmoid of h * Sigmoid(...), when `node` is that product."""
     for hidden, gated in (tuple(node.input), tuple(reversed(node.input))):
         sigmoid = index.producer.get(gated)
-        if sigmoid is None or sigmoid.op_type != "Sigmoid" or index.only_consumer(gated) is not node:
-            continue
+        if sigmoid is not None and sigmoid.op_type == "Sigmoid" and index.only_consumer(gated) is node:
+            yield hidden, sigmoid
+
+
+def _quick_gelu_gate(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The `Mul(h, constant)` of h * Sigmoid(constant * h), when `node` is its outer product."""
+    for hidden, sigmoid in _sigmoids(index, node):
         gate = index.producer.get(sigmoid.input[0])
         if gate is not None and gate.op_type == "Mul" and index.only_consumer(gate.output[0]) is sigmoid:
             constant = [entry for entry in gate.input if entry in index.initializers]
@@ -169,11 +175,7 @@ def _quick_gelu_gate(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto 
 
 def _is_silu(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """Whether `node`, a Mul, is the outer product of h * Sigmoid(h): what `gates` leaves of QuickGELU."""
-    for hidden, gated in (tuple(node.input), tuple(reversed(node.input))):
-        sigmoid = index.producer.get(gated)
-        if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.input[0] == hidden:
-            return index.only_consumer(gated) is node
-    return False
+    return any(sigmoid.input[0] == hidden for hidden, sigmoid in _sigmoids(index, node))
 
 
 def _scale_gate(graph: onnx.GraphProto, index: GraphIndex, place: Place, scale: np.ndarray) -> None:
