@@ -7,7 +7,8 @@
 `pooled row only`, `GELU apart` from its bias, and `attention as one kernel` are what the product does
 (`quantization.pooled_row_only`, `separate_gelu`, `fused_attention`), `fused biases` what it can do; the others did not
 win, and live here only. Where outputs are rounded to integers, it is on a grid of no meaning: that tells how fast, not
-how well. `--beside` races other bundles of the model as they are, such as one made with `quantization.attention=int8`.
+how well. `--beside` races other bundles of the model as they are, such as those made with `quantization.attention=int8`
+and `quantization.fused_qkv=true`.
 Interleaved medians, two threads.
 """
 
@@ -15,7 +16,6 @@ import argparse
 import copy
 import re
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from d4c_onnx.bundle import open_bundle
 from d4c_onnx.evaluation.latency import Contender, drawn_feeds, measure_latency
 from d4c_onnx.graph.files import load_graph, save_graph
 from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
+from d4c_onnx.graph.layers import added_constant
 from d4c_onnx.quantization.deployment import compute_pooled_row_only, fuse_attention, fuse_biases, separate_gelu
 from d4c_onnx.quantization.deployment.pattern import find_attention
 
@@ -40,10 +41,11 @@ def gemm_with_bias(model: onnx.ModelProto) -> None:
     fresh: dict[str, list[onnx.NodeProto]] = {}
     flat: dict[str, str] = {}
     for product, data, weight in _products(index):
-        add, bias = _bias_behind(index, product)
+        found = added_constant(index, product.output[0])
         scales = index.array(weight.input[1])
-        if not bias or scales is None or scales.ndim != 1:
+        if found is None or scales is None or scales.ndim != 1:
             continue
+        add, bias = found
         quantizer, name = index.producer[data.input[0]], product.name
         if quantizer.op_type != "QuantizeLinear":  # the pooled row's is a Gather
             continue
@@ -128,40 +130,6 @@ def attention_23(model: onnx.ModelProto) -> None:
     model.ir_version = 11
 
 
-def one_product(model: onnx.ModelProto) -> None:
-    """The products of q, k and v as one, with a Split behind it."""
-    graph, index = model.graph, GraphIndex(model.graph)
-    reading: dict[str, list[tuple[onnx.NodeProto, onnx.NodeProto]]] = defaultdict(list)
-    for product, data, weight in _products(index):
-        reading[data.input[0]].append((product, weight))
-    fresh, gone = {}, set()
-    for found in reading.values():
-        if len(found) != 3:
-            continue
-        products = [product for product, _ in found]
-        name = f"{products[0].name}_one"
-        stored = [index.constant(_stored(index, weight)).astype(np.int8) for _, weight in found]
-        set_initializer(graph, f"{name}_weight", np.concatenate(stored, 1))
-        set_initializer(
-            graph, f"{name}_scale", np.concatenate([index.constant(weight.input[1]) for _, weight in found])
-        )
-        set_initializer(graph, f"{name}_sizes", np.array([part.shape[1] for part in stored], np.int64))
-        outputs = [product.output[0] for product in products]
-        fresh[products[0].name] = [
-            helper.make_node("DequantizeLinear", [f"{name}_weight", f"{name}_scale"], [f"{name}_float"], axis=1),
-            helper.make_node("MatMul", [products[0].input[0], f"{name}_float"], [f"{name}_made"], name=name),
-            helper.make_node("Split", [f"{name}_made", f"{name}_sizes"], outputs, name=f"{name}_split", axis=-1),
-        ]
-        gone |= {product.name for product in products[1:]}
-    _insert(graph, fresh, gone)
-
-
-def one_product_served(model: onnx.ModelProto) -> None:
-    """The same in what `--target cpu` writes; the last block, whose query is one row, keeps its three."""
-    served(model)
-    one_product(model)
-
-
 def integer_products(model: onnx.ModelProto) -> None:
     """QLinearMatMul instead of MatMulIntegerToFloat: what a product makes is rounded before its bias is added."""
     _round_outputs(model, [product for product, _, _ in _products(GraphIndex(model.graph))])
@@ -213,14 +181,6 @@ def _products(index: GraphIndex) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProt
             yield node, made[0], made[1]
 
 
-def _bias_behind(index: GraphIndex, product: onnx.NodeProto) -> tuple[onnx.NodeProto | None, str]:
-    """The Add behind a product and the constant it adds; the constant's name is empty without one."""
-    add = index.only_consumer(product.output[0])
-    if add is None or add.op_type != "Add":
-        return None, ""
-    return add, next((name for name in add.input if name in index.initializers), "")
-
-
 def _stored(index: GraphIndex, weight: onnx.NodeProto) -> str:
     """The initialiser that a weight is dequantised from, through the Cast from int4."""
     cast = index.producer.get(weight.input[0])
@@ -269,7 +229,6 @@ VARIANTS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "target cpu, bias inside QGemm": served_gemm,
     "SkipLayerNormalization": skip_layer_norm,
     "Attention of opset 23": attention_23,
-    "target cpu, q, k and v as one product": one_product_served,
     "target cpu, fused biases": served_biases,
     "products to integers (QLinearMatMul)": integer_products,
     "everything in integers": all_integers,

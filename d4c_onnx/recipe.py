@@ -139,6 +139,22 @@ class QuantizationSection(_Section):
         description="lay 8-bit weights out on 7 bits, [-64, 63]: x86 processors without VNNI add products of full ones "
         "in 16 bits and saturate. none: as the target has it",
     )
+    symmetric: bool | None = Field(
+        None, description="int8 activations with zero point 0 instead of uint8 ones; none: as the target has it"
+    )
+    quantize_bias: bool | None = Field(
+        None, description="a convolution's bias as int32 instead of float; none: as the target has it"
+    )
+    weight_zero_points: bool | None = Field(
+        None,
+        description="give products' weights their zero points, all 0, which ONNX lets a file leave out; none: as the "
+        "target has it",
+    )
+    token_table: Literal["packed", "folded", "float"] | None = Field(
+        None,
+        description="packed: only looked-up rows are unpacked; folded: the table is unpacked when the file is loaded; "
+        "float: as it is. none: as the target has it",
+    )
     attention: Literal["float", "int8"] = Field("float", description="the two attention products of each block")
     target: Literal["cpu", "portable", "tensorrt", "openvino", "cuda"] = Field(
         "cpu",
@@ -168,6 +184,11 @@ class QuantizationSection(_Section):
         description="products with a bias as com.microsoft.MatMulIntegerToFloat: faster on the CPU provider, but QDQ "
         "no more, so onnxruntime alone reads them. Not at a16 and int4 layout native. none: as the target has it "
         "(no target does)",
+    )
+    fused_qkv: bool | None = Field(
+        None,
+        description="the products of q, k and v as one; exact. Not at a16, at int4 layout native, nor with "
+        "weight_zero_points. none: as the target has it (no target does)",
     )
     separate_gelu: bool | None = Field(
         None,
@@ -327,6 +348,11 @@ def _check_quantization(section: QuantizationSection, where: str) -> None:
     if section.weights_only and section.weight_bits == 6:
         raise RecipeError(
             f"{where}, quantization.bits: {section.bits} would save no byte over w8a16. Use w4a16 or w8a16."
+        )
+    if section.weights_only and section.token_table == "packed":
+        raise RecipeError(
+            f"{where}, quantization.token_table: packed is not for {section.bits}, whose token rows are float16. Use "
+            "folded, or leave it out."
         )
     if section.weights_only and section.attention == "int8":
         raise RecipeError(f"{where}, quantization.attention: int8 is not for {section.bits}: activations stay float16.")

@@ -74,7 +74,8 @@ def test_float_activations_are_for_cuda(width: str) -> None:
     for target in ("cpu", "portable", "tensorrt", "openvino"):
         with pytest.raises(RecipeError, match=rf"{width} keeps activations in float16.*Use {width[:2]}a8"):
             load_recipe(None, [f"quantization.bits={width}", f"quantization.target={target}"])
-    for key, value in (("int4_layout", "nibbles"), ("int4_layout", "native"), ("bits", "w6a16")):
+    wrong = (("int4_layout", "nibbles"), ("int4_layout", "native"), ("bits", "w6a16"), ("token_table", "packed"))
+    for key, value in wrong:
         given = {"bits": width, "target": "cuda", key: value}
         with pytest.raises(RecipeError, match=rf"quantization\.{key}"):
             load_recipe(None, [f"quantization.{name}={text}" for name, text in given.items()])

@@ -22,6 +22,7 @@ from d4c_onnx.quantization.deployment import (
     convolve_pools,
     fuse_attention,
     fuse_biases,
+    fuse_qkv,
     separate_gelu,
     target_of,
 )
@@ -64,6 +65,7 @@ class EncoderReport:
         pooled_row_only: whether the last block computes one row only.
         fused_attention: how many attentions are one kernel of onnxruntime.
         fused_biases: how many products are one with their bias, and QDQ no more.
+        fused_qkv: how many products read what others read, and are one with them.
         minimum_onnxruntime: the oldest release that loads the file.
     """
 
@@ -75,6 +77,7 @@ class EncoderReport:
     pooled_row_only: bool
     fused_attention: int
     fused_biases: int
+    fused_qkv: int
     minimum_onnxruntime: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,6 +93,7 @@ class EncoderReport:
             "pooled_row_only": self.pooled_row_only,
             "fused_attention": self.fused_attention,
             "fused_biases": self.fused_biases,
+            "fused_qkv": self.fused_qkv,
             "minimum_onnxruntime": self.minimum_onnxruntime,
         }
 
@@ -146,7 +150,7 @@ def quantize_encoder(
         strip_notes(quantized)
         clip_activations(quantized, ranges)
         served = _served(quantized, section)
-        _lay_out(quantized, weights, form)
+        served["fused_qkv"] = _lay_out(quantized, weights, form)
     table_bits = _store_table(quantized, section, form)
     set_metadata(quantized, metadata)
     save_graph(quantized, target, limit_bytes=0 if section.external_data else None)
@@ -185,17 +189,21 @@ def _in_half(
     one_row = section.pooled_row_only and compute_pooled_row_only(model)
     half, fused = convert_to_half(model, target_of(section))
     store_scaled(half, {layer.weight: (weights[layer.weight], layer.channel_axis) for layer in plan.layers})
-    return half, {"pooled_row_only": one_row, "fused_attention": fused, "fused_biases": 0}
+    return half, {"pooled_row_only": one_row, "fused_attention": fused, "fused_biases": 0, "fused_qkv": 0}
 
 
-def _lay_out(quantized: onnx.ModelProto, weights: Mapping[str, QuantizedWeight], form: Target) -> None:
-    """Store 4-bit weights in 4 bits, in place, as the target wants them."""
+def _lay_out(quantized: onnx.ModelProto, weights: Mapping[str, QuantizedWeight], form: Target) -> int:
+    """Store 4-bit weights in 4 bits, in place, as the target wants them; how many products were joined before."""
     narrow = [f"{name}_quantized" for name, weight in weights.items() if weight.num_bits == 4]
     pools: list[str] = []
-    if form.int4_layout != "native":  # there nothing is multiplied as int8, and compilers are given every zero point
-        pools = convolve_pools(quantized) if form.convolved_pools else []
+    joined: dict[str, str] = {}
+    if not form.weight_zero_points:
         omit_zero_points(quantized, [f"{name}_quantized" for name in weights])
-    store_int4(quantized, [*narrow, *pools] if narrow else [], form.int4_layout)
+    if form.int4_layout != "native":  # there nothing is multiplied as int8
+        pools = convolve_pools(quantized) if form.convolved_pools else []
+        joined = fuse_qkv(quantized, frozenset(narrow)) if form.fused_qkv else {}
+    store_int4(quantized, [*(joined.get(name, name) for name in narrow), *pools] if narrow else [], form.int4_layout)
+    return len(joined)
 
 
 def _store_table(model: onnx.ModelProto, section: QuantizationSection, form: Target) -> int | None:

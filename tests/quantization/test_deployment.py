@@ -1,7 +1,8 @@
 """The deployed graph answers as the plain one, for every target and layout."""
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.quantization.bundle import _unseen
 from d4c_onnx.quantization.deployment import (
     TARGETS,
+    Target,
     compute_pooled_row_only,
     convolve_pools,
     fuse_attention,
     separate_gelu,
+    target_of,
 )
 from d4c_onnx.quantization.layout import store_int4
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe import QuantizationSection, load_recipe
 from d4c_onnx.runtime import optimizer
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.optimizer import OptimizerEffect, compare_answers
@@ -168,14 +171,24 @@ def test_mixing_tokens_behind_the_attention_is_refused(vit_bundle: Bundle) -> No
 
 
 @pytest.fixture(scope="module")
-def layouts(
+def made(
     vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Bundle]:
-    folder = tmp_path_factory.mktemp("layouts")
-    return {
-        name: _quantized(vit_bundle, vit_calibration[1], folder / name, f"int4_layout={name}", "target=portable")
-        for name in ("cast", "native", "nibbles")
-    }
+) -> Callable[..., Bundle]:
+    """mini-vit quantised with the given keys, each once."""
+    folder = tmp_path_factory.mktemp("made")
+    bundles: dict[tuple[str, ...], Bundle] = {}
+
+    def make(*keys: str) -> Bundle:
+        if keys not in bundles:
+            bundles[keys] = _quantized(vit_bundle, vit_calibration[1], folder / str(len(bundles)), *keys)
+        return bundles[keys]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def layouts(made: Callable[..., Bundle]) -> dict[str, Bundle]:
+    return {name: made(f"int4_layout={name}", "target=portable") for name in ("cast", "native", "nibbles")}
 
 
 def test_layouts_answer_alike(layouts: dict[str, Bundle], rng: np.random.Generator) -> None:
@@ -255,10 +268,47 @@ def test_portable_has_standard_operators_only(layouts: dict[str, Bundle], vit_bu
     assert not TARGETS["portable"].fused_attention
 
 
-def test_cpu_target_fuses_attention(
-    vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], layouts: dict[str, Bundle], tmp_path: Path
-) -> None:
-    fused = _quantized(vit_bundle, vit_calibration[1], tmp_path / "cpu")
+def test_keys_overrule_the_target() -> None:
+    for key in sorted({field.name for field in fields(Target)} - {"int4_layout", "half", "note"}):
+        before = getattr(TARGETS["cpu"], key)
+        chosen = "folded" if key == "token_table" else not before
+        assert QuantizationSection.model_fields[key].default is None
+        assert getattr(target_of(QuantizationSection(**{key: chosen})), key) == chosen != before
+
+
+def test_note_of_the_portable_target() -> None:
+    for key, standard in (("fused_qkv", True), ("fused_biases", False), ("fused_attention", False)):
+        note = target_of(QuantizationSection(target="portable", **{key: True})).note
+        assert ("standard operators only" in note) == standard
+
+
+def test_form_of_the_file_by_keys(made: Callable[..., Bundle]) -> None:
+    """Signed activations, zero points for weights and a float table, where the target has it otherwise."""
+    plain = made("int4_layout=cast", "fused_biases=false")
+    other = made("symmetric=true", "weight_zero_points=true", "token_table=float")
+    for tower, batches in _feeds(other, np.random.default_rng(1)).items():
+        model = load_graph(other.encoders[tower])
+        index = GraphIndex(model.graph)
+        quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        assert quantizers
+        for node in quantizers:
+            zero = index.constant(node.input[2])
+            assert zero.dtype == np.int8
+            assert not zero.any()
+        for layer in layer_bits(model):
+            node = next(node for node in model.graph.node if node.name == layer.node)
+            assert not index.constant(index.producer[node.input[1]].input[2]).any()
+        tables = [
+            index.initializers[node.input[0]] for node in index.consumers["input_ids"] if node.op_type == "Gather"
+        ]
+        assert [table.data_type for table in tables] == [TensorProto.FLOAT] * (tower == "text")
+        for batch in batches:
+            one, twin = (EncoderSession(entry.encoders[tower]).run(batch) for entry in (plain, other))
+            assert (one * twin).sum(-1).min() > 0.98
+
+
+def test_cpu_target_fuses_attention(made: Callable[..., Bundle], layouts: dict[str, Bundle]) -> None:
+    fused = made("int4_layout=cast", "fused_biases=false")
     running = [node for node in optimized_graph(fused.image_encoder).graph.node if node.op_type == "QuickGelu"]
     assert [attribute(node, "alpha") for node in running] == [1.0] * 6  # folded: no constant left
     assert fused.manifest["encoders"]["image_encoder.onnx"]["fused_attention"] == 6
@@ -271,13 +321,8 @@ def test_cpu_target_fuses_attention(
 
 
 @pytest.mark.parametrize("layout", ["cast", "nibbles", "native"])
-def test_fused_biases_keep_answers_and_bits(
-    layout: str, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
-) -> None:
-    keys = (f"int4_layout={layout}", "fused_biases=true")
-    plain, fused = (
-        _quantized(vit_bundle, vit_calibration[1], tmp_path / str(len(chosen)), *chosen) for chosen in (keys[:1], keys)
-    )
+def test_fused_biases_keep_answers_and_bits(layout: str, made: Callable[..., Bundle]) -> None:
+    plain, fused = (made(f"int4_layout={layout}", f"fused_biases={fuse}") for fuse in ("false", "true"))
     rng = np.random.default_rng(1)
     for tower, batches in _feeds(fused, rng).items():
         before, after = (load_graph(entry.encoders[tower]) for entry in (plain, fused))
@@ -299,6 +344,33 @@ def test_fused_biases_keep_answers_and_bits(
             assert seen.summary == same.summary
             for layer, twin in zip(seen.layers, same.layers, strict=True):
                 assert replace(twin, op=layer.op) == layer
+
+
+@pytest.mark.parametrize(
+    ("layout", "biases"), [("cast", "false"), ("cast", "true"), ("nibbles", "true"), ("native", "true")]
+)
+def test_fused_qkv_keeps_answers_and_bits(layout: str, biases: str, made: Callable[..., Bundle]) -> None:
+    keys = (f"int4_layout={layout}", f"fused_biases={biases}")
+    apart, fused = made(*keys), made(*keys, "fused_qkv=true")
+    rng = np.random.default_rng(1)
+    for tower, batches in _feeds(fused, rng).items():
+        before, after = (load_graph(entry.encoders[tower]) for entry in (apart, fused))
+        onnx.checker.check_model(after)
+        # q, k and v of each block; the last block's q reads its one row, so only k and v are left there
+        blocks = {"image": 6, "text": 3}[tower] if layout != "native" else 0
+        count = 3 * blocks - 1 if blocks else 0
+        assert fused.manifest["encoders"][fused.encoders[tower].name]["fused_qkv"] == count
+        one, other = (layer_bits(model) for model in (before, after))
+        assert len(one) - len(other) == count - blocks
+        assert average_bits(one) == average_bits(other)
+        assert sum(layer.elements for layer in one) == sum(layer.elements for layer in other)
+        for batch in batches:
+            np.testing.assert_array_equal(_run(after, batch), _run(before, batch))
+        if layout == "cast":
+            seen = inspect_encoder(fused.encoders[tower])
+            joined = [layer for layer in seen.layers if layer.node.endswith("_qkv")]
+            assert len(joined) == blocks
+            assert all(layer.int8 and layer.bits == 4 for layer in joined)
 
 
 def test_causal_masks_are_known_not_given(vit_bundle: Bundle) -> None:

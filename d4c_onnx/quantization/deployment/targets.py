@@ -15,6 +15,7 @@ class Target:
         fused_attention: `com.microsoft.MultiHeadAttention` instead of standard operators.
         fused_residuals: in float16, `com.microsoft.SkipLayerNormalization` instead of sums and LayerNormalization.
         fused_biases: `com.microsoft.MatMulIntegerToFloat` instead of QDQ products with a bias behind them.
+        fused_qkv: products that read the same value are one.
         separate_gelu: GELU stays apart from the bias before it, for the CPU provider.
         patch_product: a ViT's patch convolution is quantised as a product of patches.
         convolved_pools: average pools between integers are depthwise convolutions.
@@ -23,6 +24,8 @@ class Target:
         reduce_range: 8-bit weights stay in [-64, 63]. onnxruntime's kernels for x86 without VNNI add two products of
             uint8 and int8 in 16 bits, which full weights overflow: ViT-B/32's W8A8 image embeddings then were seven
             times further from FP32 than the file says.
+        weight_zero_points: products' weights have zero points, all 0, as compilers want them; ONNX takes absent ones as
+            0, and given one a channel, onnxruntime's product corrects each channel for it.
         token_table: packed: integers that stay packed in memory, and only looked-up rows are unpacked; folded: integers
             that are unpacked when the file is loaded, for the CUDA provider has no bit operations; float: as it is,
             for TensorRT's parser takes neither.
@@ -34,12 +37,14 @@ class Target:
     fused_attention: bool
     fused_residuals: bool
     fused_biases: bool
+    fused_qkv: bool
     separate_gelu: bool
     patch_product: bool
     convolved_pools: bool
     symmetric: bool
     quantize_bias: bool
     reduce_range: bool
+    weight_zero_points: bool
     token_table: Literal["packed", "folded", "float"]
     half: bool
     note: str
@@ -53,12 +58,14 @@ TARGETS = {
         fused_attention=True,
         fused_residuals=False,
         fused_biases=False,
+        fused_qkv=False,
         separate_gelu=True,
         patch_product=True,
         convolved_pools=True,
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
+        weight_zero_points=False,
         token_table="packed",
         half=False,
         note="int8 kernels on onnxruntime's CPU provider",
@@ -68,12 +75,14 @@ TARGETS = {
         fused_attention=False,
         fused_residuals=False,
         fused_biases=False,
+        fused_qkv=False,
         separate_gelu=True,
         patch_product=True,
         convolved_pools=True,
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
+        weight_zero_points=False,
         token_table="packed",
         half=False,
         note="standard operators only; int8 kernels on the CPU provider",
@@ -83,12 +92,14 @@ TARGETS = {
         fused_attention=False,
         fused_residuals=False,
         fused_biases=False,
+        fused_qkv=False,
         separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
         symmetric=True,
         quantize_bias=False,
         reduce_range=False,
+        weight_zero_points=True,
         token_table="float",
         half=False,
         note=f"for TensorRT{_COMPILED}",
@@ -98,12 +109,14 @@ TARGETS = {
         fused_attention=False,
         fused_residuals=False,
         fused_biases=False,
+        fused_qkv=False,
         separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
         symmetric=False,
         quantize_bias=True,
         reduce_range=True,
+        weight_zero_points=True,
         token_table="packed",
         half=False,
         note=f"for OpenVINO{_COMPILED}",
@@ -113,12 +126,14 @@ TARGETS = {
         fused_attention=True,
         fused_residuals=True,
         fused_biases=False,
+        fused_qkv=False,
         separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
         symmetric=False,
         quantize_bias=True,
         reduce_range=False,
+        weight_zero_points=False,
         token_table="folded",
         half=True,
         note="the CUDA provider has no kernel for QDQ products: it dequantises and multiplies in float, slower than "
@@ -137,15 +152,27 @@ def target_of(section: QuantizationSection) -> Target:
         target = replace(target, note=_UNPACKED)
     if section.int4_layout != "auto":
         table = "packed" if target.token_table == "folded" and section.int4_layout != "cast" else target.token_table
-        target = replace(target, int4_layout=section.int4_layout, token_table=table)
+        target = replace(
+            target,
+            int4_layout=section.int4_layout,
+            token_table=table,
+            weight_zero_points=section.int4_layout == "native",
+        )
     keys = (
         "fused_attention",
         "fused_residuals",
         "fused_biases",
+        "fused_qkv",
         "separate_gelu",
         "patch_product",
         "convolved_pools",
+        "symmetric",
+        "quantize_bias",
         "reduce_range",
+        "weight_zero_points",
+        "token_table",
     )
     overruled = {key: value for key in keys if (value := getattr(section, key)) is not None}
-    return replace(target, **overruled)
+    target = replace(target, **overruled)
+    contrib = target.fused_attention or target.fused_biases
+    return replace(target, note=TARGETS["cpu"].note) if section.target == "portable" and contrib else target
