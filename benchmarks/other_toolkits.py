@@ -50,7 +50,7 @@ def _optimum(home: Path, source: Path, target: Path, input_name: str, feed: Path
 
 
 def _quark(home: Path, source: Path, target: Path, input_name: str, feed: Path) -> None:
-    _run([home / "bin" / "python", "-c", _QUARK, source, target, input_name, feed])
+    _run([home / "bin" / "python", "-c", _QUARK, source, target, input_name, feed], target.parent)  # it leaves a table
 
 
 TOOLKITS: dict[str, tuple[list[str], Build]] = {
@@ -94,7 +94,7 @@ def _build(
     name: str, bundle: Bundle, feeds: dict[str, dict[int, np.ndarray]], environments: Path, folder: Path
 ) -> Contender:
     requirements, build = TOOLKITS[name]
-    home = environments / name.split()[0].lower()
+    home = environments.resolve() / name.split()[0].lower()
     made: dict[str, Path] = {}
     try:
         if not home.exists():
@@ -103,7 +103,7 @@ def _build(
         for tower, source in bundle.encoders.items():
             target, feed = folder / f"{home.name}-{tower}.onnx", folder / f"{tower}.npy"
             np.save(feed, feeds[tower][min(feeds[tower])])
-            build(home, source, target, bundle.manifest["io"][source.name]["inputs"][0]["name"], feed)
+            build(home, source.resolve(), target, bundle.manifest["io"][source.name]["inputs"][0]["name"], feed)
             reason = loads(target)
             if reason:
                 raise RuntimeError(reason)
@@ -113,8 +113,8 @@ def _build(
     return Contender(name, made)
 
 
-def _run(command: list[object]) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+def _run(command: list[object], folder: Path | None = None) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         raise RuntimeError(done.stderr or done.stdout)
 

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,12 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet, open_calibration_set
-from d4c_onnx.errors import CheckFailed
 from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex, attribute
 from d4c_onnx.quantization import quantize_bundle_files
-from d4c_onnx.quantization.bundle import _unseen
 from d4c_onnx.quantization.deployment import (
     TARGETS,
     Target,
@@ -33,9 +30,7 @@ from d4c_onnx.quantization.deployment import (
 )
 from d4c_onnx.quantization.layout import store_int4
 from d4c_onnx.recipe import QuantizationSection, load_recipe
-from d4c_onnx.runtime import optimizer
 from d4c_onnx.runtime.inspection import inspect_encoder
-from d4c_onnx.runtime.optimizer import OptimizerEffect, compare_answers
 from d4c_onnx.runtime.session import EncoderSession, optimized_graph
 
 SOT, EOT = 49406, 49407
@@ -468,61 +463,3 @@ def test_weights_of_products_have_no_zero_points(layouts: dict[str, Bundle]) -> 
             node = next(node for node in model.graph.node if node.name == layer.node)
             weight = index.producer[node.input[1]]
             assert len(weight.input) == (3 if name == "native" or node.op_type == "Conv" else 2)
-
-
-@pytest.mark.parametrize("sizes", [(1,), (8,), (8, 5), (16, 16)])
-def test_the_optimizer_is_judged_on_many_images(rng: np.random.Generator, sizes: tuple[int, ...]) -> None:
-    """However few the calibration images are; on eight, chance alone once failed a bundle."""
-    seen = np.concatenate(_unseen([rng.normal(size=(size, 3, 8, 64)).astype(np.float32) for size in sizes]))
-    assert len(seen) >= 32
-    assert len(np.unique(seen.reshape(len(seen), -1), axis=0)) == len(seen)
-    ids = [np.ones((2, 5), np.int64)]
-    assert _unseen(ids) is ids
-
-
-def _encoders(seed: int, factor: float) -> OptimizerEffect:
-    """Two roundings of the same embeddings, one `factor` times as rough; some samples are far off under both."""
-    rng = np.random.default_rng(seed)
-    exact = rng.normal(size=(32, 64))
-    size = 1e-3 * np.exp(rng.normal(0, 0.8, (32, 1)))  # of a sample's error, shared; each rounding adds its own luck
-    literal, fast = (exact + size * np.exp(rng.normal(0, 0.25, (32, 1))) * rng.normal(size=exact.shape) for _ in "lf")
-    return compare_answers(exact + factor * (fast - exact), literal, exact)
-
-
-def test_chance_is_no_change_of_the_answers() -> None:
-    assert all(_encoders(seed, 1.0).harmless for seed in range(300))
-
-
-@pytest.mark.parametrize("factor", [0.6, 1.5])
-def test_rougher_and_dropped_roundings_are_found(factor: float) -> None:
-    assert not any(_encoders(seed, factor).harmless for seed in range(100))
-    assert compare_answers(*np.zeros((3, 4, 8))).harmless  # a float tower
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_few_samples_excuse_little(rng: np.random.Generator, count: int) -> None:
-    exact = rng.normal(size=(count, 64))
-    error = 1e-3 * np.exp(rng.normal(0, 1, (count, 1))) * rng.normal(size=exact.shape)
-    assert not compare_answers(exact + 3 * error, exact + error, exact).harmless
-
-
-def test_optimizer_that_changes_answers_fails_the_bundle(
-    vit_bundle: Bundle,
-    vit_calibration: tuple[Path, CalibrationSet],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Careless(optimizer.EncoderSession):
-        """Optimised, a quantised file is five parts in a thousand off."""
-
-        def __init__(self, path: Path, **options: Any) -> None:
-            self._off = 5e-3 * (path.parent != vit_bundle.path and options.get("optimize", True))
-            super().__init__(path, **options)
-
-        def run(self, batch: np.ndarray) -> np.ndarray:
-            return super().run(batch) + np.float32(self._off)
-
-    monkeypatch.setattr(optimizer, "EncoderSession", Careless)
-    with pytest.raises(CheckFailed, match="graph optimiser"):
-        _quantized(vit_bundle, vit_calibration[1], tmp_path / "w4a8")
-    assert not (tmp_path / "w4a8").exists()
