@@ -27,15 +27,17 @@ from d4c_onnx.runtime.session import EncoderSession
 LOADERS = {
     "onnxruntime": """
 import onnxruntime as ort
-def load(file):
+def load(file, entries):
     options = ort.SessionOptions()
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
     options.intra_op_num_threads, options.log_severity_level = 2, 4
     session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda batch: session.run(None, {session.get_inputs()[0].name: batch})[0]
 """,
     "openvino": """
 import openvino
-def load(file):
+def load(file, entries):
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": 2, "PERFORMANCE_HINT": "LATENCY"}
     model = core.compile_model(core.read_model(file), "CPU", settings)
@@ -45,10 +47,10 @@ def load(file):
 PROBE = """
 import json, sys, time
 import numpy as np
-file, feed, answer = sys.argv[1:]
+file, feed, answer, entries = sys.argv[1:]
 try:
     start = time.perf_counter()
-    run = load(file)
+    run = load(file, json.loads(entries))
     load_ms = 1e3 * (time.perf_counter() - start)
     batch, times = np.load(feed), []
     for _ in range(50):
@@ -89,13 +91,14 @@ def main() -> None:
             for tower, encoder in bundle.encoders.items():
                 feed, answer = Path(folder) / "feed.npy", Path(folder) / "answer.npy"
                 np.save(feed, feeds[tower][8])
-                literal = EncoderSession(encoder, threads=2, optimize=False, literal=True)
+                entries = bundle.session_entries
+                literal = EncoderSession(encoder, threads=2, optimize=False, literal=True, entries=entries)
                 np.save(answer, literal.run(feeds[tower][8]))
                 rounds: dict[str, list[dict[str, Any]]] = {runtime: [] for runtime in pythons}
                 for _ in range(args.rounds):
                     for runtime, found in rounds.items():
                         loader = next(code for name, code in LOADERS.items() if runtime.startswith(name))
-                        found.append(_probe(pythons[runtime], loader, encoder, feed, answer))
+                        found.append(_probe(pythons[runtime], loader, encoder, feed, answer, json.dumps(entries)))
                 needs = bundle.manifest.get("minimum_onnxruntime", "-")
                 for runtime, found in rounds.items():
                     print(f"| {path.name} | {needs} | {runtime} | {tower} | {_cells(found)} |", flush=True)
@@ -109,7 +112,7 @@ def _cells(rounds: list[dict[str, Any]]) -> str:
     return f"{max(found['difference'] for found in rounds):.2e} | {cosine:.6f} | {load:.0f} | {run:.2f}"
 
 
-def _probe(python: Path, loader: str, *arguments: Path) -> dict[str, Any]:
+def _probe(python: Path, loader: str, *arguments: Path | str) -> dict[str, Any]:
     done = subprocess.run([python, "-c", loader + PROBE, *arguments], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

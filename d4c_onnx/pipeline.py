@@ -184,7 +184,9 @@ def quantize_bundle(
         on_step=on_step,
     )
     if form.half and half is None:
-        half = half_bundle_files(bundle, half_target, recipe.quantization)
+        half = half_bundle_files(
+            bundle, half_target, recipe.quantization, dataset, threads=machine.threads, on_step=on_step
+        )
     beside = [half] if half else []
     clock.lap("quantize")
     accuracy = evaluate([bundle, quantized, *beside], recipe, dataset, machine, on_step)

@@ -140,7 +140,9 @@ class QuantizationSection(_Section):
         "in 16 bits and saturate. none: as the target has it",
     )
     symmetric: bool | None = Field(
-        None, description="int8 activations with zero point 0 instead of uint8 ones; none: as the target has it"
+        None,
+        description="int8 activations with zero point 0 instead of uint8 ones: for TensorRT. On x86 onnxruntime then "
+        "computes in float whatever several nodes read. none: as the target has it",
     )
     quantize_bias: bool | None = Field(
         None, description="a convolution's bias as int32 instead of float; none: as the target has it"
@@ -164,7 +166,8 @@ class QuantizationSection(_Section):
     int4_layout: Literal["auto", "cast", "native", "nibbles"] = Field(
         "auto",
         description="cast: INT4 and a Cast to int8, for onnxruntime 1.23 and newer; native: INT4 straight into "
-        "DequantizeLinear, for compilers; nibbles: two in a uint8, for older onnxruntime. auto: the target's",
+        "DequantizeLinear and nothing rewritten for onnxruntime's kernels, for compilers; nibbles: two in a uint8, "
+        "for older onnxruntime. auto: the target's",
     )
     external_data: bool = Field(
         False,

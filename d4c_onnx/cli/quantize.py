@@ -88,6 +88,8 @@ def command(
 
 
 def _print(report: dict[str, Any]) -> None:
+    from d4c_onnx.quantization.deployment import TARGETS
+
     before, after, ratio = report["size_bytes"]["fp32"], report["size_bytes"]["quantized"], report["size_ratio"]
     names = ["FP32", report["bits"].upper()]
     show.accuracy_table(report["accuracy"], [*names, "FP16"][: len(report["accuracy"]["bundles"])])
@@ -99,7 +101,7 @@ def _print(report: dict[str, Any]) -> None:
     click.echo(f"{report['weight_bits_average']:.2f} bits per MatMul, Gemm and Conv weight, counted from the files")
     if report["accuracy_mode_only"]:
         click.echo(f"{report['bits']} is an accuracy mode: it answers as such a device would, and runs as int8 here")
-    if report["target"] != "cpu":
+    if report["target_note"] != TARGETS["cpu"].note:
         click.echo(f"target {report['target']}: {report['target_note']}")
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
     click.echo(f"{report['bundle']} ({spent})")

@@ -61,11 +61,7 @@ def quantize_bundle_files(
         CheckFailed: onnxruntime's optimiser changes the answers beyond the rounding of quantised activations.
         RecipeError: the bit budget is smaller than what the first and last layers take.
     """
-    fixed = EncoderSession(bundle.text_encoder).fixed_length
-    readers = {
-        IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch or _images_at_a_time(bundle.image_encoder)),
-        TEXT_ENCODER: PromptCalibrationDataReader(dataset, section.batch or _BATCH, fixed_length=fixed),
-    }
+    readers = calibration_readers(bundle, dataset, section)
     form = target_of(section)
     raised = _spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
     with staged_folder(target) as stage:
@@ -84,7 +80,7 @@ def quantize_bundle_files(
         }
         # full-range weights saturate on x86 without VNNI: their sessions need a setting, and the manifest says so
         entries = {} if form.reduce_range or section.weights_only else EXACT_PRODUCTS
-        optimizer = _check_optimizer(bundle, stage, readers, threads, entries, on_step)
+        checked = check_optimizer(bundle, stage, readers, entries, threads=threads, on_step=on_step)
         layers = [layer for report in reports.values() for layer in report.layers]
         written = finish_bundle(
             bundle,
@@ -99,12 +95,7 @@ def quantize_bundle_files(
                 "weight_bits_average": round(average_bits(layers), 4),
                 "target": section.target,
                 "target_note": form.note,
-                # what the numbers of this manifest were measured with, and what a session needs
-                "session": {
-                    "graph_optimization_level": "ORT_ENABLE_ALL",
-                    "config_entries": entries,
-                },
-                "optimizer_effect": {name: effect.as_dict() for name, effect in optimizer.items()},
+                **checked,
                 "encoders": {name: report.as_dict() for name, report in reports.items()},
                 "calibration": dataset.manifest["key"]["id"],
                 "calibration_seed": dataset.manifest["key"]["seed"],
@@ -150,14 +141,30 @@ def source_files(bundle: Bundle) -> dict[str, str]:
     return {name: bundle.manifest["files"][name]["sha256"] for name in (IMAGE_ENCODER, TEXT_ENCODER)}
 
 
-def _check_optimizer(
+def check_optimizer(
     bundle: Bundle,
     stage: Path,
     readers: Mapping[str, CalibrationDataReader],
-    threads: int,
     entries: Mapping[str, str],
-    on_step: OnStep,
-) -> dict[str, OptimizerEffect]:
+    *,
+    threads: int = 0,
+    on_step: OnStep = silent,
+) -> dict[str, Any]:
+    """See that onnxruntime's graph optimiser keeps the answers of two written encoders.
+
+    Args:
+        bundle: in FP32.
+        stage: the folder that holds the encoders.
+        readers: per encoder file, of calibration data.
+        entries: session config entries that the files are served with.
+        threads, on_step: as elsewhere.
+
+    Returns:
+        For the manifest: what its numbers are measured with, which is what a session needs, and the optimiser's effect.
+
+    Raises:
+        CheckFailed: it changes the answers beyond the rounding of quantised activations.
+    """
     effects: dict[str, OptimizerEffect] = {}
     for name, reader in readers.items():
         on_step("check", len(effects), len(readers), {})
@@ -169,7 +176,21 @@ def _check_optimizer(
                 f"as far from FP32 as without ({effect.literal:.2e} rms). Nothing was written; please report the model."
             )
     on_step("check", len(effects), len(readers), {})
-    return effects
+    return {
+        "session": {"graph_optimization_level": "ORT_ENABLE_ALL", "config_entries": dict(entries)},
+        "optimizer_effect": {name: effect.as_dict() for name, effect in effects.items()},
+    }
+
+
+def calibration_readers(
+    bundle: Bundle, dataset: CalibrationSet, section: QuantizationSection
+) -> dict[str, CalibrationDataReader]:
+    """Per encoder file its calibration data, in batches that fit in memory."""
+    fixed = EncoderSession(bundle.text_encoder).fixed_length
+    return {
+        IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch or _images_at_a_time(bundle.image_encoder)),
+        TEXT_ENCODER: PromptCalibrationDataReader(dataset, section.batch or _BATCH, fixed_length=fixed),
+    }
 
 
 def _unseen(batches: list[np.ndarray]) -> list[np.ndarray]:

@@ -6,10 +6,18 @@ from typing import Any
 import onnx
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, is_bundle, open_bundle, versions
+from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.errors import BundleError, GraphError
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
-from d4c_onnx.quantization.bundle import HALF_GOLDEN_TOLERANCE, finish_bundle, source_files
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.bundle import (
+    HALF_GOLDEN_TOLERANCE,
+    calibration_readers,
+    check_optimizer,
+    finish_bundle,
+    source_files,
+)
 from d4c_onnx.quantization.deployment import compute_pooled_row_only, convert_to_half, target_of
 from d4c_onnx.quantization.folding import fold_batch_norms, skip_idle_pools
 from d4c_onnx.quantization.layout import MINIMUM_ORT
@@ -21,15 +29,26 @@ _NOTE = (
 )
 
 
-def half_bundle_files(bundle: Bundle, target: Path, section: QuantizationSection) -> Bundle:
+def half_bundle_files(
+    bundle: Bundle,
+    target: Path,
+    section: QuantizationSection,
+    dataset: CalibrationSet,
+    *,
+    threads: int = 0,
+    on_step: OnStep = silent,
+) -> Bundle:
     """Write both encoders of an FP32 bundle in FP16 (inputs and outputs stay as they are); or leave nothing behind.
 
     onnxruntime's own converter does it; weights and products are float16, embeddings float32.
 
     Args:
         section: of it, what `_shaped_by` names; widths and rounding are not FP16's.
+        dataset: what onnxruntime's optimiser is checked on.
+        threads, on_step: of that check.
 
     Raises:
+        CheckFailed: onnxruntime's optimiser changes the answers.
         GraphError: the converter refused an encoder.
         BundleError: the folder cannot be written.
     """
@@ -40,6 +59,8 @@ def half_bundle_files(bundle: Bundle, target: Path, section: QuantizationSection
             except GraphError as error:
                 raise GraphError(f"{bundle.path / name}: {error}") from error
             save_graph(half, stage / name, limit_bytes=0 if section.external_data else None)
+        readers = calibration_readers(bundle, dataset, section)
+        checked = check_optimizer(bundle, stage, readers, {}, threads=threads, on_step=on_step)
         written = finish_bundle(
             bundle,
             stage,
@@ -52,6 +73,7 @@ def half_bundle_files(bundle: Bundle, target: Path, section: QuantizationSection
                 "accuracy_mode_only": False,
                 "target": "cuda",
                 "target_note": _NOTE,
+                **checked,
             },
         )
     return Bundle(target, written.manifest)

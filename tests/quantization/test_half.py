@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.calibration import CalibrationSet, open_calibration_set
 from d4c_onnx.files import write_json
 from d4c_onnx.graph.files import load_graph
 from d4c_onnx.quantization import find_half_bundle, half_bundle_files
@@ -17,24 +18,33 @@ from d4c_onnx.runtime.session import EncoderSession
 SOT, EOT = 49406, 49407
 
 
-def test_half_bundle_finds_the_end_token(vit_bundle: Bundle, tmp_path: Path) -> None:
+def test_half_bundle_finds_the_end_token(
+    vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
+) -> None:
     """49405 to 49407 are one number in float16; the end token must be found all the same."""
-    half = half_bundle_files(vit_bundle, tmp_path / "fp16", load_recipe().quantization)
+    half = half_bundle_files(vit_bundle, tmp_path / "fp16", load_recipe().quantization, vit_calibration[1])
     ids = np.array([[SOT, 320, 49405, EOT, 0], [SOT, 49405, EOT, 0, 0]], np.int64)
     exact, close = (EncoderSession(bundle.text_encoder).run(ids) for bundle in (vit_bundle, half))
     assert close.dtype == np.float32
     assert (exact * close).sum(-1).min() > 0.9999
     assert half.image_encoder.stat().st_size < 0.55 * vit_bundle.image_encoder.stat().st_size
-    assert open_bundle(half.path).manifest["bits"] == "fp16"
+    manifest = open_bundle(half.path).manifest
+    assert manifest["bits"] == "fp16"
+    assert manifest["session"] == {"graph_optimization_level": "ORT_ENABLE_ALL", "config_entries": {}}
+    assert set(manifest["optimizer_effect"]) == {"image_encoder.onnx", "text_encoder.onnx"}
 
 
 @pytest.mark.parametrize("model", ["vit", "rn"])
 def test_half_files_are_valid_and_fused(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """The converter alone leaves nodes in an order that ONNX forbids."""
     bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
+    calibration = request.getfixturevalue(f"{model}_calibration")
+    data = calibration[1] if model == "vit" else open_calibration_set(calibration)
     plain = ["quantization.fused_attention=false", "quantization.fused_residuals=false"]
-    fused = half_bundle_files(bundle, tmp_path / "fused", load_recipe(None, ["quantization.target=cuda"]).quantization)
-    other = half_bundle_files(bundle, tmp_path / "plain", load_recipe(None, plain).quantization)
+    fused, other = (
+        half_bundle_files(bundle, tmp_path / name, load_recipe(None, keys).quantization, data)
+        for name, keys in (("fused", ["quantization.target=cuda"]), ("plain", plain))
+    )
     for made in (fused, other):
         for path in made.encoders.values():
             onnx.checker.check_model(path)
@@ -51,12 +61,14 @@ def test_half_files_are_valid_and_fused(model: str, request: pytest.FixtureReque
     assert all((exact * half).sum(-1).min() > 0.99995 for half in halves)
 
 
-def test_half_bundle_follows_the_recipe_and_is_found_again(vit_bundle: Bundle, tmp_path: Path) -> None:
+def test_half_bundle_follows_the_recipe_and_is_found_again(
+    vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
+) -> None:
     plain = load_recipe().quantization
     other = load_recipe(None, ["quantization.pooled_row_only=false", "quantization.external_data=true"]).quantization
     assert find_half_bundle(vit_bundle, tmp_path / "plain", plain) is None
-    one_row = half_bundle_files(vit_bundle, tmp_path / "plain", plain)
-    all_rows = half_bundle_files(vit_bundle, tmp_path / "other", other)
+    one_row = half_bundle_files(vit_bundle, tmp_path / "plain", plain, vit_calibration[1])
+    all_rows = half_bundle_files(vit_bundle, tmp_path / "other", other, vit_calibration[1])
     assert (all_rows.path / "image_encoder.onnx.data").exists()
     nodes = [len(load_graph(made.image_encoder).graph.node) for made in (one_row, all_rows)]
     assert nodes[0] != nodes[1]

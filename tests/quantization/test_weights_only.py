@@ -78,7 +78,7 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
     made = quantize_bundle_files(
         bundle, data, tmp_path / "w4a16", recipe.quantization, recipe_dump=recipe.model_dump(mode="json"), threads=1
     )
-    half = half_bundle_files(bundle, tmp_path / "fp16", recipe.quantization)
+    half = half_bundle_files(bundle, tmp_path / "fp16", recipe.quantization, data)
     assert made.manifest["minimum_onnxruntime"] == "1.23"
     assert made.manifest["session"]["config_entries"] == {}
     assert not made.manifest["accuracy_mode_only"]

@@ -28,7 +28,7 @@ def fuse_qkv(model: onnx.ModelProto, narrow: Collection[str] = ()) -> dict[str, 
     """Join products of the same integers, in place: one product of all their columns, and a Split behind it.
 
     Exact: each column keeps its integers and its scale. Joined are QDQ products and `com.microsoft`'s
-    MatMulIntegerToFloat (one of those makes the whole one) whose int8 weights have no zero points.
+    MatMulIntegerToFloat (one of those makes the whole one) whose int8 weights have no zero points and no other reader.
 
     Args:
         model: a QDQ graph whose weights are stored as int8.
@@ -62,21 +62,23 @@ def _product(index: GraphIndex, node: onnx.NodeProto) -> _Product | None:
     if node.op_type == INTEGER_PRODUCT:
         data, weight, scale, weight_scale, zero, weight_zero, bias = [*node.input, "", ""][:7]
         found = _Product(node, (data, scale, zero), weight, weight_scale, bias)
-        return found if not weight_zero and _is_matrix(index, weight) else None
+        return found if not weight_zero and _is_own_matrix(index, weight) else None
     if node.op_type != "MatMul":
         return None
     made = [index.producer.get(name) for name in node.input]
     if any(maker is None or maker.op_type != "DequantizeLinear" for maker in made):
         return None
+    if len(index.consumers[node.input[1]]) != 1:
+        return None
     activation, dequantize = (list(maker.input) for maker in made if maker is not None)
-    if len(activation) != 3 or len(dequantize) != 2 or not _is_matrix(index, dequantize[0]):
+    if len(activation) != 3 or len(dequantize) != 2 or not _is_own_matrix(index, dequantize[0]):
         return None
     return _Product(node, tuple(activation), dequantize[0], dequantize[1], "")
 
 
-def _is_matrix(index: GraphIndex, weight: str) -> bool:
+def _is_own_matrix(index: GraphIndex, weight: str) -> bool:
     tensor = index.initializers.get(weight)
-    return tensor is not None and len(tensor.dims) == 2
+    return tensor is not None and len(tensor.dims) == 2 and len(index.consumers[weight]) == 1
 
 
 def _join(graph: onnx.GraphProto, index: GraphIndex, products: list[_Product]) -> list[onnx.NodeProto]:

@@ -1,8 +1,10 @@
 """What an execution provider wants of a quantised graph."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from d4c_onnx.errors import RecipeError
 from d4c_onnx.recipe import QuantizationSection
 
 
@@ -49,8 +51,6 @@ class Target:
     half: bool
     note: str
 
-
-_COMPILED = "'s own compiler; onnxruntime's CPU provider runs 4-bit layers of this file in float"
 
 TARGETS = {
     "cpu": Target(
@@ -102,7 +102,7 @@ TARGETS = {
         weight_zero_points=True,
         token_table="float",
         half=False,
-        note=f"for TensorRT{_COMPILED}",
+        note="for TensorRT's own compiler",
     ),
     "openvino": Target(
         int4_layout="native",
@@ -119,7 +119,7 @@ TARGETS = {
         weight_zero_points=True,
         token_table="packed",
         half=False,
-        note=f"for OpenVINO{_COMPILED}",
+        note="for OpenVINO's own compiler",
     ),
     "cuda": Target(
         int4_layout="cast",
@@ -143,13 +143,40 @@ TARGETS = {
 
 
 _UNPACKED = "weights are unpacked to float16 when the file is loaded, and run as the FP16 bundle does"
+_OVERRULING = (
+    "fused_attention",
+    "fused_residuals",
+    "fused_biases",
+    "fused_qkv",
+    "separate_gelu",
+    "patch_product",
+    "convolved_pools",
+    "symmetric",
+    "quantize_bias",
+    "reduce_range",
+    "weight_zero_points",
+    "token_table",
+)
+# Keys whose rewrites are of integer products, or of files that onnxruntime itself runs.
+_OF_INTEGERS = (
+    "fused_biases",
+    "fused_qkv",
+    "separate_gelu",
+    "convolved_pools",
+    "symmetric",
+    "quantize_bias",
+    "weight_zero_points",
+)
+_OF_KERNELS = ("fused_biases", "fused_qkv", "convolved_pools")
 
 
 def target_of(section: QuantizationSection) -> Target:
-    """The recipe's target, with the keys that overrule it."""
+    """The recipe's target, with the keys that overrule it.
+
+    Raises:
+        RecipeError: a key asks for what another one, or the target, rules out.
+    """
     target = TARGETS[section.target]
-    if section.weights_only:
-        target = replace(target, note=_UNPACKED)
     if section.int4_layout != "auto":
         table = "packed" if target.token_table == "folded" and section.int4_layout != "cast" else target.token_table
         target = replace(
@@ -158,21 +185,53 @@ def target_of(section: QuantizationSection) -> Target:
             token_table=table,
             weight_zero_points=section.int4_layout == "native",
         )
-    keys = (
-        "fused_attention",
-        "fused_residuals",
-        "fused_biases",
-        "fused_qkv",
-        "separate_gelu",
-        "patch_product",
-        "convolved_pools",
-        "symmetric",
-        "quantize_bias",
-        "reduce_range",
-        "weight_zero_points",
-        "token_table",
-    )
-    overruled = {key: value for key in keys if (value := getattr(section, key)) is not None}
+    overruled = {key: value for key in _OVERRULING if (value := getattr(section, key)) is not None}
     target = replace(target, **overruled)
-    contrib = target.fused_attention or target.fused_biases
-    return replace(target, note=TARGETS["cpu"].note) if section.target == "portable" and contrib else target
+    _refuse_contradictions(section, target)
+    return replace(target, note=_note(section, target))
+
+
+def _refuse_contradictions(section: QuantizationSection, form: Target) -> None:
+    """Keys that would be silently without effect, or make a file that its target cannot load."""
+
+    def refuse(keys: Sequence[str], reason: str) -> None:
+        for key in keys:
+            if getattr(section, key):
+                raise RecipeError(f"quantization.{key}: {reason}. Leave it out.")
+
+    if section.weights_only:
+        refuse(_OF_INTEGERS, f"at {section.bits} no product is one of integers")
+    if form.int4_layout == "native":
+        refuse(_OF_KERNELS, "int4 layout native is plain QDQ for compilers, which fuse by themselves")
+    if section.weight_zero_points:
+        refuse(("fused_biases", "fused_qkv"), "such a product has no place for weight_zero_points")
+    if section.attention == "int8":
+        refuse(("fused_attention",), "that kernel is float, and quantization.attention is int8")
+    if section.target != "cuda":
+        refuse(("fused_residuals",), f"it is for float16 files, and target {section.target} writes none")
+    if form.token_table == "float":
+        refuse(("embedding_bits",), "the token table stays float")
+    if section.target == "tensorrt":
+        refuse(("fused_attention",), "TensorRT knows no operators of onnxruntime's own")
+        if section.symmetric is False or section.token_table in ("packed", "folded"):
+            raise RecipeError(
+                "quantization.symmetric, quantization.token_table: TensorRT takes activations with zero point 0 and "
+                "float tables only. Leave them out."
+            )
+
+
+def _note(section: QuantizationSection, form: Target) -> str:
+    """What to expect of the form that was chosen."""
+    if section.weights_only:
+        return _UNPACKED
+    note = form.note
+    compiled = form.int4_layout == "native" and section.weight_bits == 4
+    if section.target == "portable" and (form.fused_attention or form.fused_biases):
+        note = TARGETS["cpu"].note
+    if section.target in ("cpu", "portable") and compiled:
+        note = "plain int4, for compilers"
+    if compiled:
+        note += "; onnxruntime's CPU provider runs 4-bit layers of this file in float"
+    if form.symmetric and not compiled:
+        note += "; on x86 onnxruntime computes in float whatever reads an int8 activation that several nodes read"
+    return note
