@@ -110,7 +110,7 @@ def _one_sample(reader: CalibrationDataReader) -> CalibrationDataReader:
 
 
 def _drop_idle_pairs(graph: onnx.GraphProto) -> None:
-    """Remove, in place, each quantiser that only a Reshape or Transpose reads.
+    """Let each Reshape and Transpose read the value before a quantiser; one that else at most a mean reads goes.
 
     It has no integer kernel behind it. Moving such an int8 pair through the Reshape, onnxruntime 1.32 makes a
     QuantizeLinear of the wrong type and refuses the file.
@@ -119,11 +119,12 @@ def _drop_idle_pairs(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         readers = index.consumers.get(node.output[0], []) if node.op_type == "DequantizeLinear" else []
         maker = index.producer.get(node.input[0])
-        if maker is None or maker.op_type != "QuantizeLinear" or not readers:
+        if maker is None or maker.op_type != "QuantizeLinear":
             continue
-        if all(reader.op_type in ("Reshape", "Transpose", "Flatten") for reader in readers):
-            for reader in readers:
-                reader.input[0] = maker.input[0]
+        shaping = [reader for reader in readers if reader.op_type in ("Reshape", "Transpose", "Flatten")]
+        idle = all(reader in shaping or reader.op_type == "ReduceMean" for reader in readers)
+        for reader in readers if shaping and idle else shaping:
+            reader.input[0] = maker.input[0]
     drop_unused(graph)
 
 

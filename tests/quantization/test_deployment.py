@@ -237,12 +237,12 @@ def test_nibbles_unpack_any_shape(shape: list[int], seed: int) -> None:
     np.testing.assert_array_equal(session.run(None, {})[0], values)
 
 
-@pytest.mark.parametrize("model", ["vit", "rn"])
-def test_tensorrt_files_are_symmetric(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "bits"), [("vit", "w8a8"), ("rn", "w8a8"), ("rn", "w4a8")])
+def test_tensorrt_files_are_symmetric(model: str, bits: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
     made = request.getfixturevalue(f"{model}_calibration")
     data = made[1] if model == "vit" else open_calibration_set(made)
-    quantized = _quantized(bundle, data, tmp_path / "w8a8", "target=tensorrt", bits="w8a8")
+    quantized = _quantized(bundle, data, tmp_path / bits, "target=tensorrt", bits=bits)
     for path in quantized.encoders.values():
         graph = load_graph(path).graph
         constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -250,7 +250,7 @@ def test_tensorrt_files_are_symmetric(model: str, request: pytest.FixtureRequest
         assert pairs
         for node in pairs:
             zero = constants[node.input[2]]
-            assert zero.data_type == TensorProto.INT8  # no uint8, and no int32 biases
+            assert zero.data_type in (TensorProto.INT8, TensorProto.INT4)  # no uint8, and no int32 biases
             assert not numpy_helper.to_array(zero).any()
         # what its parser lists as not supported: integer tables, and the bit operations that unpack them
         assert not {node.op_type for node in graph.node} & {"BitShift", "BitwiseAnd"}
