@@ -5,11 +5,11 @@
     python benchmarks/graph_variants.py exported/ViT-B-32 exported/ViT-B-32/w4a8 --batches 1,16
 
 `pooled row only`, `GELU apart` from its bias, and `attention as one kernel` are what the product does
-(`quantization.pooled_row_only`, `separate_gelu`, `fused_attention`), `fused biases` what it can do; the others did not
-win, and live here only. Where outputs are rounded to integers, it is on a grid of no meaning: that tells how fast, not
-how well. `--beside` races other bundles of the model as they are, such as those made with `quantization.attention=int8`
-and `quantization.fused_qkv=true`.
-Interleaved medians, two threads.
+(`quantization.pooled_row_only`, `separate_gelu`, `fused_attention`), `fused biases` and `Attention of opset 23` what it
+can do (`fused_biases`, `standard_attention`); the others did not win, and live here only. Where outputs are rounded to
+integers, it is on a grid of no meaning: that tells how fast, not how well. `--beside` races other bundles of the model
+as they are, such as those made with `quantization.attention=int8` and `quantization.fused_qkv=true`. Interleaved
+medians, two threads.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from d4c_onnx.graph.files import load_graph, save_graph
 from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
 from d4c_onnx.graph.layers import added_constant
 from d4c_onnx.quantization.deployment import compute_pooled_row_only, fuse_attention, fuse_biases, separate_gelu
-from d4c_onnx.quantization.deployment.pattern import find_attention
 
 
 def gemm_with_bias(model: onnx.ModelProto) -> None:
@@ -112,22 +111,7 @@ def skip_layer_norm(model: onnx.ModelProto) -> None:
 
 def attention_23(model: onnx.ModelProto) -> None:
     """The standard Attention operator of opset 23."""
-    graph, index = model.graph, GraphIndex(model.graph)
-    fresh = {}
-    for node in graph.node:
-        heads = find_attention(index, node) if node.op_type == "Softmax" else None
-        if heads is not None:
-            inputs = [heads.query, heads.key, heads.value, *([heads.mask] if heads.mask else [])]
-            counts = {"q_num_heads": heads.heads, "kv_num_heads": heads.heads}
-            name = heads.join[1].name
-            fresh[name] = [
-                helper.make_node("Attention", inputs, [heads.join[1].output[0]], name=f"{name}_23", scale=1.0, **counts)
-            ]
-    _insert(graph, fresh)
-    for entry in model.opset_import:
-        if entry.domain in ("", "ai.onnx"):
-            entry.version = 23
-    model.ir_version = 11
+    fuse_attention(model, standard=True)
 
 
 def integer_products(model: onnx.ModelProto) -> None:

@@ -177,6 +177,12 @@ class QuantizationSection(_Section):
     fused_attention: bool | None = Field(
         None, description="attention as com.microsoft.MultiHeadAttention; none: as the target has it"
     )
+    standard_attention: bool | None = Field(
+        None,
+        description="attention as the standard operator of opset 23, instead of fused_attention: onnxruntime 1.23 and "
+        "newer run it as fast, few other runtimes know it. Not at a16 and int4 layout native. none: as the target has "
+        "it (no target does)",
+    )
     fused_residuals: bool | None = Field(
         None,
         description="fp16 and a16: residual sum, bias and LayerNorm as com.microsoft.SkipLayerNormalization; none: as "

@@ -16,8 +16,9 @@ PROTOBUF_LIMIT_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB; the ma
 EXTERNAL_SUFFIX = ".data"
 _EXTERNAL_FROM_BYTES = 1024  # smaller constants stay in the graph, where shape inference looks for them
 _ALIGN_BYTES = 4096  # a page: what is read in place starts on one
-# Operators whose meaning (not only whose types) changed between opset 17 and 21.
+# Operators whose meaning (not only whose types) changed between opset 17 and 23.
 _CHANGED = {"GridSample", "GroupNormalization", "DFT"}
+_IR_VERSIONS = ((23, 11), (21, 10), (0, 8))  # from which opset on, which IR version
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -100,7 +101,7 @@ def _copy_field(target: Any, name: str, value: Any) -> None:
 
 
 def raise_opset(model: onnx.ModelProto, version: int) -> None:
-    """Relabel the default domain's opset, in place. Our operators only gained types between 17 and 21.
+    """Relabel the default domain's opset, in place. Our operators only gained types between 17 and 23.
 
     Raises:
         GraphError: the graph holds an operator whose meaning changed on the way.
@@ -111,7 +112,7 @@ def raise_opset(model: onnx.ModelProto, version: int) -> None:
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx") and entry.version < version:
             entry.version = version
-    model.ir_version = max(model.ir_version, 10 if version >= 21 else 8)
+    model.ir_version = max(model.ir_version, next(ir for since, ir in _IR_VERSIONS if version >= since))
 
 
 def opset_of(model: onnx.ModelProto) -> int:

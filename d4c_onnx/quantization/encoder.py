@@ -63,7 +63,7 @@ class EncoderReport:
         smoothed: alpha per smoothed place, by the node that makes the activation.
         start_token_pinned: whether the start token's keys and values are constants of the file.
         pooled_row_only: whether the last block computes one row only.
-        fused_attention: how many attentions are one kernel of onnxruntime.
+        fused_attention: how many attentions are one operator.
         fused_biases: how many products are one with their bias, and QDQ no more.
         fused_qkv: how many products read what others read, and are one with them.
         minimum_onnxruntime: the oldest release that loads the file.
@@ -156,6 +156,8 @@ def quantize_encoder(
     save_graph(quantized, target, limit_bytes=0 if section.external_data else None)
     on_step("write", 1, 1, {})
     layouts: set[str | None] = {None}
+    if form.standard_attention and served["fused_attention"]:
+        layouts.add("attention")
     if any(weight.num_bits == 4 for weight in weights.values()):
         layouts.add(form.int4_layout)
     if table_bits == 4 and form.token_table == "folded":
@@ -178,7 +180,8 @@ def _served(model: onnx.ModelProto, section: QuantizationSection) -> dict[str, A
     biases = fuse_biases(model) if form.fused_biases and form.int4_layout != "native" else 0
     if form.separate_gelu:
         separate_gelu(model)
-    attentions = fuse_attention(model) if form.fused_attention and section.attention == "float" else 0
+    one_operator = (form.fused_attention or form.standard_attention) and section.attention == "float"
+    attentions = fuse_attention(model, standard=form.standard_attention) if one_operator else 0
     return {"pooled_row_only": one_row, "fused_attention": attentions, "fused_biases": biases}
 
 

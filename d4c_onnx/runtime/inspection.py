@@ -110,7 +110,7 @@ def inspect_encoder(path: Path, entries: Mapping[str, str] | None = None) -> Ins
     summary = f"{sum(layer.int8 for layer in weighted)} of {len(weighted)} weighted products in int8"
     if others:
         summary += f", {sum(layer.int8 for layer in others)} of {len(others)} attention products"
-    fused = sum(node.op_type == "MultiHeadAttention" for node in model.graph.node)
+    fused = sum(node.op_type in ("MultiHeadAttention", "Attention") for node in model.graph.node)
     if fused:
         summary += f", {fused} attentions in one float kernel each"
     return Inspection(tuple(layers), tuple(weights.values()), signature({path.name: model})[path.name], summary)

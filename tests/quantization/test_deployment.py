@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,11 @@ def _quantized(
     )
 
 
-@pytest.mark.parametrize("rewrite", [compute_pooled_row_only, fuse_attention])
+@pytest.mark.parametrize(
+    "rewrite",
+    [compute_pooled_row_only, fuse_attention, partial(fuse_attention, standard=True)],
+    ids=["row", "fused", "standard"],
+)
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_rewrites_keep_the_function(vit_bundle: Bundle, rng: np.random.Generator, tower: str, rewrite) -> None:
     model = load_graph(vit_bundle.encoders[tower])
@@ -291,6 +296,10 @@ def test_keys_overrule_the_target() -> None:
         ("fused_attention", {"target": "tensorrt", "fused_attention": True}),
         ("fused_attention", {"attention": "int8", "fused_attention": True}),
         ("fused_residuals", {"fused_residuals": True}),
+        ("standard_attention", {"fused_attention": True, "standard_attention": True}),
+        ("standard_attention", {"attention": "int8", "standard_attention": True}),
+        ("standard_attention", {"target": "cuda", "bits": "w4a16", "standard_attention": True}),
+        ("standard_attention", {"target": "openvino", "standard_attention": True}),
         ("embedding_bits", {"token_table": "float", "embedding_bits": 4}),
     ],
 )
@@ -348,6 +357,26 @@ def test_cpu_target_fuses_attention(made: Callable[..., Bundle], layouts: dict[s
         for batch in batches:
             one, other = (EncoderSession(entry.encoders[tower]).run(batch) for entry in (fused, layouts["cast"]))
             assert (one * other).sum(-1).min() > 0.999  # an activation may round to the neighbouring step
+
+
+def test_standard_attention_is_portable(made: Callable[..., Bundle], layouts: dict[str, Bundle]) -> None:
+    one = made("int4_layout=nibbles", "target=portable", "standard_attention=true")
+    assert one.manifest["minimum_onnxruntime"] == "1.23"  # nibbles alone: 1.20
+    assert "standard operators only" in one.manifest["target_note"]
+    for tower, batches in _feeds(one, np.random.default_rng(1)).items():
+        apart, model = (load_graph(bundle.encoders[tower]) for bundle in (layouts["nibbles"], one))
+        onnx.checker.check_model(model)
+        assert (opset_of(model), model.ir_version) == (23, 11)
+        assert {node.domain for node in model.graph.node} == {""}
+        operators = [node for node in model.graph.node if node.op_type == "Attention"]
+        blocks = {"image": 6, "text": 3}[tower]
+        assert one.manifest["encoders"][one.encoders[tower].name]["fused_attention"] == len(operators) == blocks
+        causal = [attribute(node, "is_causal") for node in operators]
+        assert causal == ([1] * (blocks - 1) + [0] if tower == "text" else [0] * blocks)
+        products = [inspect_encoder(bundle.encoders[tower]).layers for bundle in (layouts["nibbles"], one)]
+        assert [sum(layer.int8 for layer in layers) for layers in products] == [len(layer_bits(apart))] * 2
+        for batch in batches:
+            assert (_run(model, batch) * _run(apart, batch)).sum(-1).min() > 0.999
 
 
 @pytest.mark.parametrize("layout", ["cast", "nibbles"])

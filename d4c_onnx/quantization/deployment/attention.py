@@ -1,22 +1,25 @@
-"""Attention as one kernel of onnxruntime: no copies for splitting and joining heads."""
+"""Attention as one operator: no copies for splitting and joining heads."""
 
 import numpy as np
 import onnx
 from onnx import helper
 
+from d4c_onnx.graph.files import raise_opset
 from d4c_onnx.graph.index import GraphIndex, drop_unused, replace_nodes, set_initializer
 from d4c_onnx.quantization.deployment.pattern import Heads, find_attention, mask_axes
 
 CONTRIB = "com.microsoft"
+STANDARD_OPSET = 23  # the first that knows Attention
 _HIDDEN = -1e4  # what is added to a hidden score: its exponential is 0
 
 
-def fuse_attention(model: onnx.ModelProto) -> int:
-    """Replace float attention by `com.microsoft.MultiHeadAttention`, in place; returns how many.
+def fuse_attention(model: onnx.ModelProto, *, standard: bool = False) -> int:
+    """Replace float attention by one operator each, in place; returns how many.
 
-    The operator exists in onnxruntime only. It keeps scores in cache, needs none of the four Transposes, and knows a
-    causal mask without being given one; the answer is the same up to float32 rounding. What has another form stays as
-    it is.
+    `com.microsoft.MultiHeadAttention` exists in onnxruntime only. The standard Attention (`standard`) is of opset 23,
+    to which the model is raised; onnxruntime runs it since 1.23. Both keep scores in cache, need none of the four
+    Transposes, and know a causal mask without being given one; the answer is the same up to float32 rounding. What has
+    another form stays as it is.
     """
     graph = model.graph
     index = GraphIndex(graph)
@@ -29,10 +32,14 @@ def fuse_attention(model: onnx.ModelProto) -> int:
     ]
     if not found:
         return 0
-    replaced = {heads.join[1].name: _fused(graph, index, heads) for heads in found}
+    form = _standard if standard else _fused
+    replaced = {heads.join[1].name: form(graph, index, heads) for heads in found}
     replace_nodes(graph, [new for node in graph.node for new in replaced.get(node.name, [node])])
     drop_unused(graph)
-    use_contrib(model)
+    if standard:
+        raise_opset(model, STANDARD_OPSET)
+    else:
+        use_contrib(model)
     return len(found)
 
 
@@ -68,6 +75,22 @@ def _fused(graph: onnx.GraphProto, index: GraphIndex, heads: Heads) -> list[onnx
         )
     )
     return nodes
+
+
+def _standard(_: onnx.GraphProto, index: GraphIndex, heads: Heads) -> list[onnx.NodeProto]:
+    causal = heads.mask is not None and _is_causal(index, heads.mask)
+    mask = [heads.mask] if heads.mask is not None and not causal else []  # of any rank: it is broadcast
+    node = helper.make_node(
+        "Attention",
+        [heads.query, heads.key, heads.value, *mask],
+        [heads.join[1].output[0]],
+        name=f"{heads.softmax.name}_attention",
+        q_num_heads=heads.heads,
+        kv_num_heads=heads.heads,
+        scale=1.0,  # the query carries 1 / sqrt(d) already
+        is_causal=int(causal),
+    )
+    return [node]
 
 
 def _is_causal(index: GraphIndex, mask: str) -> bool:

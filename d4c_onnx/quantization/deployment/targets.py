@@ -15,6 +15,7 @@ class Target:
     Attributes:
         int4_layout: how 4-bit weights lie in the file (see `quantization.layout`).
         fused_attention: `com.microsoft.MultiHeadAttention` instead of standard operators.
+        standard_attention: the standard Attention of opset 23 instead of the operators it is made of.
         fused_residuals: in float16, `com.microsoft.SkipLayerNormalization` instead of sums and LayerNormalization.
         fused_biases: `com.microsoft.MatMulIntegerToFloat` instead of QDQ products with a bias behind them.
         fused_qkv: products that read the same value are one.
@@ -37,6 +38,7 @@ class Target:
 
     int4_layout: Literal["cast", "native", "nibbles"]
     fused_attention: bool
+    standard_attention: bool
     fused_residuals: bool
     fused_biases: bool
     fused_qkv: bool
@@ -56,6 +58,7 @@ TARGETS = {
     "cpu": Target(
         int4_layout="cast",
         fused_attention=True,
+        standard_attention=False,
         fused_residuals=False,
         fused_biases=False,
         fused_qkv=False,
@@ -73,6 +76,7 @@ TARGETS = {
     "portable": Target(
         int4_layout="cast",
         fused_attention=False,
+        standard_attention=False,
         fused_residuals=False,
         fused_biases=False,
         fused_qkv=False,
@@ -90,6 +94,7 @@ TARGETS = {
     "tensorrt": Target(
         int4_layout="native",
         fused_attention=False,
+        standard_attention=False,
         fused_residuals=False,
         fused_biases=False,
         fused_qkv=False,
@@ -107,6 +112,7 @@ TARGETS = {
     "openvino": Target(
         int4_layout="native",
         fused_attention=False,
+        standard_attention=False,
         fused_residuals=False,
         fused_biases=False,
         fused_qkv=False,
@@ -124,6 +130,7 @@ TARGETS = {
     "cuda": Target(
         int4_layout="cast",
         fused_attention=True,
+        standard_attention=False,
         fused_residuals=True,
         fused_biases=False,
         fused_qkv=False,
@@ -145,6 +152,7 @@ TARGETS = {
 _UNPACKED = "weights are unpacked to float16 when the file is loaded, and run as the FP16 bundle does"
 _OVERRULING = (
     "fused_attention",
+    "standard_attention",
     "fused_residuals",
     "fused_biases",
     "fused_qkv",
@@ -167,7 +175,7 @@ _OF_INTEGERS = (
     "quantize_bias",
     "weight_zero_points",
 )
-_OF_KERNELS = ("fused_biases", "fused_qkv", "convolved_pools")
+_OF_KERNELS = ("fused_biases", "fused_qkv", "convolved_pools", "standard_attention")
 
 
 def target_of(section: QuantizationSection) -> Target:
@@ -185,6 +193,8 @@ def target_of(section: QuantizationSection) -> Target:
             token_table=table,
             weight_zero_points=section.int4_layout == "native",
         )
+    if section.standard_attention:
+        target = replace(target, fused_attention=False)
     overruled = {key: value for key in _OVERRULING if (value := getattr(section, key)) is not None}
     target = replace(target, **overruled)
     _refuse_contradictions(section, target)
@@ -201,12 +211,15 @@ def _refuse_contradictions(section: QuantizationSection, form: Target) -> None:
 
     if section.weights_only:
         refuse(_OF_INTEGERS, f"at {section.bits} no product is one of integers")
+        refuse(("standard_attention",), f"at {section.bits} attention is one operator of onnxruntime's own, or none")
     if form.int4_layout == "native":
         refuse(_OF_KERNELS, "int4 layout native is plain QDQ for compilers, which fuse by themselves")
     if section.weight_zero_points:
         refuse(("fused_biases", "fused_qkv"), "such a product has no place for weight_zero_points")
     if section.attention == "int8":
-        refuse(("fused_attention",), "that kernel is float, and quantization.attention is int8")
+        refuse(("fused_attention", "standard_attention"), "it is float, and quantization.attention is int8")
+    if section.fused_attention:
+        refuse(("standard_attention",), "quantization.fused_attention is another operator for the same")
     if section.target != "cuda":
         refuse(("fused_residuals",), f"it is for float16 files, and target {section.target} writes none")
     if form.token_table == "float":
