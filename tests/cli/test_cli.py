@@ -200,45 +200,42 @@ def test_json_errors_are_objects(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
-LONGER = [*TINY, "--set", "synthesis.steps=150", "--set", "synthesis.checkpoint_steps=5", "--quiet", "--json"]
+LONGER = [
+    *(*TINY, "--set", "synthesis.images=6", "--set", "synthesis.steps=100"),  # three units, and one held out
+    *("--set", "synthesis.checkpoint_steps=5", "--quiet", "--json"),
+]
 
 
 def _files_of_the_set(printed: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in Path(json.loads(printed)["calibration"]).iterdir()}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a set whose making nothing interrupted."""
-    done = _run("synthesize", "-o", str(tmp_path_factory.mktemp("whole")), *LONGER)
-    assert done.returncode == 0, done.stderr
-    return _files_of_the_set(done.stdout)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_run_leaves_no_half_result_and_ends_with_the_same_files(
-    own: Path, uninterrupted: dict[str, bytes], number: int
-) -> None:
+def test_interrupted_runs_leave_no_half_result_and_end_with_the_same_files(own: Path, tmp_path: Path) -> None:
+    """Ctrl-C, then a polite kill, then a rude one, each while another unit is under way."""
+    shutil.copytree(own / "mini-vit", tmp_path / "whole" / "mini-vit")
+    whole = _run("synthesize", "-o", str(tmp_path / "whole"), *LONGER)
+    assert whole.returncode == 0, whole.stderr
     command = [sys.executable, "-c", "from d4c_onnx.cli import main; main()", "synthesize", "-o", str(own), *LONGER]
-    # a suite that runs in the background of a script inherits an ignored SIGINT
-    heard = None if number == signal.SIGKILL else functools.partial(signal.signal, number, signal.SIG_DFL)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     model = own / "mini-vit"
-    deadline = time.monotonic() + 120
-    while not list(model.glob(".work-*/unit-0001.pt")):  # one unit done, one begun
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == (-number if number == signal.SIGKILL else 1)
-    assert "Traceback" not in errors
-    assert not list(model.glob("calibration-*"))
-    # what was done is kept for the rerun
-    assert len(list(model.glob(".work-*/unit-*.npz"))) == 1
+    for done, number in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL), start=1):
+        # a suite that runs in the background of a script inherits an ignored SIGINT
+        heard = None if number == signal.SIGKILL else functools.partial(signal.signal, number, signal.SIG_DFL)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+        deadline = time.monotonic() + 120
+        while not list(model.glob(f".work-*/unit-{done:04}.pt")):  # some units done, one begun
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == (-number if number == signal.SIGKILL else 1)
+        assert "Traceback" not in errors
+        assert not list(model.glob("calibration-*"))
+        # what was done is kept for the rerun
+        assert len(list(model.glob(".work-*/unit-*.npz"))) == done
     rerun = subprocess.run(command, capture_output=True, text=True, check=False)
     assert rerun.returncode == 0, rerun.stderr
-    assert _files_of_the_set(rerun.stdout) == uninterrupted
+    assert _files_of_the_set(rerun.stdout) == _files_of_the_set(whole.stdout)
     assert not list(model.glob(".work-*"))
 
 
@@ -281,12 +278,13 @@ def test_synthesize_report_shows_a_set_beside_others(tmp_path: Path) -> None:
     assert "--report" in refused.output
 
 
-def test_two_processes_make_the_files_of_one(tmp_path: Path) -> None:
+def test_two_processes_make_the_files_of_one(own: Path, tmp_path: Path) -> None:
     """torch's own launcher: the work is shared, the set is that of a single process with as many threads."""
     call = ["-c", "from d4c_onnx.cli import main; main()", "synthesize", "--json", "--threads", "1", *TINY]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     sets = []
     for name, start in (("one", []), ("two", launcher)):
+        shutil.copytree(own / "mini-vit", tmp_path / name / "mini-vit")
         command = [*start, sys.executable, *call, "-o", str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
