@@ -27,7 +27,7 @@ from d4c_onnx.quantization.rounding import QuantizedWeight
 
 INT4_OPSET = 21
 # The oldest releases that were tried; None: without 4-bit weights; attention: with the standard operator.
-MINIMUM_ORT = {"cast": "1.23", "native": "1.20", "nibbles": "1.20", "attention": "1.23", None: "1.20"}
+MINIMUM_ORT = {"cast": "1.23", "native": "1.20", "nibbles": "1.20", "attention": "1.24", None: "1.20"}
 
 
 def pack_int4(values: np.ndarray) -> bytes:
