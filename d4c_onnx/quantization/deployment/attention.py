@@ -17,9 +17,9 @@ def fuse_attention(model: onnx.ModelProto, *, standard: bool = False) -> int:
     """Replace float attention by one operator each, in place; returns how many.
 
     `com.microsoft.MultiHeadAttention` exists in onnxruntime only. The standard Attention (`standard`) is of opset 23,
-    to which the model is raised; onnxruntime runs such files since 1.24. Both keep scores in cache, need none of the four
-    Transposes, and know a causal mask without being given one; the answer is the same up to float32 rounding. What has
-    another form stays as it is.
+    to which the model is raised; onnxruntime runs such files since 1.24. Both keep scores in cache, need none of the
+    four Transposes, and know a causal mask without being given one; the answer is the same up to float32 rounding. What
+    has another form stays as it is.
     """
     graph = model.graph
     index = GraphIndex(graph)
