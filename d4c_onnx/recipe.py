@@ -180,8 +180,8 @@ class QuantizationSection(_Section):
     standard_attention: bool | None = Field(
         None,
         description="attention as the standard operator of opset 23, instead of fused_attention: onnxruntime 1.24 and "
-        "newer run it as fast, few other runtimes know it. Not at a16 and int4 layout native. none: as the target has "
-        "it (no target does)",
+        "newer run it as fast, few other runtimes know it. Not at target cuda and int4 layout native. none: as the "
+        "target has it (no target does)",
     )
     fused_residuals: bool | None = Field(
         None,

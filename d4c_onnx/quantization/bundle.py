@@ -59,7 +59,7 @@ def quantize_bundle_files(
         GraphError: an encoder cannot be quantised.
         BundleError: the folder cannot be written.
         CheckFailed: onnxruntime's optimiser changes the answers beyond the rounding of quantised activations.
-        RecipeError: the bit budget is smaller than what the first and last layers take.
+        RecipeError: keys contradict the target; the bit budget is smaller than what the first and last layers take.
     """
     readers = calibration_readers(bundle, dataset, section)
     form = target_of(section)

@@ -123,6 +123,7 @@ def quantize_encoder(
     Raises:
         GraphError: the graph cannot be quantised.
         CalibrationError: an activation is not finite.
+        RecipeError: keys contradict the target.
     """
     on_step("fold", 0, 1, {})
     model = load_graph(source)

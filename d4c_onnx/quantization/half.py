@@ -49,6 +49,7 @@ def half_bundle_files(
 
     Raises:
         CheckFailed: onnxruntime's optimiser changes the answers.
+        RecipeError: keys contradict the target.
         GraphError: the converter refused an encoder.
         BundleError: the folder cannot be written.
     """
@@ -95,7 +96,7 @@ def find_half_bundle(bundle: Bundle, target: Path, section: QuantizationSection)
     own, known = versions(), made.manifest.get("versions", {})
     same_tools = all(known.get(name) == own.get(name) for name in ("d4c-onnx", "onnx", "onnxruntime"))
     expected = {"bits": "fp16", "recipe": _shaped_by(section), "source_files": source_files(bundle)}
-    same_form = all(made.manifest.get(key) == value for key, value in expected.items())
+    same_form = all(made.manifest.get(key) == value for key, value in expected.items()) and "session" in made.manifest
     return made if same_form and same_weights and same_tools else None
 
 

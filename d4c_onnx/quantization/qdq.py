@@ -110,7 +110,9 @@ def _one_sample(reader: CalibrationDataReader) -> CalibrationDataReader:
 
 
 def _drop_idle_pairs(graph: onnx.GraphProto) -> None:
-    """Let each Reshape and Transpose read the value before a quantiser; one that else at most a mean reads goes.
+    """Let each Reshape and Transpose read the value before a quantiser, in place.
+
+    A quantiser that otherwise only a ReduceMean reads, or nothing, is removed.
 
     It has no integer kernel behind it. Moving such an int8 pair through the Reshape, onnxruntime 1.32 makes a
     QuantizeLinear of the wrong type and refuses the file.

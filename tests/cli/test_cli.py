@@ -201,7 +201,7 @@ def test_json_errors_are_objects(tmp_path: Path) -> None:
 
 
 LONGER = [
-    *(*TINY, "--set", "synthesis.images=6", "--set", "synthesis.steps=100"),  # three units, and one held out
+    *(*TINY, "--set", "synthesis.images=8", "--set", "synthesis.steps=100"),  # four units, and one held out
     *("--set", "synthesis.checkpoint_steps=5", "--quiet", "--json"),
 ]
 
@@ -222,12 +222,15 @@ def test_interrupted_runs_leave_no_half_result_and_end_with_the_same_files(own: 
         heard = None if number == signal.SIGKILL else functools.partial(signal.signal, number, signal.SIG_DFL)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
         deadline = time.monotonic() + 120
-        while not list(model.glob(f".work-*/unit-{done:04}.pt")):  # some units done, one begun
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        try:
+            while not list(model.glob(f".work-*/unit-{done:04}.pt")):  # some units done, one begun
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == (-number if number == signal.SIGKILL else 1)
         assert "Traceback" not in errors
         assert not list(model.glob("calibration-*"))

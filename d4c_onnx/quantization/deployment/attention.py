@@ -20,6 +20,9 @@ def fuse_attention(model: onnx.ModelProto, *, standard: bool = False) -> int:
     to which the model is raised; onnxruntime runs such files since 1.24. Both keep scores in cache, need none of the
     four Transposes, and know a causal mask without being given one; the answer is the same up to float32 rounding. What
     has another form stays as it is.
+
+    Raises:
+        GraphError: the opset cannot be raised.
     """
     graph = model.graph
     index = GraphIndex(graph)

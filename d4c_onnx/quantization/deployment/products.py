@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
-from d4c_onnx.graph.index import GraphIndex, drop_unused, replace_nodes, set_initializer
+from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
 from d4c_onnx.graph.layers import INTEGER_PRODUCT
 from d4c_onnx.quantization.deployment.attention import CONTRIB
 
@@ -73,12 +73,15 @@ def _product(index: GraphIndex, node: onnx.NodeProto) -> _Product | None:
     activation, dequantize = (list(maker.input) for maker in made if maker is not None)
     if len(activation) != 3 or len(dequantize) != 2 or not _is_own_matrix(index, dequantize[0]):
         return None
+    if attribute(index.producer[node.input[1]], "axis", 1) not in (1, -1):
+        return None
     return _Product(node, tuple(activation), dequantize[0], dequantize[1], "")
 
 
 def _is_own_matrix(index: GraphIndex, weight: str) -> bool:
     tensor = index.initializers.get(weight)
-    return tensor is not None and len(tensor.dims) == 2 and len(index.consumers[weight]) == 1
+    matrix = tensor is not None and tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2
+    return matrix and len(index.consumers[weight]) == 1
 
 
 def _join(graph: onnx.GraphProto, index: GraphIndex, products: list[_Product]) -> list[onnx.NodeProto]:

@@ -193,39 +193,49 @@ def target_of(section: QuantizationSection) -> Target:
             token_table=table,
             weight_zero_points=section.int4_layout == "native",
         )
+        if section.int4_layout == "native" and section.target in ("cpu", "portable"):  # then it is for a compiler
+            target = replace(target, fused_attention=False, separate_gelu=False, convolved_pools=False)
+    default = target
     if section.standard_attention:
         target = replace(target, fused_attention=False)
     overruled = {key: value for key in _OVERRULING if (value := getattr(section, key)) is not None}
     target = replace(target, **overruled)
-    _refuse_contradictions(section, target)
+    _refuse_contradictions(section, default, target)
     return replace(target, note=_note(section, target))
 
 
-def _refuse_contradictions(section: QuantizationSection, form: Target) -> None:
-    """Keys that would be silently without effect, or make a file that its target cannot load."""
+def _refuse_contradictions(section: QuantizationSection, default: Target, form: Target) -> None:
+    """Keys that would be silently without effect, or make a file that its target cannot load.
+
+    Here are those that depend on the target; a recipe that contradicts itself is refused where it is read.
+    """
 
     def refuse(keys: Sequence[str], reason: str) -> None:
         for key in keys:
-            if getattr(section, key):
+            chosen = getattr(section, key)
+            if chosen and chosen != getattr(default, key, None):
                 raise RecipeError(f"quantization.{key}: {reason}. Leave it out.")
 
     if section.weights_only:
         refuse(_OF_INTEGERS, f"at {section.bits} no product is one of integers")
-        refuse(("standard_attention",), f"at {section.bits} attention is one operator of onnxruntime's own, or none")
     if form.int4_layout == "native":
         refuse(_OF_KERNELS, "int4 layout native is plain QDQ for compilers, which fuse by themselves")
     if section.weight_zero_points:
         refuse(("fused_biases", "fused_qkv"), "such a product has no place for weight_zero_points")
+    if form.symmetric:
+        refuse(("fused_biases",), "onnxruntime's CPU provider has no such kernel for int8 activations")
     if section.attention == "int8":
         refuse(("fused_attention", "standard_attention"), "it is float, and quantization.attention is int8")
     if section.fused_attention:
         refuse(("standard_attention",), "quantization.fused_attention is another operator for the same")
-    if section.target != "cuda":
+    if section.target == "cuda":
+        refuse(("standard_attention",), "the FP16 bundle beside needs onnxruntime's own operator")
+    else:
         refuse(("fused_residuals",), f"it is for float16 files, and target {section.target} writes none")
     if form.token_table == "float":
         refuse(("embedding_bits",), "the token table stays float")
     if section.target == "tensorrt":
-        refuse(("fused_attention",), "TensorRT knows no operators of onnxruntime's own")
+        refuse(("fused_attention", "fused_biases"), "TensorRT knows no operators of onnxruntime's own")
         if section.symmetric is False or section.token_table in ("packed", "folded"):
             raise RecipeError(
                 "quantization.symmetric, quantization.token_table: TensorRT takes activations with zero point 0 and "
