@@ -2,10 +2,9 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,23 +16,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet, open_calibration_set
-from d4c_onnx.errors import RecipeError
 from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex, attribute
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.quantization.deployment import (
     TARGETS,
-    Target,
     compute_pooled_row_only,
     convolve_pools,
     fuse_attention,
-    fuse_qkv,
     separate_gelu,
-    target_of,
 )
 from d4c_onnx.quantization.layout import store_int4
-from d4c_onnx.recipe import QuantizationSection, load_recipe
+from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.session import EncoderSession, optimized_graph
 
@@ -271,70 +266,6 @@ def test_portable_has_standard_operators_only(layouts: dict[str, Bundle], vit_bu
     assert not TARGETS["portable"].fused_attention
 
 
-def _form(**keys: Any) -> Target:
-    return target_of(QuantizationSection(**keys))
-
-
-def test_keys_overrule_the_target() -> None:
-    for key in sorted({field.name for field in fields(Target)} - {"int4_layout", "half", "note"}):
-        target = "cpu" if key == "standard_attention" else "cuda"
-        before = getattr(TARGETS[target], key)
-        chosen = "float" if key == "token_table" else not before
-        assert QuantizationSection.model_fields[key].default is None
-        assert getattr(_form(target=target, **{key: chosen}), key) == chosen != before
-
-
-@pytest.mark.parametrize(
-    ("key", "keys"),
-    [
-        ("fused_qkv", {"int4_layout": "native", "fused_qkv": True}),
-        ("fused_biases", {"target": "openvino", "bits": "w8a8", "fused_biases": True}),
-        ("convolved_pools", {"target": "tensorrt", "convolved_pools": True}),
-        ("fused_qkv", {"weight_zero_points": True, "fused_qkv": True}),
-        ("symmetric", {"target": "cuda", "bits": "w4a16", "symmetric": True}),
-        ("symmetric", {"target": "tensorrt", "symmetric": False}),
-        ("token_table", {"target": "tensorrt", "token_table": "packed"}),
-        ("fused_attention", {"target": "tensorrt", "fused_attention": True}),
-        ("fused_attention", {"target": "portable", "attention": "int8", "fused_attention": True}),
-        ("fused_residuals", {"fused_residuals": True}),
-        ("convolved_pools", {"int4_layout": "native", "convolved_pools": True}),
-        ("fused_biases", {"symmetric": True, "fused_biases": True}),
-        ("fused_biases", {"target": "tensorrt", "int4_layout": "cast", "fused_biases": True}),
-        ("standard_attention", {"fused_attention": True, "standard_attention": True}),
-        ("standard_attention", {"attention": "int8", "standard_attention": True}),
-        ("standard_attention", {"target": "cuda", "standard_attention": True}),
-        ("standard_attention", {"target": "openvino", "standard_attention": True}),
-        ("embedding_bits", {"token_table": "float", "embedding_bits": 4}),
-    ],
-)
-def test_keys_that_contradict_the_target_are_refused(key: str, keys: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=rf"quantization\.{key}.*Leave"):
-        _form(**keys)
-    _form(**{name: value for name, value in keys.items() if name != key})
-
-
-@pytest.mark.parametrize("target", sorted(TARGETS))
-def test_what_a_target_does_anyway_may_be_said(target: str) -> None:
-    for bits in ("w4a8", "w8a8", *(["w4a16"] if target == "cuda" else [])):
-        plain = _form(target=target, bits=bits)
-        for field in fields(Target):
-            if field.name not in ("half", "note"):
-                keys = {field.name: getattr(TARGETS[target], field.name)}
-                assert _form(target=target, bits=bits, **keys) == plain
-
-
-def test_notes_say_what_runs() -> None:
-    for key, standard in (("fused_qkv", True), ("fused_biases", False), ("fused_attention", False)):
-        assert ("standard operators only" in _form(target="portable", **{key: True}).note) == standard
-    assert _form().note == TARGETS["cpu"].note
-    for target in ("cpu", "portable", "tensorrt", "openvino"):
-        assert "4-bit layers of this file in float" in _form(target=target, int4_layout="native").note
-        assert "4-bit" not in _form(target=target, bits="w8a8").note
-    assert all(
-        "in float" in _form(**keys).note for keys in ({"symmetric": True}, {"target": "tensorrt", "bits": "w8a8"})
-    )
-
-
 def test_form_of_the_file_by_keys(made: Callable[..., Bundle]) -> None:
     """Signed activations, zero points for weights and a float table, where the target has it otherwise."""
     plain = made("int4_layout=cast", "fused_biases=false")
@@ -441,57 +372,6 @@ def test_fused_qkv_keeps_answers_and_bits(layout: str, biases: str, made: Callab
             joined = [layer for layer in seen.layers if layer.node.endswith("_qkv")]
             assert len(joined) == blocks
             assert all(layer.int8 and layer.bits == 4 for layer in joined)
-
-
-def _fan(seed: int, widths: list[int], shared: bool) -> onnx.ModelProto:
-    """Quantised products of one value; of the first's weight a second reader, where it is `shared`."""
-    rng = np.random.default_rng(seed)
-    arrays = {"scale": np.float32(0.03), "zero": np.uint8(rng.integers(0, 256))}
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], "q"),
-        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"], "d"),
-    ]
-    for number, width in enumerate(widths):
-        arrays[f"w{number}"] = rng.integers(-8, 8, (6, width), np.int8)
-        arrays[f"s{number}"] = rng.uniform(0.01, 0.1, width).astype(np.float32)
-        nodes.append(helper.make_node("DequantizeLinear", [f"w{number}", f"s{number}"], [f"r{number}"], axis=1))
-        nodes.append(helper.make_node("MatMul", ["d", f"r{number}"], [f"y{number}"], f"product{number}"))
-    shapes = {f"y{number}": ["batch", width] for number, width in enumerate(widths)}
-    if shared:
-        nodes.append(helper.make_node("DequantizeLinear", ["w0", "s0"], ["again"], axis=1))
-        shapes["again"] = [6, widths[0]]
-    graph = helper.make_graph(
-        nodes,
-        "fan",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 6])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
-        [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-
-
-@given(st.integers(0, 2**31 - 1), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data(), st.booleans())
-@settings(max_examples=25, deadline=None)
-def test_products_of_one_value_are_joined_exactly(
-    seed: int, widths: list[int], data: st.DataObject, shared: bool
-) -> None:
-    """Narrow weights with narrow ones only, and none that is needed elsewhere, too."""
-    apart, joined = _fan(seed, widths, shared), _fan(seed, widths, shared)
-    names = [f"w{number}" for number in range(len(widths))]
-    narrow = {name for name in names if data.draw(st.booleans())}
-    gone = fuse_qkv(joined, narrow)
-    onnx.checker.check_model(joined)
-    own = set(names) - ({"w0"} if shared else set())
-    groups = [own & narrow, own - narrow]
-    assert set(gone) == {name for group in groups if len(group) > 1 for name in group}
-    assert all(len({gone[name] for name in group}) == 1 for group in groups if len(group) > 1)
-    x = np.random.default_rng(seed).standard_normal((3, 6)).astype(np.float32)
-    one, other = (
-        ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
-        for model in (apart, joined)
-    )
-    for before, after in zip(one, other, strict=True):
-        np.testing.assert_array_equal(after, before)
 
 
 def test_causal_masks_are_known_not_given(vit_bundle: Bundle) -> None:

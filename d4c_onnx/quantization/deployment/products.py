@@ -1,4 +1,4 @@
-"""Quantised products that read the same value (q, k and v of an attention) as one."""
+"""Quantised products: finding them, and making one of those that read the same value (q, k and v of an attention)."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -8,30 +8,74 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, replace_nodes, set_initializer
+from d4c_onnx.graph.index import GraphIndex, attribute, drop_unused, integer_attribute, replace_nodes, set_initializer
 from d4c_onnx.graph.layers import INTEGER_PRODUCT
 from d4c_onnx.quantization.deployment.attention import CONTRIB
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
-    """One product: its node, its activation (integers, scale, zero point), its weight, scale and bias ("": none)."""
+class Product:
+    """One quantised product with a constant matrix.
+
+    Attributes:
+        node: a QDQ MatMul, or `com.microsoft.MatMulIntegerToFloat`.
+        data: of the activation the integers, the one scale and the one zero point.
+        weight: the int8 matrix, an initialiser or unpacked from one of int4; its zero points are 0.
+        scale: of the matrix, one or one a column.
+        bias: inside the node; empty without one.
+        shape: of the matrix.
+    """
 
     node: onnx.NodeProto
     data: tuple[str, ...]
     weight: str
     scale: str
     bias: str
+    shape: tuple[int, int]
+
+
+def find_product(index: GraphIndex, node: onnx.NodeProto) -> Product | None:
+    """The quantised product that `node` is; None where it is something else."""
+    if node.op_type == INTEGER_PRODUCT:
+        integers, weight, data_scale, scale, zero, weight_zero, bias = [*node.input, "", ""][:7]
+        data, axis, zeros = (integers, data_scale, zero), 1, [weight_zero] if weight_zero else []
+    elif node.op_type == "MatMul":
+        made = [index.producer.get(name) for name in node.input]
+        if any(maker is None or maker.op_type != "DequantizeLinear" for maker in made):
+            return None
+        activation, matrix = (maker for maker in made if maker is not None)
+        data, bias = tuple(activation.input), ""
+        (weight, scale, *zeros), axis = matrix.input, integer_attribute(matrix, "axis", 1)
+    else:
+        return None
+    shape = _int8_matrix(index, weight)
+    values = index.array(scale)
+    per_column = values is not None and shape is not None and axis in (1, -1) and values.shape == shape[1:]
+    exact = all((zero := index.array(name)) is not None and not zero.any() for name in zeros)
+    if shape is None or values is None or not exact or not (per_column or values.size == 1):
+        return None
+    single = len(data) == 3 and all((one := index.array(name)) is not None and one.size == 1 for name in data[1:])
+    return Product(node, data, weight, scale, bias, shape) if single and data[0] not in index.initializers else None
+
+
+def _int8_matrix(index: GraphIndex, name: str) -> tuple[int, int] | None:
+    """The shape of a constant int8 matrix, stored as such or as int4 behind a Cast."""
+    maker = index.producer.get(name)
+    unpacked = maker is not None and maker.op_type == "Cast" and attribute(maker, "to") == TensorProto.INT8
+    tensor = index.initializers.get(maker.input[0] if maker is not None and unpacked else name)
+    if tensor is None or len(tensor.dims) != 2 or not (unpacked or tensor.data_type == TensorProto.INT8):
+        return None
+    return tensor.dims[0], tensor.dims[1]
 
 
 def fuse_qkv(model: onnx.ModelProto, narrow: Collection[str] = ()) -> dict[str, str]:
     """Join products of the same integers, in place: one product of all their columns, and a Split behind it.
 
-    Exact: each column keeps its integers and its scale. Joined are QDQ products and `com.microsoft`'s
-    MatMulIntegerToFloat (one of those makes the whole one) whose int8 weights have no zero points and no other reader.
+    Exact: each column keeps its integers and its scale. One `com.microsoft.MatMulIntegerToFloat` among them makes the
+    whole one. What something else reads, too, is left alone.
 
     Args:
-        model: a QDQ graph whose weights are stored as int8.
+        model: a quantised graph whose weights are stored as int8.
         narrow: the weights that fit in 4 bits; they are only joined with each other.
 
     Returns:
@@ -39,12 +83,13 @@ def fuse_qkv(model: onnx.ModelProto, narrow: Collection[str] = ()) -> dict[str, 
     """
     graph = model.graph
     index = GraphIndex(graph)
-    groups: dict[tuple[object, ...], list[_Product]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[Product]] = defaultdict(list)
     for node in graph.node:
-        product = _product(index, node)
-        if product is not None:
-            rows = index.initializers[product.weight].dims[0]
-            groups[(*product.data, rows, product.weight in narrow)].append(product)
+        product = find_product(index, node)
+        if product is None or product.weight not in index.initializers:
+            continue
+        if all(len(index.consumers[name]) == 1 for name in (node.input[1], product.weight)):
+            groups[(*product.data, product.shape[0], product.weight in narrow)].append(product)
     fresh: dict[str, list[onnx.NodeProto]] = {}
     gone: dict[str, str] = {}
     for products in groups.values():
@@ -58,37 +103,11 @@ def fuse_qkv(model: onnx.ModelProto, narrow: Collection[str] = ()) -> dict[str, 
     return gone
 
 
-def _product(index: GraphIndex, node: onnx.NodeProto) -> _Product | None:
-    if node.op_type == INTEGER_PRODUCT:
-        data, weight, scale, weight_scale, zero, weight_zero, bias = [*node.input, "", ""][:7]
-        found = _Product(node, (data, scale, zero), weight, weight_scale, bias)
-        return found if not weight_zero and _is_own_matrix(index, weight) else None
-    if node.op_type != "MatMul":
-        return None
-    made = [index.producer.get(name) for name in node.input]
-    if any(maker is None or maker.op_type != "DequantizeLinear" for maker in made):
-        return None
-    if len(index.consumers[node.input[1]]) != 1:
-        return None
-    activation, dequantize = (list(maker.input) for maker in made if maker is not None)
-    if len(activation) != 3 or len(dequantize) != 2 or not _is_own_matrix(index, dequantize[0]):
-        return None
-    if attribute(index.producer[node.input[1]], "axis", 1) not in (1, -1):
-        return None
-    return _Product(node, tuple(activation), dequantize[0], dequantize[1], "")
-
-
-def _is_own_matrix(index: GraphIndex, weight: str) -> bool:
-    tensor = index.initializers.get(weight)
-    matrix = tensor is not None and tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2
-    return matrix and len(index.consumers[weight]) == 1
-
-
-def _join(graph: onnx.GraphProto, index: GraphIndex, products: list[_Product]) -> list[onnx.NodeProto]:
+def _join(graph: onnx.GraphProto, index: GraphIndex, products: list[Product]) -> list[onnx.NodeProto]:
     first = products[0]
     name = f"{first.node.name}_qkv"
     weight, scale, bias, sizes, made = (f"{name}_{part}" for part in ("quantized", "scale", "bias", "sizes", "columns"))
-    widths = [int(index.initializers[product.weight].dims[1]) for product in products]
+    widths = [product.shape[1] for product in products]
 
     def columns(names: list[str]) -> np.ndarray:
         """One float a column: a vector's own, a scalar's repeated, zeros for none."""

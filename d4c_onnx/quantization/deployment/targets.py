@@ -1,7 +1,7 @@
 """What an execution provider wants of a quantised graph."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from d4c_onnx.errors import RecipeError
@@ -38,10 +38,7 @@ class Target:
 
     int4_layout: Literal["cast", "native", "nibbles"]
     fused_attention: bool
-    standard_attention: bool
     fused_residuals: bool
-    fused_biases: bool
-    fused_qkv: bool
     separate_gelu: bool
     patch_product: bool
     convolved_pools: bool
@@ -52,16 +49,16 @@ class Target:
     token_table: Literal["packed", "folded", "float"]
     half: bool
     note: str
+    standard_attention: bool = False
+    fused_biases: bool = False
+    fused_qkv: bool = False
 
 
 TARGETS = {
     "cpu": Target(
         int4_layout="cast",
         fused_attention=True,
-        standard_attention=False,
         fused_residuals=False,
-        fused_biases=False,
-        fused_qkv=False,
         separate_gelu=True,
         patch_product=True,
         convolved_pools=True,
@@ -76,10 +73,7 @@ TARGETS = {
     "portable": Target(
         int4_layout="cast",
         fused_attention=False,
-        standard_attention=False,
         fused_residuals=False,
-        fused_biases=False,
-        fused_qkv=False,
         separate_gelu=True,
         patch_product=True,
         convolved_pools=True,
@@ -94,10 +88,7 @@ TARGETS = {
     "tensorrt": Target(
         int4_layout="native",
         fused_attention=False,
-        standard_attention=False,
         fused_residuals=False,
-        fused_biases=False,
-        fused_qkv=False,
         separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
@@ -112,10 +103,7 @@ TARGETS = {
     "openvino": Target(
         int4_layout="native",
         fused_attention=False,
-        standard_attention=False,
         fused_residuals=False,
-        fused_biases=False,
-        fused_qkv=False,
         separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
@@ -130,10 +118,7 @@ TARGETS = {
     "cuda": Target(
         int4_layout="cast",
         fused_attention=True,
-        standard_attention=False,
         fused_residuals=True,
-        fused_biases=False,
-        fused_qkv=False,
         separate_gelu=False,
         patch_product=False,
         convolved_pools=False,
@@ -150,21 +135,8 @@ TARGETS = {
 
 
 _UNPACKED = "weights are unpacked to float16 when the file is loaded, and run as the FP16 bundle does"
-_OVERRULING = (
-    "fused_attention",
-    "standard_attention",
-    "fused_residuals",
-    "fused_biases",
-    "fused_qkv",
-    "separate_gelu",
-    "patch_product",
-    "convolved_pools",
-    "symmetric",
-    "quantize_bias",
-    "reduce_range",
-    "weight_zero_points",
-    "token_table",
-)
+# Recipe keys that overrule a target's fields of the same name.
+_OVERRULING = [field.name for field in fields(Target) if field.name not in ("int4_layout", "half", "note")]
 # Keys whose rewrites are of integer products, or of files that onnxruntime itself runs.
 _OF_INTEGERS = (
     "fused_biases",
