@@ -51,9 +51,9 @@ def main() -> None:
 
 def _start(output: Path) -> subprocess.Popen[str]:
     settings = [part for key in KEYS for part in ("--set", f"synthesis.{key}")]
-    command = [sys.executable, "-c", "from d4c_onnx.cli import main; main()", "synthesize", "-o", str(output), "--json"]
+    command = [sys.executable, "-P", "-c", "from d4c_onnx.cli import main; main()", "synthesize", "-o", str(output)]
     return subprocess.Popen(
-        [*command, "--quiet", *settings], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*command, "--json", "--quiet", *settings], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
 
 

@@ -84,7 +84,7 @@ def main() -> None:
             home = Path(folder) / runtime
             venv.create(home, with_pip=True)
             pythons[runtime] = home / "bin" / "python"
-            subprocess.run([pythons[runtime], "-m", "pip", "install", "-q", runtime, "numpy"], check=True)
+            subprocess.run([pythons[runtime], "-P", "-m", "pip", "install", "-q", runtime, "numpy"], check=True)
         for path in args.bundles:
             bundle = open_bundle(path)
             feeds = drawn_feeds(bundle, [8], 16)
@@ -113,7 +113,7 @@ def _cells(rounds: list[dict[str, Any]]) -> str:
 
 
 def _probe(python: Path, loader: str, *arguments: Path | str) -> dict[str, Any]:
-    done = subprocess.run([python, "-c", loader + PROBE, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([python, "-P", "-c", loader + PROBE, *arguments], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

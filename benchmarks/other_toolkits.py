@@ -50,7 +50,8 @@ def _optimum(home: Path, source: Path, target: Path, input_name: str, feed: Path
 
 
 def _quark(home: Path, source: Path, target: Path, input_name: str, feed: Path) -> None:
-    _run([home / "bin" / "python", "-c", _QUARK, source, target, input_name, feed], target.parent)  # it leaves a table
+    command = [home / "bin" / "python", "-P", "-c", _QUARK, source, target, input_name, feed]
+    _run(command, target.parent)  # it leaves a table
 
 
 TOOLKITS: dict[str, tuple[list[str], Build]] = {
@@ -99,7 +100,7 @@ def _build(
     try:
         if not home.exists():
             venv.create(home, with_pip=True)
-            _run([home / "bin" / "python", "-m", "pip", "install", "-q", *requirements])
+            _run([home / "bin" / "python", "-P", "-m", "pip", "install", "-q", *requirements])
         for tower, source in bundle.encoders.items():
             target, feed = folder / f"{home.name}-{tower}.onnx", folder / f"{tower}.npy"
             np.save(feed, feeds[tower][min(feeds[tower])])

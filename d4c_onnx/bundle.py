@@ -24,6 +24,11 @@ TEXT_ENCODER = "text_encoder.onnx"
 TOKENIZER = "tokenizer.json"
 MANIFEST = "manifest.json"
 FORMAT = 1
+# The one session config entry that a bundle may ask for, and its value. A manifest is not trusted, and entries are not
+# harmless: `session.optimized_model_external_initializers_file_name`, for one, makes onnxruntime write any file.
+# On x86 without VNNI sums of uint8 x int8 products saturate in 16 bits; with this entry onnxruntime multiplies weights
+# outside [-64, 63] by a slower kernel there. It changes nothing for others, nor on processors with VNNI.
+EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 _REQUIRED = ("format", "kind", "model", "preprocess", "tokenizer", "files")
 _VERSIONED = ("d4c-onnx", "torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "numpy", "tokenizers")
 
@@ -114,12 +119,31 @@ def open_bundle(path: str | Path, verify: bool = True) -> Bundle:
         and all(isinstance(manifest[key], dict) for key in ("model", "preprocess", "tokenizer"))
     ):
         raise BundleError(f"{file}: is damaged (model, preprocess, tokenizer or files). Export the bundle again.")
+    _check_session(file, manifest.get("session", {}))
     for name, entry in files.items():
         if not (path / name).is_file():
             raise BundleError(f"{path / name}: is missing. Export the bundle again.")
         if verify and sha256(path / name) != entry["sha256"]:
             raise BundleError(f"{path / name}: differs from the manifest's SHA-256. Export the bundle again.")
     return Bundle(path, manifest)
+
+
+def _check_session(file: Path, session: Any) -> None:
+    """Let through only what d4c-onnx itself writes.
+
+    Raises:
+        BundleError: the manifest asks sessions for anything else.
+    """
+    entries = session.get("config_entries", {}) if isinstance(session, dict) else None
+    if not isinstance(entries, dict):
+        raise BundleError(f"{file}: session is damaged. Export or quantise the bundle again.")
+    for key, value in entries.items():
+        if EXACT_PRODUCTS.get(key) != value:
+            asked = f"{key}: {value!r}"[:200]
+            raise BundleError(
+                f"{file}, session.config_entries: {asked} is nothing that d4c-onnx writes, and may be harmful "
+                f"(allowed: {EXACT_PRODUCTS}). Do not use this bundle, or remove the entry if you know why it is there."
+            )
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> Bundle:

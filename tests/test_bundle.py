@@ -8,6 +8,7 @@ import pytest
 
 from d4c_onnx.bundle import Bundle, encoder_size_bytes, is_bundle, open_bundle
 from d4c_onnx.errors import BundleError
+from d4c_onnx.measure import inspect_bundle
 
 
 @pytest.fixture
@@ -51,6 +52,42 @@ def test_damaged_manifest_is_refused(copied: Path, key: str, value: object) -> N
     (copied / "manifest.json").write_text(json.dumps({**manifest, key: value}))
     with pytest.raises(BundleError, match=r"manifest\.json: is damaged"):
         open_bundle(copied)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"session.optimized_model_external_initializers_file_name": "../../victim"},
+        {"session.x64quantprecision": "0"},
+        {"session.x64quantprecision": None},
+        {"ep.context_file_path": "/tmp/x"},
+        ["session.x64quantprecision"],
+        "session.x64quantprecision",
+    ],
+)
+def test_session_entries_that_we_do_not_write_are_refused(copied: Path, entries: object) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "session": {"config_entries": entries}}))
+    with pytest.raises(BundleError, match="session"):
+        open_bundle(copied)
+
+
+def test_a_bundle_writes_nothing_outside_itself(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime would write initialisers of an optimised graph wherever a session entry says."""
+    outside = copied.parent / "victim"
+    outside.write_text("precious")
+    monkeypatch.chdir(copied)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    for name in ("../victim", str(outside), "../../victim"):
+        entries = {
+            "session.optimized_model_external_initializers_file_name": name,
+            "session.optimized_model_external_initializers_min_size_in_bytes": "0",
+        }
+        (copied / "manifest.json").write_text(json.dumps({**manifest, "session": {"config_entries": entries}}))
+        with pytest.raises(BundleError, match="may be harmful"):
+            inspect_bundle(copied)
+    assert outside.read_text() == "precious"
+    assert not (copied.parent.parent / "victim").exists()
 
 
 def test_a_bundle_without_an_encoder_is_a_damaged_bundle(copied: Path) -> None:

@@ -167,9 +167,9 @@ def _probe(
         "shapes": [small.shape, large.shape],
         "dtype": str(small.dtype),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", _PROCESS_PROBE, json.dumps(asked)], capture_output=True, text=True, check=False
-    )
+    # -P: without it a numpy.py or json.py in the current folder would be run in place of the real one
+    command = [sys.executable, "-P", "-c", _PROCESS_PROBE, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BundleError(f"{path}: cannot be run in a process of its own ({done.stderr.strip()[-300:]}).")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
-from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle, file_size_bytes, write_manifest
+from d4c_onnx.bundle import (
+    EXACT_PRODUCTS,
+    IMAGE_ENCODER,
+    TEXT_ENCODER,
+    TOKENIZER,
+    Bundle,
+    file_size_bytes,
+    write_manifest,
+)
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.calibration.readers import D4CCalibrationDataReader, PromptCalibrationDataReader, first_batches
 from d4c_onnx.errors import CheckFailed
@@ -24,7 +32,7 @@ from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.golden import read_golden, write_golden
 from d4c_onnx.runtime.optimizer import OptimizerEffect, optimizer_effect
-from d4c_onnx.runtime.session import EXACT_PRODUCTS, EncoderSession
+from d4c_onnx.runtime.session import EncoderSession
 
 # Eight images once looked like an optimiser that took a quarter of the error away (mini-rn, w6a6); thirty-two do not.
 _OPTIMIZER_SAMPLES = 32

@@ -17,9 +17,6 @@ from d4c_onnx.errors import BundleError, ModelError
 if TYPE_CHECKING:
     import onnx
 
-# x86 without VNNI adds products of uint8 and int8 in 16 bits, and saturates. With this entry onnxruntime multiplies
-# weights outside [-64, 63] by a slower kernel there; it changes nothing for others, nor on processors with VNNI.
-EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 _IN_MEMORY_BYTES = 2**26  # weights of a graph that may be copied a few times
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 

@@ -54,6 +54,18 @@ def test_every_round_has_an_order_of_its_own(vit_bundle: Bundle, monkeypatch: py
     assert len(set(rounds)) > 3
 
 
+def test_nothing_of_the_current_folder_is_run(
+    vit_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A benchmark may be started in a folder of downloaded things."""
+    for name in ("numpy", "json", "onnxruntime", "d4c_onnx", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})")
+    monkeypatch.chdir(tmp_path)
+    feeds = {"text": drawn_feeds(vit_bundle, [1], 8)["text"]}
+    measure_latency([Contender("one", vit_bundle.encoders)], feeds, rounds=1, threads=1)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_a_broken_contender_is_an_error_of_ours(vit_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     broken = Contender("broken", {"text": tmp_path / "broken.onnx"})

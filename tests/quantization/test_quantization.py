@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, numpy_helper
 
-from d4c_onnx.bundle import Bundle, file_size_bytes
+from d4c_onnx.bundle import EXACT_PRODUCTS, Bundle, file_size_bytes
 from d4c_onnx.calibration import CalibrationSet, D4CCalibrationDataReader, PromptCalibrationDataReader
 from d4c_onnx.errors import BundleError, GraphError, RecipeError
 from d4c_onnx.graph.bits import average_bits, layer_bits
@@ -27,7 +27,7 @@ from d4c_onnx.quantization.rounding.base import QuantizedWeight, grid_limits
 from d4c_onnx.quantization.rounding.nearest import round_to_grid, search_scales
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.kernels import count_kernels
-from d4c_onnx.runtime.session import EXACT_PRODUCTS, EncoderSession
+from d4c_onnx.runtime.session import EncoderSession
 
 FULL_RANGE = "quantization.reduce_range=false"
 NIBBLES = hnp.arrays(np.int8, hnp.array_shapes(max_dims=4, max_side=7), elements=st.integers(-8, 7))

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from open_clip.transform import image_transform
 from PIL import Image
 
-from d4c_onnx.bundle import Bundle, write_manifest
+from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet, D4CCalibrationDataReader, PromptCalibrationDataReader
 from d4c_onnx.errors import BundleError, ModelError
-from d4c_onnx.measure import inspect_bundle
 from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.golden import TEXT, golden_input, read_golden
@@ -214,7 +213,6 @@ def test_inspection_opens_sessions_as_the_bundle_says(
     section = load_recipe(None, ["quantization.bits=w8a8"]).quantization
     recipe = {"seed": 0, "quantization": {}}
     made = quantize_bundle_files(vit_bundle, vit_calibration[1], tmp_path / "w8a8", section, recipe_dump=recipe)
-    assert inspect_bundle(made.path)["encoders"]["image_encoder.onnx"]["summary"].startswith("38 of 38 weighted")
-    entries = {"config_entries": {"session.disable_quant_qdq": "1"}}  # quantisers are then left where they stand
-    write_manifest(made.path, {**made.content, "session": entries})
-    assert inspect_bundle(made.path)["encoders"]["image_encoder.onnx"]["summary"].startswith("0 of 38 weighted")
+    assert inspect_encoder(made.image_encoder, made.session_entries).summary.startswith("38 of 38 weighted")
+    entries = {"session.disable_quant_qdq": "1"}  # quantisers are then left where they stand
+    assert inspect_encoder(made.image_encoder, entries).summary.startswith("0 of 38 weighted")
