@@ -1,55 +1,107 @@
-"""What the measuring scripts share: one command line, results that are saved as they come, a table in a document."""
+"""Renew every table of the documents from the result files in docs/results/.
+
+    python benchmarks/document.py            # write
+    python benchmarks/document.py --check    # exit code 1 where a document is not what the result files say
+    d4c-onnx benchmark A B --json > report.json
+    python benchmarks/document.py --add speed-mine report.json --command "d4c-onnx benchmark A B --json"
+
+A table stands between `<!-- table VIEW FILE ... key=value ... -->` and `<!-- /table -->`: VIEW is a function of
+benchmarks/tables.py, FILE a result file without its ending, the rest the view's arguments. Below each table stands
+what it was measured on, with links to its files, which hold the commands.
+"""
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-Results = dict[str, dict]
+from results import FOLDER, ROOT, ResultFile, of_benchmark, read_results
+from tables import VIEWS
+
+_TABLE = re.compile(r"(<!-- table (?P<ask>[^\n]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
-def run(
-    description: str,
-    results_file: str,
-    models: Sequence[str],
-    measure: Callable[[argparse.Namespace, Results], Iterator[None]],
-    table: Callable[[Results], str],
-    picture: Callable[[Results, Path], None],
-) -> None:
-    """Measure what is missing, saving after each group; print the table, and put it into a document.
+def documents() -> list[Path]:
+    """Every document that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def renewed(text: str, beside: Path, folder: Path = FOLDER) -> str:
+    """A document's text with its tables made anew.
 
     Args:
-        measure: fills in missing rows and yields after each group of them.
-        table, picture: show all results.
+        beside: the document's folder, for its links.
+        folder: of the result files.
+
+    Raises:
+        SystemExit: a table asks for a view or a file that is not there.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("-o", "--output", default="exported")
-    parser.add_argument("--train", type=Path, help="parquet with training images, for the `real` control")
-    parser.add_argument("--models", nargs="+", default=list(models))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="regular expression over the rows' names")
-    parser.add_argument("--group", type=int, default=6, help="rows between two savings of the results")
-    parser.add_argument("--results", type=Path, default=Path(results_file))
-    parser.add_argument("--write", type=Path, help="document whose table and picture are renewed")
-    parser.add_argument("--table-only", action="store_true", help="measure nothing")
+
+    def table(match: re.Match[str]) -> str:
+        view, *words = shlex.split(match["ask"])
+        if view not in VIEWS:
+            raise SystemExit(f"<!-- table {match['ask']} -->: no view {view!r}. Use one of {', '.join(VIEWS)}.")
+        files = [read_results(word, folder) for word in words if "=" not in word]
+        options = dict(word.split("=", 1) for word in words if "=" in word)
+        return f"{match[1]}{_markdown(VIEWS[view](files, **options))}\n\n{_source(files, beside, folder)}\n{match[3]}"
+
+    return _TABLE.sub(table, text)
+
+
+def results_used(text: str) -> set[str]:
+    """The result files that a document's tables are made of."""
+    return {word for match in _TABLE.finditer(text) for word in shlex.split(match["ask"])[1:] if "=" not in word}
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    head, *rows = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([head, f"|{'---|' * len(table[0])}", *rows])
+
+
+def _source(files: Sequence[ResultFile], beside: Path, folder: Path) -> str:
+    """What a table was measured on: processors once, each with its commits and files."""
+    grouped: dict[str, list[str]] = {}
+    for file in files:
+        threads = f", {file.machine['threads']} threads" if file.machine.get("threads", 1) not in (1, None) else ""
+        runtime = next((f", {name} {file.versions[name]}" for name in _RUNTIMES if name in file.versions), "")
+        where = f"{file.machine.get('gpu') or file.machine['cpu']}{threads}{runtime}"
+        link = Path(os.path.relpath(folder / f"{file.name}.json", beside)).as_posix()
+        grouped.setdefault(where, []).append(f"[{file.name}]({link}) at {file.commit}")
+    return "\n".join(f"*{where}: {', '.join(found)}.*" for where, found in grouped.items())
+
+
+_RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something would change")
+    parser.add_argument("--add", nargs=2, metavar=("NAME", "REPORT"), help="a report of d4c-onnx benchmark --json")
+    parser.add_argument("--command", help="the command line that printed the report, for --add")
     args = parser.parse_args()
-    results: Results = json.loads(args.results.read_text()) if args.results.exists() else {}
-    for _ in [] if args.table_only else measure(args, results):
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(json.dumps(results, indent=1))
-    print(table(results))
-    if args.write:
-        write_document(args.write, table(results))
-        picture(results, args.write.with_suffix(".png"))
+    if args.add:
+        if not args.command:
+            parser.error("--add needs --command: a result file says how to make it again")
+        of_benchmark(json.loads(Path(args.add[1]).read_text("utf-8")), args.command).write(
+            FOLDER / f"{args.add[0]}.json"
+        )
+        return
+    stale = []
+    for path in documents():
+        text = path.read_text("utf-8")
+        fresh = renewed(text, path.parent)
+        if fresh != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if not args.check:
+                path.write_text(fresh, "utf-8")
+    for name in stale:
+        print(f"{name}: {'is not what docs/results says' if args.check else 'renewed'}")
+    if args.check and stale:
+        raise SystemExit("Run python benchmarks/document.py.")
 
 
-def each_seed(points: Sequence[float]) -> str:
-    """A table's cell: the mean in bold, then every seed."""
-    return f"**{sum(points) / len(points):+.2f}** ({', '.join(f'{value:+.2f}' for value in points)})"
-
-
-def write_document(path: Path, text: str) -> None:
-    """Replace what stands between the document's `<!-- table -->` markers."""
-    before, _, rest = path.read_text("utf-8").partition("<!-- table -->\n")
-    _, _, after = rest.partition("<!-- /table -->\n")
-    path.write_text(f"{before}<!-- table -->\n{text}\n<!-- /table -->\n{after}", "utf-8")
+if __name__ == "__main__":
+    main()

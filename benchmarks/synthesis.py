@@ -1,11 +1,11 @@
 """What each part of the generator is worth, and what it costs: W4A8 and W6A6 answers against seconds.
 
-    python benchmarks/synthesis.py --train cifar10-train.parquet -o exported --seeds 0 1 2 --write docs/synthesis.md
+    python benchmarks/synthesis.py --train cifar10-train.parquet -o exported --seeds 0 1 2 \\
+        --results docs/results/synthesis.json --picture docs/synthesis.png && python benchmarks/document.py
 
 Each row synthesises a calibration set, quantises both encoders twice, and measures the written files with onnxruntime
-on all 10,000 test images, beside FP32. Rows that are in the results file already are not run again. `real` opens
-training images (a control). `--write` puts the table between the markers and a picture beside it
-(needs matplotlib, the `benchmarks` extra); rows in italics are of recipe keys that were taken out again.
+on all 10,000 test images, beside FP32. Rows that are in the cache already are not run again. `real` opens training
+images (a control). `--picture` needs matplotlib, the `benchmarks` extra.
 """
 
 import argparse
@@ -14,9 +14,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from document import each_seed, run
+from results import run
 
 from d4c_onnx import measure as measuring
 from d4c_onnx import pipeline
@@ -27,6 +28,7 @@ from d4c_onnx.recipe import Recipe, load_recipe
 
 MODELS = ("mini-vit", "mini-rn")
 BITS = ("w4a8", "w6a6")
+MEASURES = ("agreement", "cosine_image", "cosine_text", "similarity_rmse")
 # name -> recipe, overrides of the synthesis section, the models it applies to
 ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "default": ("default", "", MODELS),
@@ -139,24 +141,17 @@ def _groups(results: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
     return groups
 
 
-def table(results: dict[str, dict]) -> str:
-    """One line per model and row: means over seeds, each seed in brackets."""
-    lines = [
-        "| model | images | CPU s | W4A8 top-1 difference (each seed) | agreement % | similarity rmse "
-        "| W6A6 top-1 difference (each seed) | agreement % |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (model, name), rows in _groups(results).items():
-        seconds = _cpu_seconds(rows)
-        shown = name if name in ROWS else f"*{name}*"
-        cells = [model, shown, "-" if seconds is None else f"{seconds:.0f}"]
+def summarize(results: dict[str, dict]) -> list[dict[str, Any]]:
+    """One row per model and kind of images: each seed's values at both widths."""
+    rows = []
+    for (model, name), found in _groups(results).items():
+        row = {"model": model, "images": name, "cpu_seconds": [e["cpu_seconds"] for e in found if "cpu_seconds" in e]}
         for bits in BITS:
-            points = [row[bits]["top1_difference"]["points"] for row in rows]
-            cells += [each_seed(points), f"{_mean(rows, bits, 'agreement'):.2f}"]
-            if bits == BITS[0]:
-                cells.append(f"{_mean(rows, bits, 'similarity_rmse'):.5f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            tops = [entry[bits]["top1_difference"] for entry in found]
+            row[bits] = {key: [top[key] for top in tops] for key in ("points", "low", "high")}
+            row[bits] |= {name: [entry[bits][name] for entry in found] for name in MEASURES}
+        rows.append(row)
+    return rows
 
 
 def _cpu_seconds(rows: list[dict]) -> float | None:
@@ -220,4 +215,4 @@ def picture(results: dict[str, dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(__doc__.splitlines()[0], "exported/synthesis.json", MODELS, measure, table, picture)
+    run(__doc__.splitlines()[0], "exported/synthesis.json", MODELS, measure, summarize, picture)

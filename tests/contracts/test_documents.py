@@ -1,0 +1,94 @@
+"""Documents say what the result files say; result files say how to make them again; documents stay short."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.json"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LENGTHS = {"docs/performance.md": 150, "docs/fidelity.md": 150}
+
+
+@pytest.fixture
+def document(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("document")
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("results")
+
+
+def test_documents_are_what_the_result_files_say() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "document.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_number_changed_by_hand_is_seen(document: ModuleType) -> None:
+    path = ROOT / "docs" / "performance.md"
+    text = path.read_text("utf-8")
+    changed = text.replace("3.13x", "3.14x", 1)
+    assert changed != text
+    assert document.renewed(changed, path.parent) == text
+
+
+def test_a_table_of_nothing_is_refused(document: ModuleType) -> None:
+    for ask, reason in (("plain no-such-file", "no-such-file"), ("no-such-view minis-amx", "no-such-view")):
+        with pytest.raises(SystemExit, match=reason):
+            document.renewed(f"<!-- table {ask} -->\n<!-- /table -->\n", ROOT)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_file_says_how_to_make_it_again_and_is_shown(path: Path, document: ModuleType) -> None:
+    found = json.loads(path.read_text("utf-8"))
+    assert found["machine"]["cpu"]
+    assert found["commit"]
+    assert found["command"]
+    assert found["rows"]
+    assert any(path.stem in document.results_used(other.read_text("utf-8")) for other in DOCUMENTS)
+
+
+def test_a_benchmark_report_becomes_a_result_file(results: ModuleType, tmp_path: Path) -> None:
+    machine = {"cpu": "a processor", "gpu": None, "threads": 2, "provider": "cpu", "onnxruntime": "1.32.0"}
+    batches = {"1": {"median_ms": 2.0, "low_ms": 1.9, "high_ms": 2.1, "per_second": 500.0, "speed_up": 1.0}}
+    rows = [{"name": "mini fp32", "size_bytes": 1000, "load_ms": 1.0, "batches": batches}]
+    report = {"machine": machine, "rounds": 3, "towers": {"image": rows}, "failed": []}
+    made = results.of_benchmark(report, "d4c-onnx benchmark A --json")
+    made.write(tmp_path / "mine.json")
+    back = results.read_results("mine", tmp_path)
+    assert back == made
+    assert back.machine == {"cpu": "a processor", "threads": 2, "provider": "cpu"}
+    assert back.versions["onnxruntime"] == "1.32.0"
+    assert back.rows == [{"tower": "image", **rows[0]}]
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_documents_stay_short(name: str) -> None:
+    assert len((ROOT / name).read_text("utf-8").splitlines()) <= LENGTHS[name]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"<!--.*?-->", "", path.read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)#:]+)\)|<img [^>]*src=\"([^\":]+)\"", text):
+        assert (path.parent / "".join(target)).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_recipe_keys_in_documents_exist(path: Path) -> None:
+    from d4c_onnx.recipe import Recipe
+
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items() if name != "seed"}
+    named = rf"(?:--set |`)({'|'.join(sections)})\.(\w+)"
+    for section, key in re.findall(named, path.read_text("utf-8")):
+        assert key in sections[section].model_fields, f"{section}.{key}"
