@@ -1,5 +1,6 @@
 """Documents say what the result files say; result files say how to make them again; documents stay short."""
 
+import ast
 import importlib
 import json
 import re
@@ -7,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
+import numpy as np
 import pytest
+
+from d4c_onnx.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.json"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LENGTHS = {"docs/performance.md": 150, "docs/fidelity.md": 150}
+LENGTHS = {"README.md": 180, "docs/performance.md": 150, "docs/fidelity.md": 150}
 
 
 @pytest.fixture
@@ -92,3 +97,34 @@ def test_recipe_keys_in_documents_exist(path: Path) -> None:
     named = rf"(?:--set |`)({'|'.join(sections)})\.(\w+)"
     for section, key in re.findall(named, path.read_text("utf-8")):
         assert key in sections[section].model_fields, f"{section}.{key}"
+
+
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
+
+
+def test_the_readme_serves_a_bundle(vit_bundle: Bundle) -> None:
+    serving = python_blocks(ROOT / "README.md")[0].replace("exported/mini-vit/w4a8", str(vit_bundle.path))
+    [photo] = (vit_bundle.path / "golden").glob("*.png")
+    names: dict[str, object] = {"photo": photo}
+    exec(compile(serving, "README.md", "exec"), names)
+    assert np.asarray(names["image_embeds"]).shape[0] == 1
+    assert np.asarray(names["text_embeds"]).shape[0] == 2
+
+
+def test_the_readme_imports_what_is_there() -> None:
+    for block in python_blocks(ROOT / "README.md"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, name.name) for name in node.names), node.module
+
+
+def test_documents_name_every_target() -> None:
+    from d4c_onnx.recipe import QuantizationSection
+
+    targets = get_args(QuantizationSection.model_fields["target"].annotation)
+    assert targets
+    for path in (ROOT / "README.md", ROOT / "docs" / "targets.md"):
+        named = re.findall(r"^\| `(\w+)`(?: \(default\))? \|", path.read_text("utf-8"), re.MULTILINE)
+        assert sorted(named) == sorted(targets), path
