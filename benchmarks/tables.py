@@ -146,8 +146,8 @@ def _plain_cell(value: Any, form: str) -> str:
 def _timed(cell: dict[str, float] | None) -> str:
     if cell is None:
         return ""
-    digits = 1 if cell["median_ms"] >= 5 else 2
-    return f"{cell['median_ms']:.{digits}f} ms, {cell['speed_up']:.2f}x"
+    median = cell["median_ms"]
+    return f"{median:.1f} ms, {cell['speed_up']:.2f}x" if median >= 10 else f"{median:.3g} ms, {cell['speed_up']:.2f}x"
 
 
 def _beside_peers(rows: Sequence[dict[str, Any]], ours: dict[str, Any], size: str) -> str:
