@@ -128,3 +128,16 @@ def test_documents_name_every_target() -> None:
     for path in (ROOT / "README.md", ROOT / "docs" / "targets.md"):
         named = re.findall(r"^\| `(\w+)`(?: \(default\))? \|", path.read_text("utf-8"), re.MULTILINE)
         assert sorted(named) == sorted(targets), path
+
+
+def test_rows_measured_seed_by_seed_become_a_line(results: ModuleType, tmp_path: Path) -> None:
+    fidelity, tables = importlib.import_module("fidelity"), importlib.import_module("tables")
+    cache = {}
+    for seed, points in enumerate((-0.10, -0.30)):
+        measured = {"agreement": 99.0 - seed, "cosine_image": 0.5, "cosine_text": 0.5, "similarity_rmse": 0.25}
+        top1 = {"points": points, "low": points - 0.1 * (seed + 1), "high": points + 0.1}
+        cache[f"mini-vit|w4a8|d4c|1||{seed}"] = {**measured, "top1_difference": top1, "bits": 4.1, "seconds": 2.0}
+    results.measured_here(fidelity.summarize(cache)).write(tmp_path / "mine.json")
+    [_, line] = tables.fidelity([results.read_results("mine", tmp_path)])
+    seeds, interval = "**-0.20** (-0.10, -0.30)", "[-0.50, -0.20]"
+    assert line == ["mini-vit", "w4a8", "d4c", seeds, interval, "98.50", "0.50000", "0.25000", "4.10"]
