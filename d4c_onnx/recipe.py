@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from d4c_onnx.errors import RecipeError
 
@@ -23,15 +23,18 @@ class _Section(BaseModel):
 
 
 class SynthesisSection(_Section):
-    """How calibration images come into being. Source of the published values: arXiv 2511.15411 and its code."""
+    """How calibration images come into being; the constants of each method are values (`calibration.method`)."""
 
-    method: Literal["d4c", "bns", "pse", "noise", "pink", "real"] = Field(
+    method: Literal["d4c", "d4c-published", "bns", "pse", "noise", "pink", "real"] = Field(
         "d4c",
-        description="d4c: optimised images; bns, pse: published baselines, BatchNorm statistics (ResNets) and patch "
-        "similarity entropy (ViTs); controls: noise, N(0, 1) pixels; pink, 1/f noise; real, images from `source`",
+        description="d4c: optimised images; d4c-published: with the published switches, quirks included; bns, pse: "
+        "published baselines, BatchNorm statistics (ResNets) and patch similarity entropy (ViTs); controls: noise, "
+        "N(0, 1) pixels; pink, 1/f noise; real, images from `source`",
     )
     source: str | None = Field(
-        None, description="method real only: a folder of images, or a .parquet file in the Hugging Face layout"
+        None,
+        validate_default=True,
+        description="method real only: a folder of images, or a .parquet file in the Hugging Face layout",
     )
     images: int = Field(128, ge=1, le=100_000, description="calibration images")
     held_out: int = Field(16, ge=0, le=100_000, description="further images that calibration never sees, for fidelity")
@@ -40,48 +43,37 @@ class SynthesisSection(_Section):
     coarse: float = Field(
         0.0, ge=0, le=1, description="share of the steps, the first ones, that look at half the resolution"
     )
-    learning_rate: float = Field(0.1, gt=0)
-    temperature: float = Field(0.1, gt=0, description="tau of the contrastive losses")
-    scg: bool = Field(
-        True,
-        description="structural contrastive generation: box against background; with or without it, the prompt guides "
-        "(PGSI is always on in d4c)",
-    )
-    pae: bool = Field(True, description="perturbation-aware enhancement")
-    tv_weight: float = Field(0.1, ge=0, description="weight of the total variation of the image")
-    whole_image_weight: float = Field(
-        1.0, ge=0, description="weight of PGSI on the whole image beside SCG's box; calibration sees whole images"
-    )
-    bns_weight: float | None = Field(
-        None,
-        ge=0,
-        description="d4c: weight of the BatchNorm statistics' distance. none: 300 where the tower keeps such "
-        "statistics (ResNets), else 0",
-    )
-    image: Literal["fourier", "pixel"] = Field(
-        "fourier",
-        description="fourier: coefficients scaled with 1/f under a sigmoid, so that pixels cannot leave [0, 1]; "
-        "pixel: free values, as published",
-    )
-    box_area: tuple[float, float] = Field(
-        (0.4, 0.7), strict=False, description="range of the box's share of the image; one box an image, drawn once"
-    )
-    background_noise: float = Field(0.1, ge=0, description="sigma of the noise on SCG's background view")
-    shared_optimizer: bool = Field(
-        False, description="one Adam over all calibration images, as published: idle ones drift on stale momentum"
-    )
-    labels: Literal["stratified", "random"] = Field("stratified", description="how classes are dealt to images")
-    template: str = Field("a photo of a {}.", description="the prompt of a class")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the tower's products; auto: bfloat16 where CPU or GPU multiply it, else float32"
-    )
-    settle: float | None = Field(
+    early_stop_tolerance: float | None = Field(
         None,
         gt=0,
         description="make no more calibration images once a finished batch moves the ranges and spectra of the layers' "
-        "inputs by less than this share; `images` is then the most",
+        "inputs by less than this share; `images` is then the most. Not for d4c-published",
     )
-    checkpoint_steps: int = Field(200, ge=1, description="steps between checkpoints inside one unit of work")
+    template: str = Field("a photo of a {}.", description="the prompt of a noun")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the tower's products; auto: bfloat16 where CPU or GPU multiply it, else float32"
+    )
+
+    @field_validator("source")
+    @classmethod
+    def _source_is_for_real(cls, source: str | None, info: ValidationInfo) -> str | None:
+        if "method" in info.data and (info.data["method"] == "real") != (source is not None):
+            raise ValueError("belongs to synthesis.method real, and only to it: a folder or .parquet file")
+        return source
+
+    @field_validator("early_stop_tolerance")
+    @classmethod
+    def _stops_between_batches(cls, tolerance: float | None, info: ValidationInfo) -> float | None:
+        if tolerance is not None and info.data.get("method") == "d4c-published":
+            raise ValueError("needs batches that are finished one by one; d4c-published has one optimiser for all")
+        return tolerance
+
+    @field_validator("template")
+    @classmethod
+    def _template_has_one_place(cls, template: str) -> str:
+        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+            raise ValueError(f"needs exactly one {{}}, got {template!r}")
+        return template
 
 
 class PromptSection(_Section):
@@ -317,25 +309,21 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise RecipeError(f"{where}, {key}: {first['msg']}, got {first['input']!r}{more}.") from error
+        raise RecipeError(f"{where}, {_first_mistake(error)}.") from error
     _check_quantization(recipe.quantization, where)
-    if recipe.synthesis.template.count("{}") != 1 or set("{}") & set(recipe.synthesis.template.replace("{}", "")):
-        raise RecipeError(f"{where}, synthesis.template: needs exactly one {{}}, got {recipe.synthesis.template!r}.")
-    if (recipe.synthesis.method == "real") != (recipe.synthesis.source is not None):
-        raise RecipeError(
-            f"{where}, synthesis.source: belongs to synthesis.method real, and only to it: a folder or .parquet file."
-        )
-    if recipe.synthesis.settle is not None and recipe.synthesis.shared_optimizer:
-        raise RecipeError(
-            f"{where}, synthesis.settle: needs batches that are finished one by one: no shared_optimizer."
-        )
-    low, high = recipe.synthesis.box_area
-    if not 0 < low <= high < 1:
-        raise RecipeError(f"{where}, synthesis.box_area: needs 0 < low <= high < 1, got [{low}, {high}].")
     return recipe
+
+
+def _first_mistake(error: ValidationError) -> str:
+    """`section.key: what is wrong with it`, without the full stop, and how many more there are."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":  # a validator's own words
+        message = str(first["ctx"]["error"]).removesuffix(".")
+    else:
+        message = f"{first['msg']}, got {first['input']!r}"
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{key}: {message}{more}"
 
 
 def _check_quantization(section: QuantizationSection, where: str) -> None:

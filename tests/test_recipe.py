@@ -1,13 +1,16 @@
 """Recipes: what is accepted, what is refused, and what the shipped ones say."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d4c_onnx.calibration.method import D4C, METHODS
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.recipe import load_recipe, parse_bits, recipe_names
+from d4c_onnx.recipe import SynthesisSection, load_recipe, parse_bits, recipe_names
 from d4c_onnx.vocabulary import generic_nouns, read_nouns, templates
 
 
@@ -19,11 +22,55 @@ def test_shipped_recipes_load() -> None:
 
 def test_paper_recipe_is_the_published_schedule() -> None:
     section = load_recipe("paper").synthesis
-    assert (section.images, section.batch, section.steps) == (128, 16, 3000)
-    assert (section.learning_rate, section.temperature, section.tv_weight) == (0.01, 0.1, 0.1)
-    assert section.shared_optimizer
-    assert section.image == "pixel"
-    assert section.whole_image_weight == 0
+    assert (section.images, section.held_out, section.batch, section.steps) == (128, 0, 16, 3000)
+    assert section.precision == "float32"
+    published = METHODS[section.method]
+    assert (published.learning_rate, published.temperature, published.tv_weight) == (0.01, 0.1, 0.1)
+    assert published.shared_optimizer
+    assert published.image == "pixel"
+    assert published.labels == "random"
+    assert published.whole_image_weight == published.bns_weight == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"template": "a {} {x}"}, r"exactly one {}, got 'a {} {x}'"),
+        ({"method": "real"}, "belongs to synthesis.method real"),
+        ({"source": "photos"}, "belongs to synthesis.method real"),
+        ({"method": "d4c-published", "early_stop_tolerance": 0.1}, "one optimiser for all"),
+    ],
+)
+def test_contradictions_are_refused_wherever_a_recipe_comes_from(values: dict[str, object], message: str) -> None:
+    """Built in Python, and from a file, where the file and the key are named."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SynthesisSection(**values)
+    key = list(values)[-1] if values != {"method": "real"} else "source"
+    overrides = [f"synthesis.{name}={value}" for name, value in values.items()]
+    with pytest.raises(RecipeError, match=rf"recipe default, synthesis\.{key}: .*{re.escape(message)}"):
+        load_recipe(None, overrides)
+
+
+def test_real_images_have_a_source() -> None:
+    assert SynthesisSection(method="real", source="photos").source == "photos"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("box_area", (0.7, 0.4)),
+        ("box_area", (0.0, 0.4)),
+        ("learning_rate", 0.0),
+        ("temperature", float("nan")),
+        ("tv_weight", -1.0),
+        ("image", "pixels"),
+        ("loss", "noise"),
+        ("labels", "sorted"),
+    ],
+)
+def test_methods_hold_no_values_out_of_range(name: str, value: object) -> None:
+    with pytest.raises(RecipeError, match=rf"Method\.{name}: "):
+        replace(D4C, **{name: value})
 
 
 def test_overrides_and_types() -> None:
@@ -43,6 +90,7 @@ def test_overrides_and_types() -> None:
         "steps",
         "=3",
         "synthesis.steps=0",
+        "synthesis.learning_rate=0.1",  # a constant of the method
         "quantization.bits=w3a8",
         "seed.x=1",
     ],

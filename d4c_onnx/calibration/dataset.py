@@ -70,7 +70,10 @@ def save_calibration_set(target: Path, content: CalibrationSet, preview: np.ndar
     """
     for name, array in (("pixel_values", content.pixel_values), ("held_out", content.held_out)):
         if not np.isfinite(array).all():
-            raise CalibrationError(f"{target}: {name} holds NaN or infinity. Lower synthesis.learning_rate.")
+            raise CalibrationError(
+                f"{target}: {name} holds NaN or infinity. Set synthesis.precision=float32; if that mends nothing, the "
+                "model's own weights do not compute finite numbers."
+            )
     with staged_folder(target) as stage:
         np.save(stage / PIXELS, np.ascontiguousarray(content.pixel_values, np.float32))
         np.save(stage / HELD_OUT, np.ascontiguousarray(content.held_out, np.float32))

@@ -5,12 +5,14 @@ Device, resolved precision and versions decide the last bits; they are in the se
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import Any
 
+from d4c_onnx.calibration.method import METHODS, Method
 from d4c_onnx.recipe import PromptSection, SynthesisSection
 
-# Raise it when the same ask makes other images, such as when a default that a recipe leaves open changes: sets and
-# half-done work of an earlier release are then not taken for this one's.
+# Raise it when the same ask makes other images, such as when the optimisation itself changes: sets and half-done work
+# of an earlier release are then not taken for this one's. A method's constants are part of the key anyway.
 _GENERATOR = 2
 
 
@@ -21,17 +23,21 @@ def calibration_key(
     nouns: tuple[str, ...],
     seed: int,
     source_sha256: str | None = None,
+    method: Method | None = None,
 ) -> dict[str, Any]:
     """Everything that was asked for, and an `id` that names the set's folder.
 
     Args:
         source_sha256: stands in for `section.source`: a key holds what was read, not where it lay.
+        method: instead of the one that `section.method` names.
     """
+    method = method or METHODS.get(section.method)
     key: dict[str, Any] = {
         "generator": _GENERATOR,
         "weights_sha256": weights_sha256,
         "seed": seed,
         "synthesis": {**section.model_dump(mode="json"), "source": source_sha256},
+        "method": asdict(method) if method else None,
         "text": text.model_dump(mode="json"),
         "nouns": list(nouns),
     }

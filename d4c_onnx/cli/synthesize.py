@@ -15,7 +15,7 @@ from d4c_onnx.cli import options, show
 @options.prompts_option
 @click.option(
     "--method",
-    type=click.Choice(["d4c", "bns", "pse", "noise", "pink", "real"]),
+    type=click.Choice(["d4c", "d4c-published", "bns", "pse", "noise", "pink", "real"]),
     help="How images come into being; noise, pink and real are controls.  [recipe: d4c]",
 )
 @click.option(

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from d4c_onnx.calibration.method import Method
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.recipe import SynthesisSection
 
@@ -61,19 +62,21 @@ def join_crew(rank: int, size: int, local_rank: int = 0) -> Crew:
     return Crew(rank, size)
 
 
-def check_divisible(section: SynthesisSection, crew: Crew) -> None:
-    """Refuse what makes a batch depend on others.
+def check_divisible(section: SynthesisSection, method: Method, crew: Crew) -> None:
+    """Refuse what asks for batches that know nothing of each other where they do.
 
     Raises:
-        RecipeError: one optimiser for all images, or an early stop.
+        RecipeError: several processes, or an early stop, with one optimiser for all images; several with an early stop.
     """
-    bound = {
-        "shared_optimizer": section.shared_optimizer,
-        "settle": section.settle,
-    }
-    asked = [name for name, value in bound.items() if value]
-    if crew.size > 1 and asked:
+    tolerance = section.early_stop_tolerance
+    if tolerance is not None and method.shared_optimizer:
         raise RecipeError(
-            f"synthesis.{asked[0]}: makes batches depend on each other, so several processes cannot share them. "
+            "synthesis.early_stop_tolerance: needs batches that are finished one by one. This method has one optimiser "
+            "for all images: use method: d4c."
+        )
+    bound = "method" if method.shared_optimizer else "early_stop_tolerance" if tolerance is not None else None
+    if crew.size > 1 and bound:
+        raise RecipeError(
+            f"synthesis.{bound}: makes batches depend on each other, so several processes cannot share them. "
             "Run one process."
         )

@@ -1,8 +1,7 @@
 """The loop: it owns the optimiser, the views, and the checkpoints; everything else is given to it as values.
 
-A *unit* is a set of images under one Adam. By default each batch is a unit of its own; with `shared_optimizer` all
-calibration images are one unit, whose minibatches step one Adam in turn, as published (there, images outside the
-minibatch drift on stale momentum).
+A *unit* is a set of images under one Adam. By default each batch is a unit of its own; as published, all calibration
+images are one unit, whose minibatches step one Adam in turn (images outside the minibatch drift on stale momentum).
 """
 
 from collections.abc import Callable
@@ -13,16 +12,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from d4c_onnx.calibration.method import Method
 from d4c_onnx.files import write_file
 from d4c_onnx.recipe import SynthesisSection
 from d4c_onnx.synthesis.coarse import CoarseView
 from d4c_onnx.synthesis.objectives import Objective, Seen, guidance, inside, structure, total_variation
 from d4c_onnx.synthesis.param import Images
 from d4c_onnx.synthesis.perturb import Perturbation, perturb
-from d4c_onnx.synthesis.taps import INSIDE, Taps
+from d4c_onnx.synthesis.taps import Taps
 from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 
-_STATISTICS_WEIGHT = 300.0  # of the distance to a ResNet's BatchNorms (docs/synthesis.md)
+# Steps between two checkpoints inside a unit, and what an interrupted run loses at most: a fifteenth of the published
+# 3,000 passes. Each is a file of three times the images' size (Adam's two moments), too much for every few steps.
+CHECKPOINT_STEPS = 200
 
 StepReport = Callable[[int, dict[str, float]], None]
 
@@ -34,42 +36,38 @@ class Guide:
     Attributes:
         encode: pixel_values [B, 3, H, W] -> embeds [B, D].
         texts: float32 [K, D], unit vectors.
+        method: the constants of the optimisation.
         objective: the weighted sum of losses.
-        perturbations: PAE's list; empty without PAE.
-        perturbed_view: the view PAE acts on.
+        perturbations: PAE's list; empty without PAE. They act on SCG's box, without SCG on the whole image.
         taps: what the objective asks of the tower's inside.
         coarse: the smaller size at which the first steps look, if any.
     """
 
     encode: Callable[[torch.Tensor], torch.Tensor]
     texts: torch.Tensor
+    method: Method
     objective: Objective
     perturbations: tuple[Perturbation, ...]
-    perturbed_view: str
     taps: Taps
     coarse: CoarseView | None = None
 
 
-def build_objective(section: SynthesisSection, keeps_statistics: bool = False) -> Objective:
-    """The published sum, plus what a recipe adds; for the baselines, their one term and total variation.
+def build_objective(method: Method, keeps_statistics: bool = False) -> Objective:
+    """The published sum, plus what this library adds; for the baselines, their one term and total variation.
 
     Args:
-        section: the recipe's.
-        keeps_statistics: whether the tower has BatchNorms to be faithful to, where the recipe leaves that open.
+        keeps_statistics: whether the tower has BatchNorms to be faithful to.
     """
-    smooth = section.tv_weight * total_variation()
-    if section.method in INSIDE:
-        return inside(section.method) + smooth
-    objective = guidance("whole", section.temperature)
-    if section.scg:
-        objective = structure(section.temperature) + (
-            section.whole_image_weight * objective if section.whole_image_weight else Objective()
+    smooth = method.tv_weight * total_variation()
+    if method.loss != "d4c":
+        return inside(method.loss) + smooth
+    objective = guidance("whole", method.temperature)
+    if method.scg:
+        objective = structure(method.temperature) + (
+            method.whole_image_weight * objective if method.whole_image_weight else Objective()
         )
-    statistics = section.bns_weight
-    if statistics is None:
-        statistics = _STATISTICS_WEIGHT if keeps_statistics else 0.0
-    if statistics:
-        objective = objective + statistics * inside("bns")
+    if keeps_statistics and method.bns_weight:
+        objective = objective + method.bns_weight * inside("bns")
     return objective + smooth
 
 
@@ -88,26 +86,26 @@ def optimize_unit(
         images: the unit's leaf and its renderer.
         labels: int64 [N], the prompt that each image is made for.
         generator: CPU generator, freshly seeded for this unit.
-        checkpoint: state file, written every `checkpoint_steps` passes and removed by the caller.
+        checkpoint: state file, written every `CHECKPOINT_STEPS` passes and removed by the caller.
         on_step: called after each pass with the pass's number and its loss terms.
 
     Returns:
         The rendered images, float32 [N, 3, H, W], on the CPU, and the loss terms by name, one value per pass.
     """
     values = images.values.clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([values], lr=section.learning_rate)
-    boxes = draw_boxes(len(values), section.box_area, generator).to(values.device)
+    optimizer = torch.optim.Adam([values], lr=guide.method.learning_rate)
+    boxes = draw_boxes(len(values), guide.method.box_area, generator).to(values.device)
     first, history = _resume(checkpoint, values, optimizer, generator)
     coarse_steps = round(section.coarse * section.steps)
     for step in range(first, section.steps):
         own = guide if step < coarse_steps else replace(guide, coarse=None)
         for chosen in _minibatches(len(values), section.batch, generator):
             pixels = images.render(values[chosen])
-            shown = optimize_step(pixels, boxes[chosen], labels[chosen], own, section, optimizer, generator)
+            shown = optimize_step(pixels, boxes[chosen], labels[chosen], own, optimizer, generator)
         for name, value in shown.items():
             history.setdefault(name, []).append(value)
         on_step(step + 1, shown)
-        if (step + 1) % section.checkpoint_steps == 0 and step + 1 < section.steps:
+        if (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < section.steps:
             _save(checkpoint, step + 1, values, optimizer, generator, history)
     with torch.no_grad():
         return images.render(values).detach().float().cpu(), history
@@ -118,12 +116,11 @@ def optimize_step(
     boxes: torch.Tensor,
     labels: torch.Tensor,
     guide: Guide,
-    section: SynthesisSection,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """One step of Adam on rendered pixels [B, 3, H, W], at the guide's coarse size where it has one; the loss terms."""
-    loss, shown = guide.objective(_look(pixels, boxes, labels, guide, section, generator))
+    loss, shown = guide.objective(_look(pixels, boxes, labels, guide, generator))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -138,26 +135,22 @@ def _minibatches(count: int, batch: int, generator: torch.Generator) -> list[tor
 
 
 def _look(
-    pixels: torch.Tensor,
-    boxes: torch.Tensor,
-    labels: torch.Tensor,
-    guide: Guide,
-    section: SynthesisSection,
-    generator: torch.Generator,
+    pixels: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, guide: Guide, generator: torch.Generator
 ) -> Seen:
     """Render the views the objective needs, and encode them in one forward pass."""
     wanted = sorted(guide.objective.views)
+    perturbed = "box" if guide.method.scg else "whole"
     seen = guide.coarse.shrink(pixels) if guide.coarse else pixels
     views: dict[str, torch.Tensor] = {}
     for name in wanted:
         if name == "box":
             views[name] = crop_boxes(seen, boxes)
         elif name == "background":
-            noise = torch.randn(seen.shape, generator=generator).to(seen.device) * section.background_noise
+            noise = torch.randn(seen.shape, generator=generator).to(seen.device) * guide.method.background_noise
             views[name] = cut_boxes(seen, boxes, noise)
         else:
             views[name] = seen
-        if name == guide.perturbed_view:
+        if name == perturbed:
             views[name] = perturb(views[name], guide.perturbations, generator)
     count = len(pixels)
     embeds = F.normalize(guide.encode(torch.cat([views[name] for name in wanted])), dim=-1)

@@ -25,6 +25,7 @@ from d4c_onnx.calibration.dataset import (
     work_folder,
 )
 from d4c_onnx.calibration.key import calibration_key
+from d4c_onnx.calibration.method import METHODS, Method
 from d4c_onnx.files import translate_os_error, write_file, write_json
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.progress import OnStep, silent
@@ -38,7 +39,7 @@ from d4c_onnx.synthesis.param import start_images
 from d4c_onnx.synthesis.perturb import published
 from d4c_onnx.synthesis.prompts import draw_labels, draw_texts
 from d4c_onnx.synthesis.settling import Settling
-from d4c_onnx.synthesis.taps import INSIDE, Taps, keeps_statistics
+from d4c_onnx.synthesis.taps import Taps, keeps_statistics
 from d4c_onnx.vocabulary import templates
 
 # images float32 [N, 3, H, W], and their loss terms, one value per pass
@@ -57,6 +58,7 @@ def synthesize(
     given: np.ndarray | None = None,
     source_sha256: str | None = None,
     crew: Crew | None = None,
+    method: Method | None = None,
     on_step: OnStep = silent,
 ) -> CalibrationSet:
     """Make a calibration set for a model from the model itself.
@@ -71,26 +73,30 @@ def synthesize(
         given: method real only: float32 [images + held_out, 3, H, W], ready pixel_values.
         source_sha256: method real only: of what they were read from.
         crew: the processes that share the work; none: this one alone.
+        method: how images are optimised, instead of what `section.method` names.
         on_step: told after each optimiser pass.
 
     Raises:
-        RecipeError: the recipe asks for what the tower does not have, or makes batches that a crew cannot share.
+        RecipeError: the recipe asks for what the tower does not have, or for batches that depend on each other where a
+            crew shares them or an early stop ends them.
         ModelError: cuda was asked for and is not there.
         BundleError: the disk is full.
     """
     crew = crew or Crew()
-    check_divisible(section, crew)
-    key = calibration_key(loaded.weights_sha256, section, text, nouns, seed, source_sha256)
+    key = calibration_key(loaded.weights_sha256, section, text, nouns, seed, source_sha256, method)
+    method = method or METHODS.get(section.method)
+    if method:
+        check_divisible(section, method, crew)
     total = section.images + section.held_out
     where = resolve_device(device)
     precision = resolve_precision(section.precision, where)
     compute = {"device": where.type, "precision": str(precision).removeprefix("torch.")}
     work = crew.one_by_one(lambda: _work_folder(target, key, compute))
-    labels = draw_labels(total, len(nouns), section.labels, seed)
+    labels = draw_labels(total, len(nouns), method.labels if method else "stratified", seed)
     chosen = np.arange(total)
     made: list[Unit] = []
-    if section.method in ("d4c", *INSIDE):
-        chosen, made = _optimize(loaded, section, nouns, labels, work, seed, where, precision, crew, on_step)
+    if method:
+        chosen, made = _optimize(loaded, section, method, nouns, labels, work, seed, where, precision, crew, on_step)
     if crew.rank:  # the first process puts the set together
         crew.wait()
         return open_calibration_set(target)
@@ -100,7 +106,7 @@ def synthesize(
         pixels = given
     else:
         pixels = noise_images(section.method, (total, 3, *loaded.preprocess["size"]), seed)
-    labels = labels[chosen] if section.method == "d4c" else labels[:0]  # the others are made for no noun
+    labels = labels[chosen] if method and method.loss == "d4c" else labels[:0]  # the others are made for no noun
     texts, held_out_texts = draw_texts(nouns, templates(), text.prompts, text.held_out, seed)
     ids = loaded.tokenize(texts)
     end = getattr(loaded.tokenizer, "eot_token_id", None)
@@ -128,6 +134,7 @@ def synthesize(
 def _optimize(
     loaded: LoadedModel,
     section: SynthesisSection,
+    method: Method,
     nouns: tuple[str, ...],
     labels: np.ndarray,
     work: Path,
@@ -146,11 +153,11 @@ def _optimize(
     # The deployed form of the tower: the same numbers, and on CPUs its backward pass is about three times faster
     # than torch's fused attention.
     tower, _ = loaded.deployed_towers()
-    guide = _guide(loaded, tower, section, nouns, mean, std, device, precision)
-    size = section.images if section.shared_optimizer else section.batch
+    guide = _guide(loaded, tower, section, method, nouns, mean, std, device, precision)
+    size = section.images if method.shared_optimizer else section.batch
     parts: list[Unit] = []
     chosen: list[int] = []
-    settling = Settling(tower) if section.settle else None
+    settling = Settling(tower) if section.early_stop_tolerance else None
     settled, skipped = False, 0
 
     def file_of(number: int) -> Path:
@@ -162,7 +169,7 @@ def _optimize(
         if not done_file.exists():
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             shape = (stop - start, 3, *loaded.preprocess["size"])
-            images = start_images(section.image, shape, mean, std, generator)
+            images = start_images(method.image, shape, mean, std, generator)
             # counted by their files: those in front of this unit may be another process's, and not made yet
             before = sum(end - first for other, (first, end) in enumerate(spans) if file_of(other).exists())
             report = _reporter(before, skipped, stop - start, len(labels), section.steps, on_step)
@@ -188,8 +195,10 @@ def _optimize(
             continue
         parts.append(_load_unit(unit(number, start, stop)))
         chosen.extend(range(start, stop))
-        if settling and section.settle and not settled and stop <= section.images:
-            settled = settling.add(guide.encode, torch.from_numpy(parts[-1][0]).to(device)) < section.settle
+        if settling and section.early_stop_tolerance and not settled and stop <= section.images:
+            settled = (
+                settling.add(guide.encode, torch.from_numpy(parts[-1][0]).to(device)) < section.early_stop_tolerance
+            )
             guide.taps.clear()
     on_step("synthesize", len(labels) * section.steps, len(labels) * section.steps, {"images": len(chosen)})
     return np.array(chosen), parts
@@ -222,20 +231,21 @@ def _guide(
     loaded: LoadedModel,
     tower: nn.Module,
     section: SynthesisSection,
+    method: Method,
     nouns: tuple[str, ...],
     mean: torch.Tensor,
     std: torch.Tensor,
     device: torch.device,
     precision: torch.dtype,
 ) -> Guide:
-    objective = build_objective(section, keeps_statistics(tower))
+    objective = build_objective(method, keeps_statistics(tower))
     coarse = coarse_view(tower, loaded.preprocess["size"]) if section.coarse else None
     return Guide(
         encode=prepare_tower(tower, device, precision, coarse),
         texts=embed_prompts(loaded, section.template, nouns).to(device),
+        method=method,
         objective=objective,
-        perturbations=published(mean, std) if section.pae and section.method == "d4c" else (),
-        perturbed_view="box" if section.scg else "whole",
+        perturbations=published(mean, std) if method.pae and method.loss == "d4c" else (),
         taps=Taps(tower, objective.inside),
         coarse=coarse,
     )

@@ -21,7 +21,6 @@ from torch import nn
 
 from d4c_onnx.errors import RecipeError
 
-INSIDE = ("bns", "pse")
 _GRID = 64  # points of the density estimate over similarities in -1..1
 _PATCHES = 64  # similarities are quadratic in patches; evenly spaced ones are enough for a density
 

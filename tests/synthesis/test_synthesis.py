@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.calibration.dataset import open_calibration_set
+from d4c_onnx.calibration.method import D4C, PUBLISHED, Method
 from d4c_onnx.errors import CalibrationError, RecipeError
 from d4c_onnx.files import sha256
 from d4c_onnx.recipe import Recipe, load_recipe
@@ -58,8 +60,8 @@ def test_objectives_descend(name: str, mini_vit) -> None:
         "guidance": guidance("whole", 0.1),
         "structure": structure(0.1),
         "total_variation": total_variation(),
-        "published": build_objective(load_recipe("paper").synthesis),
-        "default": build_objective(load_recipe("default").synthesis),
+        "published": build_objective(PUBLISHED),
+        "default": build_objective(D4C),
     }
     _descends(objectives[name], mini_vit)
 
@@ -89,9 +91,9 @@ def test_objectives_add_and_weigh() -> None:
 
 
 def test_published_switches_choose_the_terms() -> None:
-    names = [term.name for term in build_objective(load_recipe("paper").synthesis).terms]
+    names = [term.name for term in build_objective(PUBLISHED, keeps_statistics=True).terms]
     assert sorted(names) == ["scg", "tv"]
-    without = build_objective(load_recipe("paper", ["synthesis.scg=false"]).synthesis)
+    without = build_objective(replace(PUBLISHED, scg=False))
     assert sorted(term.name for term in without.terms) == ["pgsi_whole", "tv"]
 
 
@@ -194,16 +196,13 @@ def _hashes(path: Path) -> dict[str, str]:
     return {file.name: sha256(file) for file in sorted(path.iterdir())}
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        ("synthesis.coarse=0.5",),
-        ("synthesis.shared_optimizer=true", "synthesis.image=pixel"),
-    ],
-)
-def test_interrupted_run_resumes_to_the_same_files(tmp_path: Path, mini_vit, extra: tuple[str, ...]) -> None:
-    keys = ("images=4", "held_out=2", "batch=3", "steps=4", "checkpoint_steps=1")
-    recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4", *extra])
+@pytest.mark.parametrize("extra", ["coarse=0.5", "method=d4c-published"])
+def test_interrupted_run_resumes_to_the_same_files(
+    tmp_path: Path, mini_vit, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d4c_onnx.synthesis.loop.CHECKPOINT_STEPS", 1)
+    keys = ("images=4", "held_out=2", "batch=3", "steps=4", extra)
+    recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
     nouns = mini_vit.embedded.nouns
 
     def run(name: str, stop_at: int | None = None) -> None:
@@ -220,13 +219,13 @@ def test_interrupted_run_resumes_to_the_same_files(tmp_path: Path, mini_vit, ext
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("extra", [(), ("synthesis.shared_optimizer=true", "synthesis.labels=random")])
-def test_what_is_held_out_changes_no_calibration_image(tmp_path: Path, mini_vit, extra: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("method", ["d4c", "d4c-published"])
+def test_what_is_held_out_changes_no_calibration_image(tmp_path: Path, mini_vit, method: str) -> None:
     """Neither through a batch that is not full, nor through an Adam for all: `paper` may hold images out."""
     made = []
     for held_out in (0, 3):
-        keys = ("images=3", f"held_out={held_out}", "batch=2", "steps=3")
-        recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4", *extra])
+        keys = ("images=3", f"held_out={held_out}", "batch=2", "steps=3", f"method={method}")
+        recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
         target = tmp_path / str(held_out)
         made.append(synthesize(mini_vit, target, recipe.synthesis, recipe.text, mini_vit.embedded.nouns, seed=0))
     without, with_held_out = made
@@ -297,71 +296,84 @@ def test_fourier_coefficients_of_unit_variance_render_unit_variance(height: int,
     assert 0.9 < float(pixels.var()) < 1.1
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "image=pixel",
-        "whole_image_weight=0.0",
-        "labels=random",
-        "temperature=0.2",
-        "precision=bfloat16",
-        "coarse=1.0",
-        "scg=false",
-        "pae=false",
-        "tv_weight=1.0",
-        "box_area=[0.2,0.3]",
-        "background_noise=0.5",
-        "learning_rate=0.2",
-        "shared_optimizer=true",
-    ],
-)
-def test_every_key_changes_the_images_and_they_still_learn(tmp_path: Path, key: str, mini_vit) -> None:
-    nouns = mini_vit.embedded.nouns
+_CHANGES: dict[str, Method | str] = {
+    "pixel": replace(D4C, image="pixel"),
+    "no whole image": replace(D4C, whole_image_weight=0.0),
+    "random labels": replace(D4C, labels="random"),
+    "temperature": replace(D4C, temperature=0.2),
+    "no scg": replace(D4C, scg=False),
+    "no pae": replace(D4C, pae=False),
+    "total variation": replace(D4C, tv_weight=1.0),
+    "smaller boxes": replace(D4C, box_area=(0.2, 0.3)),
+    "background noise": replace(D4C, background_noise=0.5),
+    "learning rate": replace(D4C, learning_rate=0.2),
+    "one Adam": replace(D4C, shared_optimizer=True),
+    "precision": "precision=bfloat16",
+    "coarse": "coarse=1.0",
+}
 
-    def run(name: str, *extra: str) -> CalibrationSet:
+
+@pytest.mark.parametrize("name", _CHANGES)
+def test_every_choice_changes_the_images_and_they_still_learn(tmp_path: Path, name: str, mini_vit) -> None:
+    nouns, change = mini_vit.embedded.nouns, _CHANGES[name]
+
+    def run(target: str, method: Method, *extra: str) -> CalibrationSet:
         keys = ("images=4", "held_out=0", "batch=2", "steps=10", "precision=float32", *extra)
-        recipe = load_recipe(None, [*" ".join(f"synthesis.{item}" for item in keys).split(), "text.prompts=4"])
-        return synthesize(mini_vit, tmp_path / name, recipe.synthesis, recipe.text, nouns, seed=0)
+        recipe = load_recipe(None, [*(f"synthesis.{item}" for item in keys), "text.prompts=4"])
+        place = tmp_path / target
+        return synthesize(mini_vit, place, recipe.synthesis, recipe.text, nouns, seed=0, method=method)
 
-    plain, changed = run("plain"), run("changed", key)
+    plain = run("plain", D4C)
+    changed = run("changed", D4C, change) if isinstance(change, str) else run("changed", change)
     assert not np.array_equal(plain.pixel_values, changed.pixel_values)
-    assert len(changed.losses) == (1 if key == "shared_optimizer=true" else 2)
+    assert plain.manifest["key"]["id"] != changed.manifest["key"]["id"]
+    assert len(changed.losses) == (1 if name == "one Adam" else 2)
     for losses in changed.losses:
         assert np.mean(losses["loss"][-3:]) < np.mean(losses["loss"][:3])
 
 
 def test_what_binds_batches_is_refused_to_several_processes(tmp_path: Path, mini_vit) -> None:
-    for key in ("shared_optimizer=true", "settle=0.1"):
+    for key, named in (("method=d4c-published", "method"), ("early_stop_tolerance=0.1", "early_stop_tolerance")):
         recipe = load_recipe(None, [f"synthesis.{key}"])
-        with pytest.raises(RecipeError, match=key.partition("=")[0]):
+        with pytest.raises(RecipeError, match=rf"synthesis\.{named}: makes batches depend"):
             synthesize(mini_vit, tmp_path / "x", recipe.synthesis, recipe.text, ("a", "b"), seed=0, crew=Crew(1, 2))
 
 
-def test_settled_statistics_end_the_calibration_images(tmp_path: Path, mini_vit) -> None:
+def test_an_early_stop_needs_batches_that_end_one_by_one(tmp_path: Path, mini_vit) -> None:
+    """By the recipe's own method and by one that is given."""
+    with pytest.raises(RecipeError, match=r"recipe default, synthesis\.early_stop_tolerance: needs batches"):
+        load_recipe(None, ["synthesis.early_stop_tolerance=0.01", "synthesis.method=d4c-published"])
+    recipe = load_recipe(None, ["synthesis.early_stop_tolerance=0.01"])
+    with pytest.raises(RecipeError, match=r"synthesis\.early_stop_tolerance: needs batches"):
+        synthesize(mini_vit, tmp_path / "x", recipe.synthesis, recipe.text, ("a", "b"), seed=0, method=PUBLISHED)
+
+
+def test_an_early_stop_ends_the_calibration_images(tmp_path: Path, mini_vit, monkeypatch: pytest.MonkeyPatch) -> None:
     """The images that are made are those of the full run, held-out ones included; an interrupted run decides alike."""
+    monkeypatch.setattr("d4c_onnx.synthesis.loop.CHECKPOINT_STEPS", 1)
     nouns = mini_vit.embedded.nouns
 
-    def run(name: str, settle: str, stop_at: int | None = None) -> CalibrationSet:
-        keys = ("images=8", "held_out=2", "batch=2", "steps=2", "checkpoint_steps=1", settle)
+    def run(name: str, tolerance: float, stop_at: int | None = None) -> CalibrationSet:
+        keys = ("images=8", "held_out=2", "batch=2", "steps=2", f"early_stop_tolerance={tolerance:.7f}")
         recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
         target, on_step = tmp_path / name, _stop_at(stop_at)
         return synthesize(mini_vit, target, recipe.synthesis, recipe.text, nouns, seed=0, on_step=on_step)
 
-    full, settled = run("full", "settle=0.0000001"), run("settled", "settle=1.0")
+    full, stopped = run("full", 1e-7), run("stopped", 1.0)
     assert len(full.pixel_values) == 8
-    assert len(settled.pixel_values) == 4  # the first batch moves everything, the second less than all of it
-    assert np.array_equal(settled.pixel_values, full.pixel_values[:4])
-    assert np.array_equal(settled.held_out, full.held_out)
-    assert settled.labels == full.labels[:4] + full.labels[8:]
-    assert len(settled.losses) == 3
+    assert len(stopped.pixel_values) == 4  # the first batch moves everything, the second less than all of it
+    assert np.array_equal(stopped.pixel_values, full.pixel_values[:4])
+    assert np.array_equal(stopped.held_out, full.held_out)
+    assert stopped.labels == full.labels[:4] + full.labels[8:]
+    assert len(stopped.losses) == 3
     with pytest.raises(KeyboardInterrupt):
-        run("parts", "settle=1.0", stop_at=4)
-    run("parts", "settle=1.0")
-    assert _hashes(tmp_path / "parts") == _hashes(tmp_path / "settled")
+        run("parts", 1.0, stop_at=4)
+    run("parts", 1.0)
+    assert _hashes(tmp_path / "parts") == _hashes(tmp_path / "stopped")
 
 
 def test_progress_ends_with_the_images_that_were_made(tmp_path: Path, mini_vit) -> None:
-    keys = ("images=8", "held_out=2", "batch=2", "steps=2", "settle=1.0")
+    keys = ("images=8", "held_out=2", "batch=2", "steps=2", "early_stop_tolerance=1.0")
     recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
     seen: list[tuple[int, int, float]] = []
 
@@ -371,7 +383,7 @@ def test_progress_ends_with_the_images_that_were_made(tmp_path: Path, mini_vit) 
     synthesize(
         mini_vit, tmp_path / "set", recipe.synthesis, recipe.text, mini_vit.embedded.nouns, seed=0, on_step=on_step
     )
-    assert seen[-1] == (20, 20, 6)  # four calibration images settled it, two are held out
+    assert seen[-1] == (20, 20, 6)  # four calibration images were enough, two are held out
     assert [images for _, _, images in seen] == sorted(images for _, _, images in seen)
 
 
