@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +23,75 @@ from results import run
 from d4c_onnx import measure as measuring
 from d4c_onnx import pipeline
 from d4c_onnx.bundle import open_bundle
-from d4c_onnx.calibration.dataset import work_folder
+from d4c_onnx.calibration import CalibrationSet
+from d4c_onnx.calibration.dataset import open_calibration_set, work_folder
+from d4c_onnx.calibration.key import calibration_key
+from d4c_onnx.calibration.method import METHODS, Method
+from d4c_onnx.models.catalogue import embedded_models
+from d4c_onnx.models.load import load_model
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.recipe import Recipe, load_recipe
+from d4c_onnx.synthesis import synthesize
 
 MODELS = ("mini-vit", "mini-rn")
 BITS = ("w4a8", "w6a6")
 MEASURES = ("agreement", "cosine_image", "cosine_text", "similarity_rmse")
-# name -> recipe, overrides of the synthesis section, the models it applies to
-ROWS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "default": ("default", "", MODELS),
-    "published, 500 of 3,000 passes": ("paper", "steps=500", MODELS),
-    "published": ("paper", "", MODELS),
-    "noise": ("default", "method=noise", MODELS),
-    "pink": ("default", "method=pink", MODELS),
-    "real": ("default", "method=real", MODELS),
-    "bns": ("default", "method=bns", ("mini-rn",)),
-    "pse": ("default", "method=pse", ("mini-vit",)),
-    "PGSI": ("default", "scg=false pae=false bns_weight=0.0", MODELS),
-    "PGSI + SCG": ("default", "pae=false bns_weight=0.0", MODELS),
-    "PGSI + PAE": ("default", "scg=false bns_weight=0.0", MODELS),
-    "no whole-image view": ("default", "whole_image_weight=0.0", MODELS),
-    "random labels": ("default", "labels=random", MODELS),
-    "free pixels": ("default", "image=pixel", MODELS),
-    "one Adam for all": ("default", "shared_optimizer=true", MODELS),
-    "without BatchNorm statistics": ("default", "bns_weight=0.0", ("mini-rn",)),
-    "BatchNorm statistics, weight 30": ("default", "bns_weight=30.0", ("mini-rn",)),
-    "BatchNorm statistics, weight 100": ("default", "bns_weight=100.0", ("mini-rn",)),
-    "BatchNorm statistics, weight 1000": ("default", "bns_weight=1000.0", ("mini-rn",)),
-    "PGSI + BatchNorm statistics": ("default", "scg=false pae=false", ("mini-rn",)),
-    "PGSI + PAE + BatchNorm statistics": ("default", "scg=false", ("mini-rn",)),
-    "total variation, weight 0.3": ("default", "tv_weight=0.3", MODELS),
-    "total variation, weight 1": ("default", "tv_weight=1.0", MODELS),
-    "total variation, weight 3": ("default", "tv_weight=3.0", MODELS),
-    "coarse 0.5": ("default", "coarse=0.5", ("mini-vit",)),  # mini-rn's 2 x 2 tokens cannot be halved
-    "25 steps": ("default", "steps=25", MODELS),
-    "settle 0.02": ("default", "settle=0.02", MODELS),
-    "float32": ("default", "precision=float32", MODELS),
-    "20 steps": ("default", "steps=20", MODELS),
-    "200 steps": ("default", "steps=200", MODELS),
-    "8 images": ("default", "images=8", MODELS),
-    "32 images": ("default", "images=32", MODELS),
-    "512 images": ("default", "images=512", MODELS),
-    "512 images, 100 steps": ("default", "images=512 steps=100", MODELS),
-    "bns, 512 images": ("default", "method=bns images=512", ("mini-rn",)),
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way to make images.
+
+    Attributes:
+        recipe: a shipped recipe.
+        keys: overrides of its synthesis section.
+        changes: of the method's constants.
+        models: those it applies to.
+    """
+
+    recipe: str = "default"
+    keys: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] = MODELS
+
+
+VIT, RN = MODELS[:1], MODELS[1:]
+ROWS = {
+    "default": Row(),
+    "published, 500 of 3,000 passes": Row("paper", "steps=500"),
+    "published": Row("paper"),
+    "noise": Row(keys="method=noise"),
+    "pink": Row(keys="method=pink"),
+    "real": Row(keys="method=real"),
+    "bns": Row(keys="method=bns", models=RN),
+    "pse": Row(keys="method=pse", models=VIT),
+    "PGSI": Row(changes={"scg": False, "pae": False, "bns_weight": 0.0}),
+    "PGSI + SCG": Row(changes={"pae": False, "bns_weight": 0.0}),
+    "PGSI + PAE": Row(changes={"scg": False, "bns_weight": 0.0}),
+    "no whole-image view": Row(changes={"whole_image_weight": 0.0}),
+    "random labels": Row(changes={"labels": "random"}),
+    "free pixels": Row(changes={"image": "pixel"}),
+    "one Adam for all": Row(changes={"shared_optimizer": True}),
+    "without BatchNorm statistics": Row(changes={"bns_weight": 0.0}, models=RN),
+    "BatchNorm statistics, weight 30": Row(changes={"bns_weight": 30.0}, models=RN),
+    "BatchNorm statistics, weight 100": Row(changes={"bns_weight": 100.0}, models=RN),
+    "BatchNorm statistics, weight 1000": Row(changes={"bns_weight": 1000.0}, models=RN),
+    "PGSI + BatchNorm statistics": Row(changes={"scg": False, "pae": False}, models=RN),
+    "PGSI + PAE + BatchNorm statistics": Row(changes={"scg": False}, models=RN),
+    "total variation, weight 0.3": Row(changes={"tv_weight": 0.3}),
+    "total variation, weight 1": Row(changes={"tv_weight": 1.0}),
+    "total variation, weight 3": Row(changes={"tv_weight": 3.0}),
+    "coarse 0.5": Row(keys="coarse=0.5", models=VIT),  # mini-rn's 2 x 2 tokens cannot be halved
+    "25 steps": Row(keys="steps=25"),
+    "stopped early, 0.02": Row(keys="early_stop_tolerance=0.02"),
+    "float32": Row(keys="precision=float32"),
+    "20 steps": Row(keys="steps=20"),
+    "200 steps": Row(keys="steps=200"),
+    "8 images": Row(keys="images=8"),
+    "32 images": Row(keys="images=32"),
+    "512 images": Row(keys="images=512"),
+    "512 images, 100 steps": Row(keys="images=512 steps=100"),
+    "bns, 512 images": Row(keys="method=bns images=512", models=RN),
 }
 
 
@@ -76,7 +102,7 @@ def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[None
         for model in args.models:
             if not (output / model / "manifest.json").exists():
                 pipeline.export_bundle(model, output, load_recipe())
-            rows = [name for name, (_, _, models) in ROWS.items() if model in models and re.search(args.only, name)]
+            rows = [name for name, row in ROWS.items() if model in row.models and re.search(args.only, name)]
             missing = [name for name in rows if _key(model, name, seed) not in results]
             for start in range(0, len(missing), args.group):
                 _measure_group(args, results, model, missing[start : start + args.group], seed)
@@ -91,11 +117,10 @@ def _measure_group(args: argparse.Namespace, results: dict[str, dict], model: st
     folder.mkdir(parents=True)
     made, seconds = [], {}
     for number, name in enumerate(names):
-        recipe = recipe_of(name, seed, args.train)
         # Seconds of all cores together: they stay comparable when the machine does other work beside this.
         before = set((output / model).iterdir())
         clock = time.process_time()
-        made_at, data = pipeline.synthesize_calibration_set(model, recipe, output=output)
+        made_at, data = calibration_set(model, name, seed, args.train, output)
         spent = time.process_time() - clock
         if not {made_at, work_folder(made_at)} & before:  # else some of it, or all, was made by an earlier run
             seconds[name] = spent
@@ -114,15 +139,30 @@ def _measure_group(args: argparse.Namespace, results: dict[str, dict], model: st
         results[_key(model, name, seed)] = {**spent, **found}
 
 
-def recipe_of(name: str, seed: int, train: Path | None) -> Recipe:
-    """A row's recipe; `real` reads `train`."""
-    recipe_name, keys, _ = ROWS[name]
-    overrides = [f"seed={seed}", *(f"synthesis.{item}" for item in keys.split())]
-    if "method=real" in keys:
+def calibration_set(model: str, name: str, seed: int, train: Path | None, output: Path) -> tuple[Path, CalibrationSet]:
+    """A row's set and its folder; made beside the model's bundle when it is not there. The row `real` reads `train`."""
+    row = ROWS[name]
+    overrides = [f"seed={seed}", *(f"synthesis.{item}" for item in row.keys.split())]
+    if "method=real" in row.keys:
         if train is None:
             raise SystemExit("the control `real` needs --train FILE.parquet; or leave it out with --only")
         overrides.append(f"synthesis.source={train}")
-    return load_recipe(recipe_name, overrides)
+    recipe = load_recipe(row.recipe, overrides)
+    if not row.changes:
+        return pipeline.synthesize_calibration_set(model, recipe, output=output)
+    return _changed_set(model, recipe, replace(METHODS[recipe.synthesis.method], **row.changes), output)
+
+
+def _changed_set(model: str, recipe: Recipe, method: Method, output: Path) -> tuple[Path, CalibrationSet]:
+    """What no recipe asks for: a method with other constants."""
+    loaded = load_model(model)
+    nouns = embedded_models()[model].nouns
+    key = calibration_key(loaded.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed, method=method)
+    target = pipeline.bundle_folder(output, model) / f"calibration-{key['id']}"
+    if target.exists():
+        return target, open_calibration_set(target)
+    section, text = recipe.synthesis, recipe.text
+    return target, synthesize(loaded, target, section, text, nouns, seed=recipe.seed, device="auto", method=method)
 
 
 def _key(model: str, name: str, seed: int) -> str:

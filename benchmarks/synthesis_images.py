@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from synthesis import MODELS, ROWS, recipe_of
+from synthesis import MODELS, ROWS, calibration_set
 
 from d4c_onnx import pipeline
 from d4c_onnx.bundle import open_bundle
@@ -20,7 +20,7 @@ SHOWN = ("default", "published, 500 of 3,000 passes", "PGSI", "free pixels", "bn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", default="exported")
+    parser.add_argument("-o", "--output", type=Path, default=Path("exported"))
     parser.add_argument("--train", type=Path, required=True, help="parquet with training images, for the row `real`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=8, help="of each set")
@@ -35,10 +35,9 @@ def main() -> None:
     for column, model in enumerate(MODELS):
         for panel, name in zip(axes[:, column], SHOWN, strict=True):
             panel.axis("off")
-            if model not in ROWS[name][2]:
+            if model not in ROWS[name].models:
                 continue
-            recipe = recipe_of(name, args.seed, args.train)
-            _, made = pipeline.synthesize_calibration_set(model, recipe, output=args.output)
+            _, made = calibration_set(model, name, args.seed, args.train, args.output)
             bundle = open_bundle(pipeline.bundle_folder(args.output, model))
             pixels = denormalize(np.array(made.pixel_values[: args.images]), bundle.manifest["preprocess"])
             strip = np.concatenate(list(np.pad(pixels, ((0, 0), (0, 0), (0, 0), (0, 2)), constant_values=1)), -1)

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from d4c_onnx.calibration.method import METHODS
 from d4c_onnx.models.load import LoadedModel, load_model
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.synthesis.compute import prepare_tower, resolve_precision
@@ -103,21 +104,21 @@ def _perturb_one(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> 
 
 def ours(loaded: LoadedModel, texts: torch.Tensor, batch: int, recipe: str, precision: str) -> Callable[[], None]:
     """A step through the library."""
-    section = load_recipe(recipe).synthesis
+    method = METHODS[load_recipe(recipe).synthesis.method]
     mean, std = loaded.normalization()
     generator = torch.Generator().manual_seed(0)
-    images = start_images(section.image, (batch, 3, *loaded.preprocess["size"]), mean, std, generator)
+    images = start_images(method.image, (batch, 3, *loaded.preprocess["size"]), mean, std, generator)
     values = images.values.requires_grad_(True)
     labels = torch.arange(batch) % len(texts)
     tower, _ = loaded.deployed_towers()
-    objective = build_objective(section, keeps_statistics(tower))
+    objective = build_objective(method, keeps_statistics(tower))
     encode = prepare_tower(tower, CPU, resolve_precision(precision, CPU))
-    guide = Guide(encode, texts, objective, published(mean, std), "box", Taps(tower, objective.inside))
-    optimizer = torch.optim.Adam([values], lr=section.learning_rate)
-    boxes = draw_boxes(batch, section.box_area, generator)
+    guide = Guide(encode, texts, method, objective, published(mean, std), Taps(tower, objective.inside))
+    optimizer = torch.optim.Adam([values], lr=method.learning_rate)
+    boxes = draw_boxes(batch, method.box_area, generator)
 
     def step() -> None:
-        optimize_step(images.render(values), boxes, labels, guide, section, optimizer, generator)
+        optimize_step(images.render(values), boxes, labels, guide, optimizer, generator)
 
     return step
 
