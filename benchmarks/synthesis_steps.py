@@ -29,12 +29,10 @@ import torch.nn.functional as F
 from d4c_onnx.calibration.method import METHODS
 from d4c_onnx.models.load import LoadedModel, load_model
 from d4c_onnx.recipe import load_recipe
-from d4c_onnx.synthesis.compute import prepare_tower, resolve_precision
-from d4c_onnx.synthesis.loop import Guide, build_objective, optimize_step
+from d4c_onnx.synthesis.compute import resolve_precision
+from d4c_onnx.synthesis.guide import build_guide, embed_prompts
+from d4c_onnx.synthesis.loop import optimize_step
 from d4c_onnx.synthesis.param import start_images
-from d4c_onnx.synthesis.perturb import published
-from d4c_onnx.synthesis.run import embed_prompts
-from d4c_onnx.synthesis.taps import Taps, keeps_statistics
 from d4c_onnx.synthesis.views import draw_boxes
 from d4c_onnx.vocabulary import generic_nouns
 
@@ -102,18 +100,16 @@ def _perturb_one(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> 
     return image
 
 
-def ours(loaded: LoadedModel, texts: torch.Tensor, batch: int, recipe: str, precision: str) -> Callable[[], None]:
+def ours(loaded: LoadedModel, nouns: tuple[str, ...], batch: int, recipe: str, precision: str) -> Callable[[], None]:
     """A step through the library."""
-    method = METHODS[load_recipe(recipe).synthesis.method]
+    section = load_recipe(recipe).synthesis
+    method = METHODS[section.method]
     mean, std = loaded.normalization()
     generator = torch.Generator().manual_seed(0)
     images = start_images(method.image, (batch, 3, *loaded.preprocess["size"]), mean, std, generator)
     values = images.values.requires_grad_(True)
-    labels = torch.arange(batch) % len(texts)
-    tower, _ = loaded.deployed_towers()
-    objective = build_objective(method, keeps_statistics(tower))
-    encode = prepare_tower(tower, CPU, resolve_precision(precision, CPU))
-    guide = Guide(encode, texts, method, objective, published(mean, std), Taps(tower, objective.inside))
+    guide = build_guide(loaded, method, section, nouns, CPU, resolve_precision(precision, CPU))
+    labels = torch.arange(batch) % len(nouns)
     optimizer = torch.optim.Adam([values], lr=method.learning_rate)
     boxes = draw_boxes(batch, method.box_area, generator)
 
@@ -130,9 +126,9 @@ def measure(name: str, batch: int, rounds: int, variants: Sequence[str]) -> dict
     texts = embed_prompts(loaded, "a photo of a {}.", nouns)
     makers = {
         "straightforward": lambda: straightforward(loaded, texts, batch),
-        "float32": lambda: ours(loaded, texts, batch, "paper", "float32"),
-        "auto": lambda: ours(loaded, texts, batch, "paper", "auto"),
-        "default": lambda: ours(loaded, texts, batch, "default", "auto"),
+        "float32": lambda: ours(loaded, nouns, batch, "paper", "float32"),
+        "auto": lambda: ours(loaded, nouns, batch, "paper", "auto"),
+        "default": lambda: ours(loaded, nouns, batch, "default", "auto"),
     }
     steps = {label: makers[label]() for label in variants}
     times: dict[str, list[float]] = {label: [] for label in steps}

@@ -40,7 +40,7 @@ from d4c_onnx.vocabulary import generic_nouns, read_nouns
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
     from d4c_onnx.models.load import LoadedModel
-    from d4c_onnx.synthesis import Crew
+    from d4c_onnx.synthesis import ProcessGroup
 
 
 def bundle_folder(output: str | Path, model: str) -> Path:
@@ -93,15 +93,15 @@ def synthesize_calibration_set(
     Returns:
         The set's folder, and the set.
     """
-    from d4c_onnx.synthesis import join_crew
+    from d4c_onnx.synthesis import init_process_group
 
     machine = machine or Machine()
     nouns = read_nouns(prompts) if prompts else None
     folder = Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
     _use_threads(machine)
-    crew = join_crew(machine.rank, machine.world_size, machine.local_rank)
-    _, origin = crew.one_by_one(lambda: _source_bundle(source, folder, recipe, pretrained, on_step))
-    return _calibration_set(origin, folder, recipe, nouns, machine, on_step, crew)
+    group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
+    _, origin = group.rank_zero_first(lambda: _source_bundle(source, folder, recipe, pretrained, on_step))
+    return _calibration_set(origin, folder, recipe, nouns, machine, on_step, group)
 
 
 def quantize_bundle(
@@ -319,7 +319,7 @@ def _calibration_set(
     nouns: tuple[str, ...] | None,
     machine: Machine,
     on_step: OnStep,
-    crew: Crew | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Path, CalibrationSet]:
     from d4c_onnx.calibration.dataset import open_calibration_set, work_folder
     from d4c_onnx.calibration.key import calibration_key
@@ -348,7 +348,7 @@ def _calibration_set(
         device=machine.device,
         given=_real_images(source, recipe, loaded.preprocess) if source else None,
         source_sha256=digest,
-        crew=crew,
+        group=group,
         on_step=on_step,
     )
     return target, made

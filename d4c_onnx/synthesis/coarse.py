@@ -1,4 +1,4 @@
-"""Images looked at in half the resolution: large shapes can be settled there at a fraction of the cost.
+"""Images looked at in half the resolution: large shapes can be found there at a fraction of the cost.
 
 A CLIP tower takes other sizes than its own when its positional embedding is resized, as for fine-tuning in a higher
 resolution (Source: ViT, arXiv 2010.11929, section 3.2). Nothing is trained here, and the images themselves keep their

@@ -5,21 +5,19 @@ images are one unit, whose minibatches step one Adam in turn (images outside the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from d4c_onnx.calibration.method import Method
 from d4c_onnx.files import write_file
 from d4c_onnx.recipe import SynthesisSection
-from d4c_onnx.synthesis.coarse import CoarseView
-from d4c_onnx.synthesis.objectives import Objective, Seen, guidance, inside, structure, total_variation
+from d4c_onnx.synthesis.guide import Guide
+from d4c_onnx.synthesis.objectives import Seen
 from d4c_onnx.synthesis.param import Images
-from d4c_onnx.synthesis.perturb import Perturbation, perturb
-from d4c_onnx.synthesis.taps import Taps
+from d4c_onnx.synthesis.perturb import perturb
 from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 
 # Steps between two checkpoints inside a unit, and what an interrupted run loses at most: a fifteenth of the published
@@ -27,48 +25,6 @@ from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 CHECKPOINT_STEPS = 200
 
 StepReport = Callable[[int, dict[str, float]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Guide:
-    """What steers the images: the frozen image tower, the prompts' unit vectors, and the objective.
-
-    Attributes:
-        encode: pixel_values [B, 3, H, W] -> embeds [B, D].
-        texts: float32 [K, D], unit vectors.
-        method: the constants of the optimisation.
-        objective: the weighted sum of losses.
-        perturbations: PAE's list; empty without PAE. They act on SCG's box, without SCG on the whole image.
-        taps: what the objective asks of the tower's inside.
-        coarse: the smaller size at which the first steps look, if any.
-    """
-
-    encode: Callable[[torch.Tensor], torch.Tensor]
-    texts: torch.Tensor
-    method: Method
-    objective: Objective
-    perturbations: tuple[Perturbation, ...]
-    taps: Taps
-    coarse: CoarseView | None = None
-
-
-def build_objective(method: Method, keeps_statistics: bool = False) -> Objective:
-    """The published sum, plus what this library adds; for the baselines, their one term and total variation.
-
-    Args:
-        keeps_statistics: whether the tower has BatchNorms to be faithful to.
-    """
-    smooth = method.tv_weight * total_variation()
-    if method.loss != "d4c":
-        return inside(method.loss) + smooth
-    objective = guidance("whole", method.temperature)
-    if method.scg:
-        objective = structure(method.temperature) + (
-            method.whole_image_weight * objective if method.whole_image_weight else Objective()
-        )
-    if keeps_statistics and method.bns_weight:
-        objective = objective + method.bns_weight * inside("bns")
-    return objective + smooth
 
 
 def optimize_unit(
@@ -120,7 +76,7 @@ def optimize_step(
     generator: torch.Generator,
 ) -> dict[str, float]:
     """One step of Adam on rendered pixels [B, 3, H, W], at the guide's coarse size where it has one; the loss terms."""
-    loss, shown = guide.objective(_look(pixels, boxes, labels, guide, generator))
+    loss, shown = guide.objective(_encode_views(pixels, boxes, labels, guide, generator))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -134,7 +90,7 @@ def _minibatches(count: int, batch: int, generator: torch.Generator) -> list[tor
     return list(torch.randperm(count, generator=generator).split(batch))
 
 
-def _look(
+def _encode_views(
     pixels: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, guide: Guide, generator: torch.Generator
 ) -> Seen:
     """Render the views the objective needs, and encode them in one forward pass."""
@@ -160,7 +116,7 @@ def _look(
         dict(zip(wanted, embeds.split(count), strict=True)),
         guide.texts,
         labels,
-        guide.taps.read(slice(whole, whole + count)),
+        guide.hooks.read(slice(whole, whole + count)),
     )
 
 

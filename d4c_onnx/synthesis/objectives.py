@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
+from d4c_onnx.calibration.method import Method
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -23,25 +25,26 @@ class Seen:
         embeds: unit vectors [B, D] by view: `whole`, `box`, `background`; only the views an objective asked for.
         texts: unit vectors [K, D], one per noun.
         labels: int64 [B], the noun each image is made for.
-        inside: scalars from within the tower for the whole image, by name (`taps`); only those asked for.
+        activation_terms: scalars from the tower's activations for the whole image, by name (`hooks`); only those asked
+            for.
     """
 
     pixels: torch.Tensor
     embeds: dict[str, torch.Tensor]
     texts: torch.Tensor
     labels: torch.Tensor
-    inside: dict[str, torch.Tensor] = field(default_factory=dict)
+    activation_terms: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One weighted loss term: a name for reports, the views and inside values it needs, its value for what was seen."""
+    """One weighted loss term: its name in reports, the views and activation terms it needs, its value."""
 
     name: str
     views: frozenset[str]
     value: Callable[[Seen], torch.Tensor]
     weight: float = 1.0
-    inside: frozenset[str] = frozenset()
+    activation_terms: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +67,9 @@ class Objective:
         return frozenset().union(*(term.views for term in self.terms))
 
     @property
-    def inside(self) -> frozenset[str]:
-        """Every value from within the tower that some term needs."""
-        return frozenset().union(*(term.inside for term in self.terms))
+    def activation_terms(self) -> frozenset[str]:
+        """Every value of the tower's activations that some term needs."""
+        return frozenset().union(*(term.activation_terms for term in self.terms))
 
     def __call__(self, seen: Seen) -> tuple[torch.Tensor, dict[str, float]]:
         """The weighted sum, and each term's own value for reports."""
@@ -109,6 +112,29 @@ def total_variation() -> Objective:
     return Objective((Term("tv", frozenset(), value),))
 
 
-def inside(name: str) -> Objective:
-    """A value from within the tower as a loss: `bns` or `pse` (`taps` has them)."""
-    return Objective((Term(name, frozenset({"whole"}), lambda seen: seen.inside[name], inside=frozenset({name})),))
+def activation_term(name: str) -> Objective:
+    """A value of the tower's activations as a loss: `bns` or `pse` (`hooks` has them)."""
+
+    def value(seen: Seen) -> torch.Tensor:
+        return seen.activation_terms[name]
+
+    return Objective((Term(name, frozenset({"whole"}), value, activation_terms=frozenset({name})),))
+
+
+def build_objective(method: Method, keeps_statistics: bool = False) -> Objective:
+    """The published sum, plus what this library adds; for the baselines, their one term and total variation.
+
+    Args:
+        keeps_statistics: whether the tower has BatchNorms to be faithful to.
+    """
+    smooth = method.tv_weight * total_variation()
+    if method.loss != "d4c":
+        return activation_term(method.loss) + smooth
+    objective = guidance("whole", method.temperature)
+    if method.scg:
+        objective = structure(method.temperature) + (
+            method.whole_image_weight * objective if method.whole_image_weight else Objective()
+        )
+    if keeps_statistics and method.bns_weight:
+        objective = objective + method.bns_weight * activation_term("bns")
+    return objective + smooth

@@ -20,9 +20,8 @@ from d4c_onnx.calibration.method import D4C, PUBLISHED, Method
 from d4c_onnx.errors import CalibrationError, RecipeError
 from d4c_onnx.files import sha256
 from d4c_onnx.recipe import Recipe, load_recipe
-from d4c_onnx.synthesis import Crew, synthesize
-from d4c_onnx.synthesis.loop import build_objective
-from d4c_onnx.synthesis.objectives import Seen, guidance, structure, total_variation
+from d4c_onnx.synthesis import ProcessGroup, synthesize
+from d4c_onnx.synthesis.objectives import Seen, build_objective, guidance, structure, total_variation
 from d4c_onnx.synthesis.param import fourier_scale, start_images
 from d4c_onnx.synthesis.perturb import affine, blur, color_jitter, erase, perturb, published
 from d4c_onnx.synthesis.prompts import draw_labels, draw_texts
@@ -336,7 +335,9 @@ def test_what_binds_batches_is_refused_to_several_processes(tmp_path: Path, mini
     for key, named in (("method=d4c-published", "method"), ("early_stop_tolerance=0.1", "early_stop_tolerance")):
         recipe = load_recipe(None, [f"synthesis.{key}"])
         with pytest.raises(RecipeError, match=rf"synthesis\.{named}: makes batches depend"):
-            synthesize(mini_vit, tmp_path / "x", recipe.synthesis, recipe.text, ("a", "b"), seed=0, crew=Crew(1, 2))
+            synthesize(
+                mini_vit, tmp_path / "x", recipe.synthesis, recipe.text, ("a", "b"), seed=0, group=ProcessGroup(1, 2)
+            )
 
 
 def test_an_early_stop_needs_batches_that_end_one_by_one(tmp_path: Path, mini_vit) -> None:
@@ -387,7 +388,9 @@ def test_progress_ends_with_the_images_that_were_made(tmp_path: Path, mini_vit) 
     assert [images for _, _, images in seen] == sorted(images for _, _, images in seen)
 
 
-def test_progress_of_a_crew_counts_what_is_there(tmp_path: Path, mini_vit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_a_process_group_counts_what_is_there(
+    tmp_path: Path, mini_vit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first process makes the first and the third batch; the second one's is not there until it has come."""
     keys = ("images=6", "held_out=0", "batch=2", "steps=2")
     recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
@@ -396,8 +399,12 @@ def test_progress_of_a_crew_counts_what_is_there(tmp_path: Path, mini_vit, monke
     def on_step(_: str, done: int, total: int, values: dict[str, float]) -> None:
         seen.append((done, total, values["images"]))
 
-    monkeypatch.setattr(Crew, "wait", lambda self: None)  # nobody else is there: the first one makes what is missing
+    monkeypatch.setattr(
+        ProcessGroup, "barrier", lambda self: None
+    )  # nobody else is there: the first one makes what is missing
     section, target = recipe.synthesis, tmp_path / "set"
-    synthesize(mini_vit, target, section, recipe.text, ("cat", "dog"), seed=0, crew=Crew(0, 2), on_step=on_step)
+    synthesize(
+        mini_vit, target, section, recipe.text, ("cat", "dog"), seed=0, group=ProcessGroup(0, 2), on_step=on_step
+    )
     assert seen[:4] == [(2, 12, 0), (4, 12, 2), (6, 12, 2), (8, 12, 4)]
     assert seen[-1] == (12, 12, 6)

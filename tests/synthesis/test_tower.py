@@ -14,8 +14,8 @@ from d4c_onnx.recipe import load_recipe
 from d4c_onnx.synthesis import synthesize
 from d4c_onnx.synthesis.coarse import coarse_view
 from d4c_onnx.synthesis.compute import prepare_tower
-from d4c_onnx.synthesis.settling import Settling
-from d4c_onnx.synthesis.taps import norm_distance, patch_entropy
+from d4c_onnx.synthesis.early_stop import InputStatistics
+from d4c_onnx.synthesis.hooks import norm_distance, patch_entropy
 
 
 def test_batch_norm_distance_is_zero_for_matching_statistics_and_grows_away_from_them() -> None:
@@ -114,15 +114,15 @@ def test_towers_that_cannot_be_halved_are_refused(mini_rn) -> None:
         coarse_view(mini_rn.deployed_towers()[0], (64, 64))
 
 
-def test_settling_sees_what_calibration_would_see() -> None:
-    """Nothing moves when a batch comes again; another batch moves the spectrum, a larger one the range."""
+def test_input_statistics_see_what_calibration_would_see() -> None:
+    """Nothing changes when a batch comes again; another batch changes the spectrum, a larger one the range."""
     generator = torch.Generator().manual_seed(0)
     tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
     batch = torch.randn(6, 3, 8, 8, generator=generator)
-    settling = Settling(tower)
-    assert settling.add(tower, batch) == float("inf")
-    assert settling.add(tower, batch) == pytest.approx(0, abs=1e-6)
+    statistics = InputStatistics(tower)
+    assert statistics.update(tower, batch) == float("inf")
+    assert statistics.update(tower, batch) == pytest.approx(0, abs=1e-6)
     flat = batch.mean((2, 3), keepdim=True).expand_as(batch)
-    assert settling.add(tower, flat) > 1e-3
-    assert settling.add(tower, 3 * batch) > 0.3
-    assert not any(module._forward_pre_hooks for module in tower.modules())
+    assert statistics.update(tower, flat) > 1e-3
+    assert statistics.update(tower, 3 * batch) > 0.3
+    assert not any(module._forward_pre_hooks for module in tower.modules())  # torch's; the tower is left as it was

@@ -1,8 +1,8 @@
-"""What the tower's inside says about an image: BatchNorm statistics (BNS) and patch similarity (PSE).
+"""What the tower's activations say about an image: BatchNorm statistics (BNS) and patch similarity (PSE).
 
-Both are published data-free baselines; the first joins D4C's losses on ResNets. A tap is a forward hook; it keeps what
-one forward pass shows it for the rows of the whole image, and is emptied when it is read. Without SCG, PAE perturbs the
-whole image, and the statistics are those of what it makes of it.
+Both are published data-free baselines; the first joins D4C's losses on ResNets. Forward hooks keep what one forward
+pass shows them for the rows of the whole image, and are emptied when they are read. Without SCG, PAE perturbs the whole
+image, and the statistics are those of what it makes of it.
 
 BNS, Source: ZeroQ (arXiv 2001.00281), DeepInversion (arXiv 1912.08795), for ResNets. The published distance is in the
 layers' own units; here each channel counts in units of its stored variance: the squared Wasserstein-2 distance of two
@@ -30,8 +30,8 @@ def keeps_statistics(tower: nn.Module) -> bool:
     return any(isinstance(module, nn.BatchNorm2d) and module.track_running_stats for module in tower.modules())
 
 
-class Taps:
-    """Hooks on a tower for the named terms.
+class TowerHooks:
+    """Forward hooks on a tower for the named terms.
 
     Args:
         tower: the image tower.

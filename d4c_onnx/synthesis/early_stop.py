@@ -1,9 +1,10 @@
-"""When is it enough? What calibration takes from images are ranges and second moments of what reaches each layer.
+"""Early stopping: when are the images enough?
 
-After each finished batch the image tower looks at it once, without gradients. Per weighted layer two things are kept
-over all images so far: the range of its inputs, and the spectrum of their second moments (the Hessian of a rounding's
-square error), sketched by a fixed random projection, since only its shape is asked for. When another batch moves
-neither, more images would hardly change the quantised encoder.
+What calibration takes from images are ranges and second moments of what reaches each layer. After each finished batch
+the image tower looks at it once, without gradients. Per weighted layer two things are kept over all images so far: the
+range of its inputs, and the spectrum of their second moments (the Hessian of a rounding's square error), sketched by a
+fixed random projection, since only its shape is asked for. When another batch changes neither, more images would hardly
+change the quantised encoder.
 """
 
 from collections.abc import Callable
@@ -37,8 +38,8 @@ class _Layer:
         return self.high - self.low, values / values.sum().clamp(min=1e-30)
 
 
-class Settling:
-    """Watches what reaches the layers of a tower."""
+class InputStatistics:
+    """Ranges and spectra of what reaches the layers of a tower, over all batches shown to it."""
 
     def __init__(self, tower: nn.Module) -> None:
         self._modules = {
@@ -47,11 +48,11 @@ class Settling:
         self._layers: dict[str, _Layer] = {}
         self._before: dict[str, tuple[float, torch.Tensor]] = {}
 
-    def add(self, encode: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor) -> float:
+    def update(self, encode: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor) -> float:
         """Show a finished batch [B, 3, H, W] to the tower.
 
         Returns:
-            By how much it moved the statistics: the mean over layers of the larger of two shares, that of the range's
+            By how much it changed the statistics: the mean over layers of the larger of two shares, that of the range's
             width and that of the spectrum (half its L1 distance). Infinite for the first batch.
         """
         handles = [
@@ -66,7 +67,7 @@ class Settling:
                 handle.remove()
         now = {name: layer.summary() for name, layer in self._layers.items()}
         before, self._before = self._before, now
-        return _moved(before, now) if before else float("inf")
+        return _change(before, now) if before else float("inf")
 
     def _see(self, name: str, module: nn.Module, values: torch.Tensor) -> None:
         values = values.detach().float()
@@ -80,7 +81,7 @@ class Settling:
         self._layers[name].see(rows)
 
 
-def _moved(before: dict[str, tuple[float, torch.Tensor]], now: dict[str, tuple[float, torch.Tensor]]) -> float:
+def _change(before: dict[str, tuple[float, torch.Tensor]], now: dict[str, tuple[float, torch.Tensor]]) -> float:
     shares = []
     for name, (width, spectrum) in now.items():
         old_width, old_spectrum = before[name]

@@ -1,0 +1,103 @@
+"""What is decided before the first image is made: method, device, precision, nouns, units of work, and their key."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from d4c_onnx.calibration.key import calibration_key
+from d4c_onnx.calibration.method import METHODS, Method
+from d4c_onnx.errors import RecipeError
+from d4c_onnx.recipe import PromptSection, SynthesisSection
+from d4c_onnx.synthesis.compute import resolve_device, resolve_precision
+from d4c_onnx.synthesis.prompts import draw_labels
+from d4c_onnx.synthesis.units import Unit, divide
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One synthesis.
+
+    Attributes:
+        section, text: the recipe's.
+        method: how images are optimised; none: a control, nothing is.
+        nouns: the vocabulary.
+        seed: of every draw.
+        key: everything that was asked for, and its id.
+        device, precision: of the tower.
+        labels: int64 [images + held_out], the index of the noun that each image is made for; empty for controls.
+        units: what is made together; none for controls.
+    """
+
+    section: SynthesisSection
+    text: PromptSection
+    method: Method | None
+    nouns: tuple[str, ...]
+    seed: int
+    key: dict[str, Any]
+    device: torch.device
+    precision: torch.dtype
+    labels: np.ndarray
+    units: tuple[Unit, ...]
+
+    @property
+    def total(self) -> int:
+        """Images, held-out ones included."""
+        return self.section.images + self.section.held_out
+
+    @property
+    def compute(self) -> dict[str, str]:
+        """Device and precision as the set's manifest names them."""
+        return {"device": self.device.type, "precision": str(self.precision).removeprefix("torch.")}
+
+
+def decide(
+    weights_sha256: str,
+    section: SynthesisSection,
+    text: PromptSection,
+    nouns: tuple[str, ...],
+    *,
+    seed: int,
+    device: str,
+    source_sha256: str | None,
+    method: Method | None,
+    processes: int,
+) -> Plan:
+    """Resolve what the recipe leaves open.
+
+    Args:
+        method: instead of the one that `section.method` names.
+        processes: that share the work.
+
+    Raises:
+        RecipeError: batches depend on each other where processes share them or an early stop ends them.
+        ModelError: cuda was asked for and is not there.
+    """
+    key = calibration_key(weights_sha256, section, text, nouns, seed, source_sha256, method)
+    method = method or METHODS.get(section.method)
+    where = resolve_device(device)
+    labels = np.zeros(0, np.int64)
+    units: tuple[Unit, ...] = ()
+    if method:
+        _check_independence(section, method, processes)
+        labels = draw_labels(section.images + section.held_out, len(nouns), method.labels, seed)
+        units = divide(section.images, section.held_out, section.images if method.shared_optimizer else section.batch)
+    precision = resolve_precision(section.precision, where)
+    return Plan(section, text, method, nouns, seed, key, where, precision, labels, units)
+
+
+def _check_independence(section: SynthesisSection, method: Method, processes: int) -> None:
+    """Refuse what asks for batches that know nothing of each other where they do."""
+    tolerance = section.early_stop_tolerance
+    if tolerance is not None and method.shared_optimizer:
+        raise RecipeError(
+            "synthesis.early_stop_tolerance: needs batches that are finished one by one. This method has one optimiser "
+            "for all images: use method: d4c."
+        )
+    bound = "method" if method.shared_optimizer else "early_stop_tolerance" if tolerance is not None else None
+    if processes > 1 and bound:
+        raise RecipeError(
+            f"synthesis.{bound}: makes batches depend on each other, so several processes cannot share them. "
+            "Run one process."
+        )
