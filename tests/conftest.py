@@ -4,10 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.recipe import Recipe, load_recipe
+
+# How long an example takes, or the drawing of one, says how busy the machine is, and nothing about the code.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 TINY = ("synthesis.images=8", "synthesis.held_out=4", "synthesis.batch=4", "synthesis.steps=3", "text.prompts=24")
 TINY_TEXT = ("text.held_out=8",)

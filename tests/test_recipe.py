@@ -13,6 +13,8 @@ from d4c_onnx.errors import RecipeError
 from d4c_onnx.recipe import SynthesisSection, load_recipe, parse_bits, recipe_names
 from d4c_onnx.vocabulary import generic_nouns, read_nouns, templates
 
+pytestmark = pytest.mark.oldest
+
 
 def test_shipped_recipes_load() -> None:
     assert recipe_names() == ["default", "paper"]

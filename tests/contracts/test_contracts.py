@@ -3,9 +3,13 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import d4c_onnx
 from d4c_onnx import errors
@@ -44,6 +48,19 @@ def test_readme_and_ci_run_the_same_tests() -> None:
     test_command = blocks[1].strip().splitlines()[-1].split("&&")[-1].strip()
     assert "pytest" in test_command
     assert test_command in ci
+
+
+def test_the_oldest_versions_are_those_that_pyproject_allows() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    tried = {}
+    for line in (ROOT / "tests" / "oldest.txt").read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            tried[canonicalize_name(name)] = Version(version)
+    wanted = [Requirement(text) for text in project["dependencies"]]
+    wanted += [entry for entry in map(Requirement, project["optional-dependencies"]["test"]) if entry.name in tried]
+    oldest = {canonicalize_name(entry.name): Version(str(entry.specifier).removeprefix(">=")) for entry in wanted}
+    assert tried == oldest
 
 
 def test_readme_commands_exist() -> None:

@@ -31,7 +31,8 @@ def test_rows_hold_every_contender_and_batch(vit_bundle: Bundle) -> None:
             assert 0 < found["low_ms"] <= found["median_ms"] <= found["high_ms"]
         assert row["size_bytes"] == vit_bundle.text_encoder.stat().st_size
         assert row["loaded_bytes"] >= row["held_bytes"] > 1e6
-        assert row["load_ms"] > row["first_ms"] > 0
+        assert row["load_ms"] > 0
+        assert row["first_ms"] > 0
         assert row["loaded_bytes"] < row["peak_bytes"] < 500e6  # of its own process, not of this large one
     assert result["text"][0]["batches"][3]["speed_up"] == 1
 

@@ -15,6 +15,7 @@ from d4c_onnx.export import export_fp32, parity
 from d4c_onnx.runtime.session import EncoderSession
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("tower", ["vit", "rn"])
 def test_parity_at_other_batches_and_lengths(tower: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(f"{tower}_bundle")
