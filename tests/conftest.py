@@ -1,5 +1,6 @@
 """Shared fixtures: real models, real files, real onnxruntime; each made once per session."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,23 @@ TINY_TEXT = ("text.held_out=8",)
 def tiny_recipe() -> Recipe:
     """A recipe that a test can afford."""
     return load_recipe(None, [*TINY, *TINY_TEXT])
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two models of one block a tower, the second one wider, to be loaded with random weights: in a moment."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("configs")
+    for name, width in (("tiny-one", 32), ("tiny-two", 64)):
+        config = {
+            "embed_dim": 32,
+            "vision_cfg": {"image_size": 32, "layers": 1, "width": width, "head_width": 16, "patch_size": 16},
+            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": width, "heads": 2, "layers": 1},
+        }
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    return "tiny-one", "tiny-two"
 
 
 @pytest.fixture(scope="session")

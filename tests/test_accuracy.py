@@ -9,6 +9,8 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.quantization.folding.stress import stress_bundle
 from d4c_onnx.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 # A short schedule keeps the suite fast; the README's table is made with the default one.
 SHORT = ("synthesis.images=48", "synthesis.held_out=4", "synthesis.steps=20")
 BARS = {"w8a8": 0.5, "w4a8": 1.5}  # points of top-1

@@ -12,6 +12,7 @@ import torch
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import CheckFailed
 from d4c_onnx.export import export_fp32, parity
+from d4c_onnx.models.load import load_model
 from d4c_onnx.runtime.session import EncoderSession
 
 
@@ -72,17 +73,20 @@ def test_end_token_is_found_whatever_the_precision(vit_bundle: Bundle) -> None:
     assert not [node for node in graph.node if node.op_type == "Cast" and node.input[0] == "input_ids"]
 
 
-def test_raw_export_is_recorded_and_not_normalised(tmp_path: Path, mini_vit) -> None:
+def test_raw_export_is_recorded_and_not_normalised(tmp_path: Path, tiny_models: tuple[str, str]) -> None:
     told: list[tuple[str, int, int]] = []
-    bundle = export_fp32(mini_vit, tmp_path / "raw", seed=0, raw=True, on_step=lambda *step: told.append(step[:3]))
+    loaded = load_model(tiny_models[0], "random")
+    bundle = export_fp32(loaded, tmp_path / "raw", seed=0, raw=True, on_step=lambda *step: told.append(step[:3]))
     assert told == [("export", done, 4) for done in range(5)]
     assert bundle.manifest["model"]["normalized"] is False
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 48, 48)).astype(np.float32)
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     norms = np.linalg.norm(EncoderSession(bundle.image_encoder).run(pixels), axis=1)
     assert np.abs(norms - 1).min() > 0.01
 
 
-def test_failed_parity_leaves_nothing_behind(tmp_path: Path, mini_vit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_parity_leaves_nothing_behind(
+    tmp_path: Path, tiny_models: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = parity.EncoderSession.run
 
     def off(self: EncoderSession, batch: np.ndarray) -> np.ndarray:
@@ -92,5 +96,5 @@ def test_failed_parity_leaves_nothing_behind(tmp_path: Path, mini_vit, monkeypat
 
     monkeypatch.setattr(parity.EncoderSession, "run", off)
     with pytest.raises(CheckFailed, match="differ by"):
-        export_fp32(mini_vit, tmp_path / "mini-vit", seed=0)
+        export_fp32(load_model(tiny_models[0], "random"), tmp_path / "tiny", seed=0)
     assert os.listdir(tmp_path) == []
