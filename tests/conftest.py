@@ -1,6 +1,7 @@
 """Shared fixtures: real models, real files, real onnxruntime; each made once per session."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ from hypothesis import HealthCheck, settings
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.recipe import Recipe, load_recipe
+
+# Before torch is loaded, here and in the processes that tests start: threads that wait for each other in a loop took up
+# to thirty times as long where something else wanted the processor, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # How long an example takes, or the drawing of one, says how busy the machine is, and nothing about the code.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
