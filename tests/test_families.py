@@ -51,7 +51,14 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.mark.usefixtures("registry")
-@pytest.mark.parametrize(("name", "fused"), [("tiny-coca", 2), ("tiny-bidirectional", 9), ("tiny-convnext", 0)])
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("tiny-coca", 2),
+        pytest.param("tiny-bidirectional", 9, marks=pytest.mark.slow),
+        pytest.param("tiny-convnext", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_family(tmp_path: Path, name: str, fused: int) -> None:
     keys = ("images=4", "held_out=2", "batch=2", "steps=1")
     rest = ("text.prompts=16", "text.held_out=4", "quantization.rounding=nearest", "evaluation.dataset=fidelity")

@@ -74,10 +74,8 @@ def test_public_functions_take_paths_as_strings(tmp_path: Path) -> None:
     nouns = tmp_path / "nouns.txt"
     nouns.write_text("cat\ndog\n")
     keys = ("method=noise", "images=4", "held_out=2")
-    recipe = load_recipe(
-        None,
-        [f"synthesis.{key}" for key in keys] + ["text.prompts=4", "text.held_out=2", "evaluation.dataset=fidelity"],
-    )
+    rest = ("text.prompts=4", "text.held_out=2", "quantization.rounding=nearest", "evaluation.dataset=fidelity")
+    recipe = load_recipe(None, [*(f"synthesis.{key}" for key in keys), *rest])
     output = str(tmp_path / "out")
     folder, _ = d4c_onnx.synthesize_calibration_set("mini-vit", recipe, output=output, prompts=str(nouns))
     made = d4c_onnx.quantize_bundle(

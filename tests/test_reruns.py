@@ -80,6 +80,7 @@ def test_a_given_set_says_what_calibrated(own: Path, monkeypatch: pytest.MonkeyP
     assert manifest["calibration"] == made.manifest["key"]["id"]
 
 
+@pytest.mark.slow
 def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def quantize(*keys: str) -> list[str]:
         recipe = _recipe("quantization.target=cuda", *keys)
@@ -111,7 +112,14 @@ def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch
     assert not (own / "w6a6").exists()
 
 
-@pytest.mark.parametrize("target", ["portable", "openvino", "tensorrt"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "portable",
+        pytest.param("openvino", marks=pytest.mark.slow),
+        pytest.param("tensorrt", marks=pytest.mark.slow),
+    ],
+)
 def test_every_target_walks_the_whole_way(own: Path, target: str) -> None:
     report = pipeline.quantize_bundle(str(own), _recipe(f"quantization.target={target}"), output=own.parent)
     made = open_bundle(Path(str(report["bundle"])))
