@@ -32,7 +32,7 @@ def tiny_recipe() -> Recipe:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Two models of one block a tower, the second one wider, to be loaded with random weights: in a moment."""
+    """Two models of one block a tower, the second one's images wider, to be loaded with random weights: in a moment."""
     import open_clip
 
     folder = tmp_path_factory.mktemp("configs")
@@ -40,7 +40,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         config = {
             "embed_dim": 32,
             "vision_cfg": {"image_size": 32, "layers": 1, "width": width, "head_width": 16, "patch_size": 16},
-            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": width, "heads": 2, "layers": 1},
+            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
         }
         (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
