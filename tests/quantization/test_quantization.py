@@ -138,7 +138,7 @@ def _quantize(bundle: Bundle, tower: str, calibration: object, target: Path, *se
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-@pytest.mark.parametrize("model", ["vit", "rn"])
+@pytest.mark.parametrize("model", ["vit", pytest.param("rn", marks=pytest.mark.slow)])
 def test_w4a8_file(model: str, tower: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
     calibration = (

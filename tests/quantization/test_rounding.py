@@ -354,6 +354,7 @@ def test_adaround_cannot_run_what_it_does_not_know() -> None:
         reconstruct([node], {}, weights, ("x", pair), ("y", pair), steps=1, learning_rate=0.1, batch=2, seed=0)
 
 
+@pytest.mark.slow
 def test_adaround_writes_a_file_that_answers_better_than_nearest(vit_bundle, vit_calibration, tmp_path) -> None:
     pixels = np.array(vit_calibration[1].pixel_values)
     expected = EncoderSession(vit_bundle.image_encoder).run(pixels)

@@ -128,7 +128,7 @@ def test_gelu_takes_its_scale_from_a_mul_and_keeps_it_there() -> None:
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-@pytest.mark.parametrize("factor", [30, 100])
+@pytest.mark.parametrize("factor", [pytest.param(30, marks=pytest.mark.slow), 100])
 def test_stress_variants_collapse_without_and_hold_with_smoothing(
     factor: int, tower: str, tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
 ) -> None:
@@ -186,7 +186,7 @@ def _outlying_mlp(path: Path, factor: float, gelu: bool) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("gelu", [False, True], ids=["quick_gelu", "gelu"])
-@pytest.mark.parametrize("bits", ["w4a8", "w8a8"])
+@pytest.mark.parametrize("bits", ["w4a8", pytest.param("w8a8", marks=pytest.mark.slow)])
 def test_outliers_behind_activations_are_smoothed(
     bits: str, gelu: bool, tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
 ) -> None:

@@ -64,7 +64,7 @@ def test_stored_integers_come_back_scaled(values: np.ndarray, axis: int, bits: i
     assert np.array_equal(EncoderSession(model.SerializeToString()).run(np.zeros(1, kind)), expected)
 
 
-@pytest.mark.parametrize("model", ["vit", "rn"])
+@pytest.mark.parametrize("model", ["vit", pytest.param("rn", marks=pytest.mark.slow)])
 def test_a16_answers_as_fp16_does_up_to_its_weights(
     model: str, request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -192,6 +192,7 @@ def test_only_residuals_are_fused(fits: bool, shape: list[int | str], nodes: lis
     np.testing.assert_allclose(EncoderSession(model.SerializeToString()).run(batch), exact, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_adaround_knows_float_activations(
     vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
 ) -> None:
