@@ -218,7 +218,8 @@ def _files_of_the_set(printed: str) -> dict[str, bytes]:
 
 
 # The command with a checkpoint after every fifth step, and a signal at one place of its work, however slow the machine:
-# a checkpoint of unit N lies there, and the next file is about to be written. A suite that runs in the background of a script inherits an ignored SIGINT.
+# a checkpoint of unit N lies there, and the next file is about to be written. A suite that runs in the background of a
+# script inherits an ignored SIGINT.
 SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
