@@ -105,11 +105,11 @@ def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[None
                     seconds.append(time.perf_counter() - clock)
                     made.append(target)
                 report = measuring.evaluate_bundles([bundle.path, *made], load_recipe())
-                for row, spent, measured in zip(group, seconds, report["bundles"][1:], strict=True):
-                    average = open_bundle(Path(measured["bundle"]), verify=False).manifest["weight_bits_average"]
+                for row, spent, measured in zip(group, seconds, report.bundles[1:], strict=True):
+                    average = open_bundle(Path(measured.bundle), verify=False).manifest.quantization.weight_bits_average
                     results[_key(model, row, seed)] = {
-                        **measured["versus_first"],
-                        "top1": measured["top1"],
+                        **measured.versus_first.as_dict(),
+                        "top1": measured.top1,
                         "seconds": spent,
                         "bits": average,
                     }

@@ -11,13 +11,13 @@ import argparse
 import resource
 import time
 from pathlib import Path
-from typing import Any
 
 from results import measured_here
 from tables import plain
 
 from d4c_onnx import pipeline
 from d4c_onnx.bundle import open_bundle
+from d4c_onnx.pipeline.quantize_report import QuantizeReport
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.kernels import count_kernels
 
@@ -46,7 +46,7 @@ def main() -> None:
     recipe = load_recipe(None, ["synthesis.method=noise", f"quantization.bits={args.bits}", *args.overrides])
     report = pipeline.quantize_bundle(args.model, recipe, output=args.output, pretrained="random", overwrite=True)
     rows = rows_of(report, time.perf_counter() - start)
-    steps = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
+    steps = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
     found = measured_here(rows, note=f"{args.model} {args.bits}, random weights: {steps}", columns=COLUMNS)
     for row in plain([found]):
         print(" | ".join(row))
@@ -55,24 +55,24 @@ def main() -> None:
         found.write(args.results)
 
 
-def rows_of(report: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+def rows_of(report: QuantizeReport, seconds: float) -> list[dict[str, object]]:
     """A row per encoder and one for both; `seconds` and the peak memory are of the whole run."""
-    encoders = open_bundle(Path(report["bundle"]), verify=False).encoders
+    encoders = open_bundle(report.bundle, verify=False).encoders
     kernels = {tower: count_kernels(path) for tower, path in encoders.items()}
     rows = []
-    for name, ratio in report["size_ratio"].items():
+    for name, ratio in report.size_ratio.items():
         rows.append(
             {
                 "encoder": name,
-                "fp32_mb": report["size_bytes"]["fp32"][name] / 1e6,
-                "quantized_mb": report["size_bytes"]["quantized"][name] / 1e6,
+                "fp32_mb": report.size_bytes.fp32[name] / 1e6,
+                "quantized_mb": report.size_bytes.quantized[name] / 1e6,
                 "ratio": ratio,
                 **{kind: kernels[name][kind] if name in kernels else None for kind in ("int8", "float")},
                 **dict.fromkeys(("bits", "seconds", "peak_gb")),
             }
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
-    rows[-1] |= {"bits": report["weight_bits_average"], "seconds": seconds, "peak_gb": peak}
+    rows[-1] |= {"bits": report.weight_bits_average, "seconds": seconds, "peak_gb": peak}
     return rows
 
 

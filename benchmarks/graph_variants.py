@@ -250,10 +250,8 @@ def main() -> None:
         print(f"\n| {tower} encoder | {' | '.join(f'batch {size}, ms | faster than FP32' for size in sizes)} |")
         print(f"|---|{'---|---|' * len(sizes)}")
         for row in rows:
-            cells = [
-                f"{row['batches'][size]['median_ms']:.1f} | {row['batches'][size]['speed_up']:.2f}x" for size in sizes
-            ]
-            print(f"| {row['name']} | {' | '.join(cells)} |")
+            cells = [f"{row.batches[size].median_ms:.1f} | {row.batches[size].speed_up:.2f}x" for size in sizes]
+            print(f"| {row.name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

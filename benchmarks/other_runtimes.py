@@ -99,7 +99,7 @@ def main() -> None:
                     for runtime, found in rounds.items():
                         loader = next(code for name, code in LOADERS.items() if runtime.startswith(name))
                         found.append(_probe(pythons[runtime], loader, encoder, feed, answer, json.dumps(entries)))
-                needs = bundle.manifest.get("minimum_onnxruntime", "-")
+                needs = quantization.minimum_onnxruntime if (quantization := bundle.manifest.quantization) else "-"
                 for runtime, found in rounds.items():
                     print(f"| {path.name} | {needs} | {runtime} | {tower} | {_cells(found)} |", flush=True)
 

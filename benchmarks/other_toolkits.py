@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from d4c_onnx.bundle import Bundle, open_bundle
-from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, machine_title, measure_latency
+from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, measure_latency
 from d4c_onnx.evaluation.peers import loads
 
 _QUARK = """
@@ -72,7 +72,7 @@ def main() -> None:
     sizes = [int(size) for size in args.batches.split(",")]
     bundles = [open_bundle(path) for path in args.bundles]
     contenders = [
-        Contender(f"{bundle.model_name} {bundle.manifest.get('bits', 'fp32')}", bundle.encoders, bundle.session_entries)
+        Contender(f"{bundle.model_name} {bundle.manifest.bits}", bundle.encoders, bundle.session_entries)
         for bundle in bundles
     ]
     feeds = drawn_feeds(bundles[0], sizes, 16)
@@ -80,14 +80,14 @@ def main() -> None:
         for name in args.toolkits:
             contenders.append(_build(name, bundles[0], feeds, args.environments or Path(folder), Path(folder)))
         towers = measure_latency(contenders, feeds, rounds=args.rounds, threads=args.threads)
-    print(f"{machine_title(describe_machine('cpu', args.threads))}\n")
+    print(f"{describe_machine('cpu', args.threads).title}\n")
     for tower, rows in towers.items():
         print(f"| {tower} encoder | MB | {' | '.join(f'batch {size}, ms | faster' for size in sizes)} |")
         print(f"|---|---|{'---|---|' * len(sizes)}")
         for row in rows:
-            found = [row["batches"][size] for size in sizes]
-            cells = " | ".join(f"{entry['median_ms']:.1f} | {entry['speed_up']:.2f}x" for entry in found)
-            print(f"| {row['name']} | {row['size_bytes'] / 1e6:.1f} | {cells} |")
+            found = [row.batches[size] for size in sizes]
+            cells = " | ".join(f"{entry.median_ms:.1f} | {entry.speed_up:.2f}x" for entry in found)
+            print(f"| {row.name} | {row.size_bytes / 1e6:.1f} | {cells} |")
         print()
 
 
@@ -104,7 +104,7 @@ def _build(
         for tower, source in bundle.encoders.items():
             target, feed = folder / f"{home.name}-{tower}.onnx", folder / f"{tower}.npy"
             np.save(feed, feeds[tower][min(feeds[tower])])
-            build(home, source.resolve(), target, bundle.manifest["io"][source.name]["inputs"][0]["name"], feed)
+            build(home, source.resolve(), target, bundle.manifest.io[source.name].inputs[0].name, feed)
             reason = loads(target)
             if reason:
                 raise RuntimeError(reason)

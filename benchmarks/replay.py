@@ -118,9 +118,9 @@ def one(args: argparse.Namespace) -> None:
     output = args.folder / args.target
     report = pipeline.quantize_bundle(args.model, load_recipe(None, keys), output=output, pretrained=pretrained)
     found = {
-        "seconds": report["seconds"]["quantize"],
+        "seconds": report.seconds["quantize"],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "files": {path.name: _contents(path) for path in sorted(Path(report["bundle"]).glob("*.onnx"))},
+        "files": {path.name: _contents(path) for path in sorted(report.bundle.glob("*.onnx"))},
     }
     print(json.dumps(found))
 

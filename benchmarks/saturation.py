@@ -8,11 +8,14 @@ and int8 in 16 bits; on other processors the last two rows are the same. Prints 
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from d4c_onnx import measure
 from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.calibration.dataset import open_calibration_set
+from d4c_onnx.manifest import Session
+from d4c_onnx.measure import Machine
+from d4c_onnx.measure.accuracy import evaluate
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.recipe import load_recipe
 
@@ -33,19 +36,20 @@ def main() -> None:
                 target, dump = Path(folder) / reduced, recipe.model_dump(mode="json")
                 made[name] = quantize_bundle_files(bundle, data, target, recipe.quantization, recipe_dump=dump)
             full = made["8 bits"]
-            plain = Bundle(full.path, {key: value for key, value in full.manifest.items() if key != "session"})
+            quantization = replace(full.manifest.quantization, session=Session())
+            plain = Bundle(full.path, replace(full.manifest, quantization=quantization))
             rows = [
                 ("7 of 8 bits", "default", made["7 of 8 bits"]),
                 ("8 bits", "x64quantprecision", full),
                 ("8 bits", "default", plain),
             ]
-            report = measure.evaluate([bundle, *(row for *_, row in rows)], load_recipe(), None, measure.Machine("cpu"))
-        for (weights, sessions, _), found in zip(rows, report["bundles"][1:], strict=True):
-            versus = found["versus_first"]
-            top = versus["top1_difference"]
+            report = evaluate([bundle, *(row for *_, row in rows)], load_recipe(), None, Machine("cpu"))
+        for (weights, sessions, _), found in zip(rows, report.bundles[1:], strict=True):
+            versus = found.versus_first
+            top = versus.top1_difference
             print(
-                f"| {bundle.model_name} | {weights} | {sessions} | {top['points']:+.2f} [{top['low']:+.2f}, "
-                f"{top['high']:+.2f}] | {versus['agreement']:.2f} | {versus['similarity_rmse']:.5f} |",
+                f"| {bundle.model_name} | {weights} | {sessions} | {top.points:+.2f} [{top.low:+.2f}, "
+                f"{top.high:+.2f}] | {versus.agreement:.2f} | {versus.similarity_rmse:.5f} |",
                 flush=True,
             )
 

@@ -132,9 +132,9 @@ def _measure_group(args: argparse.Namespace, results: dict[str, dict], model: st
             quantize_bundle_files(bundle, data, target, quantization.quantization, recipe_dump=dump)
             made.append(target)
     report = measuring.evaluate_bundles([bundle.path, *made], load_recipe())
-    measured = iter(report["bundles"][1:])
+    measured = iter(report.bundles[1:])
     for name in names:
-        found = {bits: next(measured)["versus_first"] for bits in BITS}
+        found = {bits: next(measured).versus_first.as_dict() for bits in BITS}
         spent = {"cpu_seconds": seconds[name]} if name in seconds else {}
         results[_key(model, name, seed)] = {**spent, **found}
 

@@ -39,7 +39,7 @@ def main() -> None:
                 continue
             _, made = calibration_set(model, name, args.seed, args.train, args.output)
             bundle = open_bundle(pipeline.bundle_folder(args.output, model))
-            pixels = denormalize(np.array(made.pixel_values[: args.images]), bundle.manifest["preprocess"])
+            pixels = denormalize(np.array(made.pixel_values[: args.images]), bundle.manifest.preprocess)
             strip = np.concatenate(list(np.pad(pixels, ((0, 0), (0, 0), (0, 0), (0, 2)), constant_values=1)), -1)
             panel.imshow(strip.transpose(1, 2, 0), interpolation="nearest")
             panel.set_title(f"{model}: {name}", fontsize=8, loc="left", pad=2)

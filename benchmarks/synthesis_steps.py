@@ -43,7 +43,7 @@ VARIANTS = ("straightforward", "float32", "auto", "default")
 def straightforward(loaded: LoadedModel, texts: torch.Tensor, batch: int) -> Callable[[], None]:
     """The published step as one would write it down."""
     model = loaded.model.eval().requires_grad_(False)
-    height, width = loaded.preprocess["size"]
+    height, width = loaded.preprocess.size
     mean, std = loaded.normalization()
     images = torch.randn(batch, 3, height, width, requires_grad=True)
     labels = torch.arange(batch) % len(texts)
@@ -106,7 +106,7 @@ def ours(loaded: LoadedModel, nouns: tuple[str, ...], batch: int, recipe: str, p
     method = METHODS[section.method]
     mean, std = loaded.normalization()
     generator = torch.Generator().manual_seed(0)
-    images = start_images(method.image, (batch, 3, *loaded.preprocess["size"]), mean, std, generator)
+    images = start_images(method.image, (batch, 3, *loaded.preprocess.size), mean, std, generator)
     values = images.values.requires_grad_(True)
     guide = build_guide(loaded, method, section, nouns, CPU, resolve_precision(precision, CPU))
     labels = torch.arange(batch) % len(nouns)

@@ -10,6 +10,15 @@ D4CError
 └── CheckFailed        a requested check ran and failed (exit code 1; all others are 2)
 """
 
+from typing import Any, Protocol
+
+
+class Report(Protocol):
+    """What a command measured."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+
 
 class D4CError(Exception):
     """Base of every error that d4c-onnx raises on purpose."""
@@ -43,9 +52,9 @@ class CheckFailed(D4CError):
     """A requested check (parity, accuracy) ran to its end and failed.
 
     Attributes:
-        report: what was measured, in the form that the caller would have got; None where there is none.
+        report: what was measured, as the caller would have got it; None where there is none.
     """
 
-    def __init__(self, message: str, report: dict[str, object] | None = None) -> None:
+    def __init__(self, message: str, report: Report | None = None) -> None:
         super().__init__(message)
         self.report = report

@@ -23,12 +23,12 @@ def test_bars(tower: str, bits: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(f"{tower}_bundle")
     recipe = load_recipe(None, [*SHORT, f"quantization.bits={bits}"])
     report = pipeline.quantize_bundle(str(bundle.path), recipe, output=Path("unused"))
-    drop = report["top1"]["fp32"] - report["top1"]["quantized"]
-    assert report["top1"]["fp32"] > 60
+    drop = report.top1.fp32 - report.top1.quantized
+    assert report.top1.fp32 > 60
     assert drop <= BARS[bits]
-    assert report["weight_bits_average"] <= BITS[bits]
-    assert report["size_ratio"]["total"] >= (6 if bits == "w4a8" else 3.5)
-    assert report["accuracy"]["images"] == 10_000
+    assert report.weight_bits_average <= BITS[bits]
+    assert report.size_ratio["total"] >= (6 if bits == "w4a8" else 3.5)
+    assert report.accuracy.images == 10_000
 
 
 def test_a_stress_variant_answers_as_the_model_does(vit_bundle: Bundle, tmp_path: Path) -> None:
@@ -36,6 +36,6 @@ def test_a_stress_variant_answers_as_the_model_does(vit_bundle: Bundle, tmp_path
     folder = stress_bundle(vit_bundle, 100, tmp_path / "stressed").path
     recipe = load_recipe(None, [*SHORT, "quantization.bits=w4a8"])
     report = pipeline.quantize_bundle(str(folder), recipe, output=Path("unused"))
-    assert report["top1"]["fp32"] > 60
-    assert report["top1"]["fp32"] - report["top1"]["quantized"] <= 1.0
-    assert report["weight_bits_average"] <= 4.3
+    assert report.top1.fp32 > 60
+    assert report.top1.fp32 - report.top1.quantized <= 1.0
+    assert report.weight_bits_average <= 4.3

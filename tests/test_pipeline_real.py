@@ -56,15 +56,15 @@ def test_a_manifest_holds_what_was_read_not_where_it_lay(
     more = ("text.held_out=2", "quantization.rounding=nearest", "evaluation.dataset=fidelity")
     recipe = _recipe(photos, more=more)
 
-    def quantize() -> dict[str, object]:
+    def quantize() -> pipeline.QuantizeReport:
         return pipeline.quantize_bundle("mini-vit", recipe, output=tmp_path / "out")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "evaluate", lambda *_: 1 / 0)
+        patched.setattr("d4c_onnx.pipeline.quantizing.evaluate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize()
     report = quantize()  # the same images: what was not measured is measured
-    manifest = (Path(str(report["bundle"])) / "manifest.json").read_text()
+    manifest = (report.bundle / "manifest.json").read_text()
     assert "my photos" not in manifest
     assert len(json.loads(manifest)["recipe"]["synthesis"]["source"]) == 64
 
@@ -81,10 +81,10 @@ def test_public_functions_take_paths_as_strings(tmp_path: Path) -> None:
     made = d4c_onnx.quantize_bundle(
         str(folder.parent), recipe, output=output, calibration=str(folder), prompts=str(nouns)
     )
-    assert isinstance(made["bundle"], str)
-    compared = d4c_onnx.evaluate_bundles([str(folder.parent), made["bundle"]], recipe, calibration=str(folder))
-    assert len(compared["bundles"]) == 2
-    assert inspect_bundle(made["bundle"])["weight_bits_average"] < 4.3
+    assert made.bundle == folder.parent / "w4a8"
+    compared = d4c_onnx.evaluate_bundles([str(folder.parent), str(made.bundle)], recipe, calibration=str(folder))
+    assert len(compared.bundles) == 2
+    assert inspect_bundle(str(made.bundle)).weight_bits_average < 4.3
 
 
 def test_source_and_method_belong_together(tmp_path: Path) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from d4c_onnx import measure, pipeline
-from d4c_onnx.bundle import Bundle, open_bundle, write_manifest
+from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.errors import BundleError, CalibrationError, CheckFailed, ModelError, RecipeError
+from d4c_onnx.manifest import Manifest
+from d4c_onnx.manifest_file import write_manifest
+from d4c_onnx.measure.accuracy import check_limits
 from d4c_onnx.recipe import Recipe, load_recipe
+from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Versus
 
 NOISE = (
     "synthesis.method=noise",
@@ -35,27 +39,27 @@ def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
 
 
 def test_what_was_not_measured_is_measured_by_the_rerun(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def quantize(*keys: str) -> dict[str, object]:
+    def quantize(*keys: str) -> pipeline.QuantizeReport:
         return pipeline.quantize_bundle(str(own), _recipe(*keys), output=own.parent)
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "evaluate", interrupted)
+        patched.setattr("d4c_onnx.pipeline.quantizing.evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize()
     left = open_bundle(own / "w4a8")
-    assert "accuracy" not in left.manifest
+    assert left.manifest.quantization.accuracy is None
     with pytest.raises(BundleError, match="already exists"):
         quantize("quantization.smoothing=none")  # another quantisation: not this run's to finish
     with monkeypatch.context() as patched:
         patched.setattr("d4c_onnx.quantization.quantize_bundle_files", interrupted)  # nothing is quantised again
         report = quantize("evaluation.min_cosine=0.1")
     done = open_bundle(own / "w4a8")
-    assert done.manifest["files"] == left.manifest["files"]
-    assert done.manifest["accuracy"]["kind"] == "fidelity"
-    assert report["bits"] == "w4a8"
+    assert done.manifest.files == left.manifest.files
+    assert done.manifest.quantization.accuracy.kind == "fidelity"
+    assert report.bits == "w4a8"
     with pytest.raises(BundleError, match="already exists"):
         quantize()
 
@@ -64,20 +68,21 @@ def test_a_given_set_says_what_calibrated(own: Path, monkeypatch: pytest.MonkeyP
     folder, made = pipeline.synthesize_calibration_set(str(own), _recipe("seed=3"), output=own.parent)
     recipe = load_recipe(None, ["quantization.rounding=nearest", "evaluation.dataset=fidelity"])  # d4c, 128 images
 
-    def quantize() -> dict[str, object]:
+    def quantize() -> pipeline.QuantizeReport:
         return pipeline.quantize_bundle(str(own), recipe, output=own.parent, calibration=folder)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "evaluate", lambda *_: 1 / 0)
+        patched.setattr("d4c_onnx.pipeline.quantizing.evaluate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize()
     quantize()  # measures what was left unmeasured
     manifest = open_bundle(own / "w4a8").manifest
-    recorded = manifest["recipe"]["synthesis"]
+    made_with = manifest.quantization
+    recorded = made_with.recipe["synthesis"]
     assert (recorded["method"], recorded["images"], recorded["held_out"]) == ("noise", 8, 4)
-    assert manifest["recipe"]["text"]["prompts"] == len(made.texts)
-    assert (manifest["seed"], manifest["calibration_seed"]) == (0, 3)
-    assert manifest["calibration"] == made.manifest["key"]["id"]
+    assert made_with.recipe["text"]["prompts"] == len(made.texts)
+    assert (manifest.seed, made_with.calibration_seed) == (0, 3)
+    assert made_with.calibration == made.manifest["key"]["id"]
 
 
 @pytest.mark.slow
@@ -85,15 +90,15 @@ def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch
     def quantize(*keys: str) -> list[str]:
         recipe = _recipe("quantization.target=cuda", *keys)
         report = pipeline.quantize_bundle(str(own), recipe, output=own.parent)
-        return [Path(row["bundle"]).name for row in report["accuracy"]["bundles"]]
+        return [Path(row.bundle).name for row in report.accuracy.bundles]
 
-    def killed(path: Path, content: dict[str, object]) -> Bundle:
-        if "accuracy" in content and path.name == "w4a8":
+    def killed(path: Path, manifest: Manifest) -> Manifest:
+        if path.name == "w4a8":
             raise KeyboardInterrupt
-        return write_manifest(path, content)
+        return write_manifest(path, manifest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "write_manifest", killed)
+        patched.setattr("d4c_onnx.pipeline.quantizing.write_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
             quantize()
     half = (own / "fp16" / "image_encoder.onnx").stat().st_mtime_ns
@@ -104,9 +109,9 @@ def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch
     assert (own / "fp16" / "image_encoder.onnx").stat().st_mtime_ns == half
     for name in ("w4a8", "w8a8", "w4a16", "fp16"):
         made = open_bundle(own / name)
-        assert made.manifest["accuracy"]["bundles"][-1]["bundle"] == "fp16"
-        assert made.manifest["accuracy"]["bundles"][-1]["versus_first"]["cosine_image"] > 0.999
-        assert "CUDA" in made.manifest["target_note"] or name == "w4a16"
+        assert made.manifest.quantization.accuracy.bundles[-1].bundle == "fp16"
+        assert made.manifest.quantization.accuracy.bundles[-1].versus_first.cosine_image > 0.999
+        assert "CUDA" in made.manifest.quantization.target_note or name == "w4a16"
     with pytest.raises(BundleError, match="fp16: already exists"):  # of another form: not this run's to replace
         quantize("quantization.bits=w6a6", "quantization.pooled_row_only=false")
     assert not (own / "w6a6").exists()
@@ -122,10 +127,10 @@ def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_every_target_walks_the_whole_way(own: Path, target: str) -> None:
     report = pipeline.quantize_bundle(str(own), _recipe(f"quantization.target={target}"), output=own.parent)
-    made = open_bundle(Path(str(report["bundle"])))
-    assert made.manifest["target"] == target
-    assert report["target_note"] == made.manifest["target_note"]
-    assert report["accuracy"]["bundles"][1]["versus_first"]["cosine_image"] > 0.95
+    made = open_bundle(report.bundle)
+    assert made.manifest.quantization.target == target
+    assert report.target_note == made.manifest.quantization.target_note
+    assert report.accuracy.bundles[1].versus_first.cosine_image > 0.95
     assert not (own / "fp16").exists()
 
 
@@ -170,15 +175,16 @@ def test_a_failed_check_carries_what_was_measured(own: Path) -> None:
     with pytest.raises(CheckFailed, match="min_cosine") as failed:
         pipeline.quantize_bundle(str(own), _recipe("evaluation.min_cosine=1.0"), output=own.parent)
     assert failed.value.report is not None
-    assert failed.value.report["accuracy"]["kind"] == "fidelity"
+    assert failed.value.report.accuracy.kind == "fidelity"
 
 
 def test_values_that_are_not_numbers_pass_no_check() -> None:
-    versus = {"top1_difference": {"points": float("nan")}, "cosine_image": float("nan"), "cosine_text": 1.0}
-    measured = {"bundles": [{}, {"bundle": "w4a8", "versus_first": versus}]}
+    nan = float("nan")
+    versus = Versus(100.0, nan, 1.0, 0.0, PairedDifference(nan, nan, nan))
+    measured = Accuracy("zero-shot", 1, (BundleAccuracy("fp32"), BundleAccuracy("w4a8", versus_first=versus)))
     for key in ("max_drop=50.0", "min_cosine=0.5"):
         with pytest.raises(CheckFailed):
-            measure.check_limits(measured, load_recipe(None, [f"evaluation.{key}"]), {})
+            check_limits(measured, load_recipe(None, [f"evaluation.{key}"]), measured)
 
 
 def test_weights_are_those_that_were_asked_for(tmp_path: Path) -> None:

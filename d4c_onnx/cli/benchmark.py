@@ -1,11 +1,11 @@
 """d4c-onnx benchmark."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from d4c_onnx.cli import options, show
+from d4c_onnx.evaluation.benchmark_report import BatchTiming, BenchmarkReport
 
 
 @click.command("benchmark")
@@ -53,51 +53,50 @@ def command(
             on_step=on_step,
         )
     if as_json:
-        show.print_json(report)
+        show.print_json(report.as_dict())
         return
-    _print(report, sizes)
+    show_report(report, sizes)
 
 
-def _print(report: dict[str, Any], sizes: list[int]) -> None:
-    from d4c_onnx.evaluation.latency import machine_title
-
+def show_report(report: BenchmarkReport, sizes: list[int]) -> None:
+    """Two tables a tower, loading and speed, and what could not be measured."""
     memory = {"RAM MB": "loaded_bytes", "in use MB": "held_bytes", "peak MB": "peak_bytes"}
     gpu = ""
-    if report["machine"]["gpu"]:
+    if report.machine.gpu:
         memory["GPU MB"] = "gpu_bytes"
         gpu = ", GPU: what it took there by then"
-    for tower, rows in report["towers"].items():
+    for tower, rows in report.towers.items():
         show.table(
             f"{tower}: loading, each in a process of its own; RAM: what loading adds, in use: what of it is held, "
             f"peak: of the process after batches of {min(sizes)} and {max(sizes)}{gpu}",
             ["", "MB", "load ms", "first ms", *memory],
             [
                 [
-                    row["name"],
-                    f"{row['size_bytes'] / 1e6:.1f}",
-                    f"{row['load_ms']:.0f}",
-                    f"{row['first_ms']:.0f}",
-                    *(_megabytes(row[key]) for key in memory.values()),
+                    row.name,
+                    f"{row.size_bytes / 1e6:.1f}",
+                    f"{row.loading.load_ms:.0f}",
+                    f"{row.loading.first_ms:.0f}",
+                    *(_megabytes(getattr(row.loading, key)) for key in memory.values()),
                 ]
                 for row in rows
             ],
         )
         noun = "images" if tower == "image" else "texts"
         show.table(
-            f"{tower}: {machine_title(report['machine'])}; medians of {report['rounds']} interleaved runs [quartiles], "
+            f"{tower}: {report.machine.title}; medians of {report.rounds} interleaved runs [quartiles], "
             f"ms, speed-up, {noun} per second",
             ["", *(f"batch {size}" for size in sizes)],
-            [[row["name"], *(_cell(row["batches"][size]) for size in sizes)] for row in rows],
+            [[row.name, *(_cell(row.batches[size]) for size in sizes)] for row in rows],
         )
-    for failure in report["failed"]:
-        click.echo(f"{failure['name']}, {failure['tower']}: not measured ({failure['reason']})")
+    for failure in report.failed:
+        click.echo(f"{failure.name}, {failure.tower}: not measured ({failure.reason})")
 
 
-def _cell(found: dict[str, float]) -> str:
-    digits = 1 if found["median_ms"] >= 10 else 2
-    median, low, high = (f"{found[key]:.{digits}f}" for key in ("median_ms", "low_ms", "high_ms"))
-    return f"{median} [{low}, {high}] {found['speed_up']:.2f}x {found['per_second']:.0f}/s"
+def _cell(found: BatchTiming) -> str:
+    digits = 1 if found.median_ms >= 10 else 2
+    median, low, high = (f"{value:.{digits}f}" for value in (found.median_ms, found.low_ms, found.high_ms))
+    return f"{median} [{low}, {high}] {found.speed_up:.2f}x {found.per_second:.0f}/s"
 
 
-def _megabytes(value: int | None) -> str:
+def _megabytes(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e6:.0f}"

@@ -1,12 +1,12 @@
 """d4c-onnx evaluate."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from d4c_onnx.cli import options, show
 from d4c_onnx.progress import OnStep
+from d4c_onnx.results import Accuracy
 
 
 @click.command("evaluate")
@@ -38,7 +38,7 @@ def command(
 
     machine = measure.Machine(provider=provider, threads=threads)
 
-    def evaluate(on_step: OnStep) -> dict[str, Any]:
+    def evaluate(on_step: OnStep) -> Accuracy:
         return measure.evaluate_bundles(
             list(bundles), recipe, calibration=calibration, machine=machine, on_step=on_step
         )

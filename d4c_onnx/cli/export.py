@@ -1,5 +1,6 @@
 """d4c-onnx export."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -50,16 +51,16 @@ def command(
         )
     from d4c_onnx.bundle import encoder_size_bytes
 
-    sizes, parity = encoder_size_bytes(bundle), bundle.manifest["parity_max_abs_difference"]
+    sizes, parity = encoder_size_bytes(bundle), bundle.manifest.parity_max_abs_difference or {}
     if as_json:
         show.print_json(
             {
                 "model": model,
-                "pretrained": bundle.manifest["model"]["pretrained"],
+                "pretrained": bundle.manifest.model.pretrained,
                 "bundle": str(bundle.path),
                 "size_bytes": sizes,
-                "parity_max_abs_difference": parity,
-                "io": bundle.manifest["io"],
+                "parity_max_abs_difference": dict(parity),
+                "io": {name: asdict(entry) for name, entry in bundle.manifest.io.items()},
             }
         )
         return

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 import d4c_onnx
-from d4c_onnx.errors import CheckFailed, D4CError
+from d4c_onnx.errors import CheckFailed, D4CError, Report
 
 COMMANDS = {
     "export": "Turn a CLIP model into FP32 ONNX encoders, checked against torch.",
@@ -85,8 +85,8 @@ def _wants_json() -> bool:
     return "--json" in sys.argv[1:]
 
 
-def _fail(kind: str, error: D4CError, report: dict[str, Any] | None = None) -> None:
+def _fail(kind: str, error: D4CError, report: Report | None = None) -> None:
     if _wants_json():
-        measured = {} if report is None else {"report": report}
+        measured = {} if report is None else {"report": report.as_dict()}
         click.echo(json.dumps({"error": str(error), "type": type(error).__name__, **measured}))
     click.echo(f"{kind}: {error}", err=True)

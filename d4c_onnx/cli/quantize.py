@@ -1,12 +1,17 @@
 """d4c-onnx quantize."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from d4c_onnx.cli import options, show
 from d4c_onnx.progress import OnStep
+
+if TYPE_CHECKING:
+    from d4c_onnx.pipeline import QuantizeReport
 
 
 @click.command("quantize")
@@ -71,7 +76,7 @@ def command(
     recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
     from d4c_onnx import measure, pipeline
 
-    def quantize(on_step: OnStep) -> dict[str, Any]:
+    def quantize(on_step: OnStep) -> QuantizeReport:
         return pipeline.quantize_bundle(
             model,
             recipe,
@@ -87,21 +92,21 @@ def command(
     show.measured(quantize, _print, as_json, quiet)
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: QuantizeReport) -> None:
     from d4c_onnx.quantization.deployment import TARGETS
 
-    before, after, ratio = report["size_bytes"]["fp32"], report["size_bytes"]["quantized"], report["size_ratio"]
-    names = ["FP32", report["bits"].upper()]
-    show.accuracy_table(report["accuracy"], [*names, "FP16"][: len(report["accuracy"]["bundles"])])
+    before, after = report.size_bytes.fp32, report.size_bytes.quantized
+    names = ["FP32", report.bits.upper()]
+    show.accuracy_table(report.accuracy, [*names, "FP16"][: len(report.accuracy.bundles)])
     rows = [
-        [tower, show.size(before[tower]), show.size(after[tower]), f"{ratio[tower]:.2f}x"]
-        for tower in ("image", "text", "total")
+        [tower, show.size(before[tower]), show.size(after[tower]), f"{ratio:.2f}x"]
+        for tower, ratio in report.size_ratio.items()
     ]
     show.table("size", ["encoder", *names, "smaller"], rows)
-    click.echo(f"{report['weight_bits_average']:.2f} bits per MatMul, Gemm and Conv weight, counted from the files")
-    if report["accuracy_mode_only"]:
-        click.echo(f"{report['bits']} is an accuracy mode: it answers as such a device would, and runs as int8 here")
-    if report["target_note"] != TARGETS["cpu"].note:
-        click.echo(f"target {report['target']}: {report['target_note']}")
-    spent = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
-    click.echo(f"{report['bundle']} ({spent})")
+    click.echo(f"{report.weight_bits_average:.2f} bits per MatMul, Gemm and Conv weight, counted from the files")
+    if report.accuracy_mode_only:
+        click.echo(f"{report.bits} is an accuracy mode: it answers as such a device would, and runs as int8 here")
+    if report.target_note != TARGETS["cpu"].note:
+        click.echo(f"target {report.target}: {report.target_note}")
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
+    click.echo(f"{report.bundle} ({spent})")

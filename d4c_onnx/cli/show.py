@@ -3,13 +3,16 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import click
 
-from d4c_onnx.errors import CheckFailed
+from d4c_onnx.errors import CheckFailed, Report
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.results import Accuracy, Versus
+
+R = TypeVar("R", bound=Report)
 
 _BAR_WIDTH = 20
 
@@ -75,9 +78,7 @@ def stdout_to_stderr() -> Iterator[None]:
         yield
 
 
-def measured(
-    measure: Callable[[OnStep], dict[str, Any]], table: Callable[[dict[str, Any]], None], as_json: bool, quiet: bool
-) -> None:
+def measured(measure: Callable[[OnStep], R], table: Callable[[R], None], as_json: bool, quiet: bool) -> None:
     """Measure under a progress bar and show what came out, also where a check at the end has failed.
 
     Raises:
@@ -90,11 +91,11 @@ def measured(
         except CheckFailed as error:
             if error.report is None:  # not the one at the end
                 raise
-            failed, report = error, error.report
+            failed, report = error, cast(R, error.report)  # what the measuring would have returned
     if not as_json:
         table(report)
     elif failed is None:
-        print_json(report)
+        print_json(report.as_dict())
     if failed is not None:
         raise failed
 
@@ -124,46 +125,42 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
     Console(width=width).print(grid)
 
 
-def accuracy_table(accuracy: dict[str, Any], names: list[str] | None = None) -> None:
+def accuracy_table(accuracy: Accuracy, names: Sequence[str] | None = None) -> None:
     """Zero-shot accuracy or fidelity of several bundles, side by side."""
-    rows = accuracy["bundles"]
-    names = names or [row["bundle"] for row in rows]
-    if accuracy["kind"] == "zero-shot":
-        title = f"zero-shot on {accuracy['dataset']}, {accuracy['images']:,} images, executed by onnxruntime"
+    rows = accuracy.bundles
+    names = names or [row.bundle for row in rows]
+    if accuracy.kind == "zero-shot":
+        title = f"zero-shot on {accuracy.dataset}, {accuracy.images:,} images, executed by onnxruntime"
         header = ["", "top-1 %", "top-5 %", "difference [95 %]", "agreement %", "cosine image", "cosine text"]
         lines = [
-            [name, f"{row['top1']:.2f}", f"{row['top5']:.2f}", *_versus(row)]
+            [name, f"{row.top1:.2f}", f"{row.top5:.2f}", *_versus(row.versus_first)]
             for name, row in zip(names, rows, strict=True)
         ]
     else:
-        title = (
-            f"fidelity to FP32 on {accuracy['images']} held-out synthetic images (agreement, not accuracy: no labels)"
-        )
+        title = f"fidelity to FP32 on {accuracy.images} held-out synthetic images (agreement, not accuracy: no labels)"
         header = ["", "agreement %", "cosine image (least)", "cosine text (least)", "similarity rmse"]
-        lines = [[name, *_fidelity(row)] for name, row in zip(names, rows, strict=True)]
+        lines = [[name, *_fidelity(row.versus_first)] for name, row in zip(names, rows, strict=True)]
     table(title, header, lines)
 
 
-def _versus(row: dict[str, Any]) -> list[str]:
-    versus = row.get("versus_first")
-    if not versus:
+def _versus(versus: Versus | None) -> list[str]:
+    if versus is None or versus.top1_difference is None:
         return ["", "", "", ""]
-    change = versus["top1_difference"]
+    change = versus.top1_difference
     return [
-        f"{change['points']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]",
-        f"{versus['agreement']:.2f}",
-        f"{versus['cosine_image']:.5f}",
-        f"{versus['cosine_text']:.5f}",
+        f"{change.points:+.2f} [{change.low:+.2f}, {change.high:+.2f}]",
+        f"{versus.agreement:.2f}",
+        f"{versus.cosine_image:.5f}",
+        f"{versus.cosine_text:.5f}",
     ]
 
 
-def _fidelity(row: dict[str, Any]) -> list[str]:
-    versus = row.get("versus_first")
-    if not versus:
+def _fidelity(versus: Versus | None) -> list[str]:
+    if versus is None:
         return ["", "", "", ""]
     return [
-        f"{versus['agreement']:.2f}",
-        f"{versus['cosine_image']:.5f} ({versus['cosine_image_least']:.5f})",
-        f"{versus['cosine_text']:.5f} ({versus['cosine_text_least']:.5f})",
-        f"{versus['similarity_rmse']:.5f}",
+        f"{versus.agreement:.2f}",
+        f"{versus.cosine_image:.5f} ({versus.cosine_image_least:.5f})",
+        f"{versus.cosine_text:.5f} ({versus.cosine_text_least:.5f})",
+        f"{versus.similarity_rmse:.5f}",
     ]

@@ -23,7 +23,7 @@ class BundleEncoders:
         self, batches: Iterable[list[Image.Image]], on_batch: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """float32 [N, D] unit vectors."""
-        config = self.bundle.manifest["preprocess"]
+        config = self.bundle.manifest.preprocess
         return self.pixel_batches(
             (np.stack([preprocess_image(image, config) for image in batch]) for batch in batches), on_batch
         )
@@ -47,7 +47,7 @@ class BundleEncoders:
         length = self._text.fixed_length
         if length is None or input_ids.shape[1] == length:
             return input_ids
-        pad = self.bundle.manifest["tokenizer"].get("pad_id", 0)
+        pad = self.bundle.manifest.tokenizer.pad_id or 0
         return np.pad(input_ids, ((0, 0), (0, length - input_ids.shape[1])), constant_values=pad)
 
 

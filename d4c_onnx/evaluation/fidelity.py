@@ -4,7 +4,6 @@ For models without an embedded labelled set. It measures agreement with FP32 on 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.errors import CalibrationError
 from d4c_onnx.evaluation.embed import BundleEncoders
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.results import Accuracy, BundleAccuracy, Versus
 
 
 def check_held_out(images: int, prompts: int) -> None:
@@ -33,12 +33,12 @@ def evaluate_fidelity(
     provider: str = "cpu",
     threads: int = 0,
     on_step: OnStep = silent,
-) -> dict[str, Any]:
+) -> Accuracy:
     """Compare each bundle with the first on the set's held-out images and prompts.
 
     Returns:
-        `kind`, counts, and per bundle after the first: mean and least cosine per tower, agreement of the best prompt
-        per image in percent, and the root mean square error of the similarity matrix.
+        Rows after the first hold the mean and least cosine per tower, agreement of the best prompt per image in
+        percent, and the error of the similarity matrix.
 
     Raises:
         CalibrationError: the set holds nothing out.
@@ -46,7 +46,7 @@ def evaluate_fidelity(
     images, texts = calibration.held_out, list(calibration.held_out_texts)
     check_held_out(len(images), len(texts))
     total, done = len(images) * len(bundles), 0
-    rows: list[dict[str, Any]] = []
+    rows: list[BundleAccuracy] = []
     first: tuple[np.ndarray, np.ndarray] | None = None
     for bundle in bundles:
         encoders = BundleEncoders(bundle, provider, threads)
@@ -58,23 +58,19 @@ def evaluate_fidelity(
 
         pixels = encoders.pixel_batches((images[i : i + batch] for i in range(0, len(images), batch)), count)
         seen = (pixels, encoders.texts(texts))
-        row: dict[str, Any] = {"bundle": str(bundle.path)}
-        if first is None:
-            first = seen
-        else:
-            row["versus_first"] = _compare(seen, first)
-        rows.append(row)
-    return {"kind": "fidelity", "images": len(images), "prompts": len(texts), "bundles": rows}
+        rows.append(BundleAccuracy(str(bundle.path), versus_first=None if first is None else _compare(seen, first)))
+        first = first or seen
+    return Accuracy("fidelity", len(images), tuple(rows), prompts=len(texts))
 
 
-def _compare(seen: tuple[np.ndarray, np.ndarray], first: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+def _compare(seen: tuple[np.ndarray, np.ndarray], first: tuple[np.ndarray, np.ndarray]) -> Versus:
     similarity, baseline = seen[0] @ seen[1].T, first[0] @ first[1].T
-    cosines = [(mine * reference).sum(1) for mine, reference in zip(seen, first, strict=True)]
-    return {
-        "agreement": 100 * float((similarity.argmax(1) == baseline.argmax(1)).mean()),
-        "cosine_image": float(cosines[0].mean()),
-        "cosine_image_least": float(cosines[0].min()),
-        "cosine_text": float(cosines[1].mean()),
-        "cosine_text_least": float(cosines[1].min()),
-        "similarity_rmse": float(np.sqrt(np.square(similarity - baseline).mean())),
-    }
+    image, text = ((mine * reference).sum(1) for mine, reference in zip(seen, first, strict=True))
+    return Versus(
+        agreement=100 * float((similarity.argmax(1) == baseline.argmax(1)).mean()),
+        cosine_image=float(image.mean()),
+        cosine_text=float(text.mean()),
+        similarity_rmse=float(np.sqrt(np.square(similarity - baseline).mean())),
+        cosine_image_least=float(image.min()),
+        cosine_text_least=float(text.min()),
+    )

@@ -1,19 +1,10 @@
 """Paired intervals: two models see the same images, so only the images on which they disagree carry information."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from d4c_onnx.results import PairedDifference
+
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
-
-
-@dataclass(frozen=True, slots=True)
-class PairedDifference:
-    """Difference of two hit rates on the same items, with its 95 % interval; all in percentage points."""
-
-    points: float
-    low: float
-    high: float
 
 
 def paired_difference(hits: np.ndarray, baseline: np.ndarray) -> PairedDifference:

@@ -11,8 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import onnxruntime as ort
 
 from d4c_onnx.bundle import Bundle, file_size_bytes
 from d4c_onnx.errors import BundleError
+from d4c_onnx.evaluation.benchmark_report import BatchTiming, LatencyRow, Loading, MachineDescription
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.runtime.gpu import gpu_name
 from d4c_onnx.runtime.session import EncoderSession
@@ -33,6 +34,7 @@ _PROCESS_PROBE = """
 import json, os, sys, time
 import numpy as np
 from pathlib import Path
+from typing import Any
 from d4c_onnx.memory import release_freed
 from d4c_onnx.runtime.gpu import gpu_used_bytes
 from d4c_onnx.runtime.session import EncoderSession, resolve_provider
@@ -89,7 +91,7 @@ def measure_latency(
     provider: str = "cpu",
     threads: int = 0,
     on_step: OnStep = silent,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[LatencyRow]]:
     """Time every contender at every batch size.
 
     Args:
@@ -98,21 +100,24 @@ def measure_latency(
         rounds: timed runs of each contender at each batch.
 
     Returns:
-        Per tower one row a contender: `name`, `size_bytes`; of processes of its own `load_ms` and `first_ms` (medians),
-        `loaded_bytes` (what loading adds), `held_bytes` (what of that is in use), `peak_bytes` and, on cuda,
-        `gpu_bytes` (None where the system does not tell); and `batches`: per size `median_ms`, `low_ms`, `high_ms`
-        (the quartiles), `per_second` and `speed_up` over the baseline.
+        Per tower one row a contender; its costs of loading are medians, too.
 
     Raises:
         BundleError: onnxruntime cannot load a file.
     """
     steps = sum(len(batches) * rounds for batches in feeds.values())
     done = 0
-    shuffled = np.random.default_rng(0)
-    result: dict[str, list[dict[str, Any]]] = {}
+    order = np.random.default_rng(0)
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_step("benchmark", done, steps, {})
+
+    result: dict[str, list[LatencyRow]] = {}
     for tower, batches in feeds.items():
         running = [entry for entry in contenders if tower in entry.encoders]
-        probes: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in running}
+        probes: dict[str, list[Loading]] = {entry.name: [] for entry in running}
         for _ in range(_LOADS):
             for entry in running:
                 probes[entry.name].append(_probe(entry, tower, batches, provider, threads))
@@ -120,44 +125,47 @@ def measure_latency(
             entry.name: EncoderSession(entry.encoders[tower], provider, threads, shared=True, entries=entry.entries)
             for entry in running
         }
-        rows: dict[str, dict[str, Any]] = {
-            entry.name: {
-                "name": entry.name,
-                "size_bytes": file_size_bytes(entry.encoders[tower]),
-                **_medians(probes[entry.name]),
-                "batches": {},
-            }
+        timed = {size: _race(sessions, feed, rounds, order, count) for size, feed in batches.items()}
+        result[tower] = [
+            LatencyRow(
+                entry.name,
+                file_size_bytes(entry.encoders[tower]),
+                _medians(probes[entry.name]),
+                {size: _timing(times[entry.name], times[running[0].name], size) for size, times in timed.items()},
+            )
             for entry in running
-        }
-        for size, feed in batches.items():
-            times: dict[str, list[float]] = {name: [] for name in sessions}
-            for _ in range(_WARM_UP):
-                for session in sessions.values():
-                    session.run(feed)
-            for _ in range(rounds):
-                for entry in (running[number] for number in shuffled.permutation(len(running))):
-                    start = time.perf_counter()
-                    sessions[entry.name].run(feed)
-                    times[entry.name].append(time.perf_counter() - start)
-                done += 1
-                on_step("benchmark", done, steps, {})
-            base = statistics.median(times[running[0].name])
-            for name, seen in times.items():
-                low, median, high = (1e3 * float(value) for value in np.quantile(seen, (0.25, 0.5, 0.75)))
-                rows[name]["batches"][size] = {
-                    "median_ms": median,
-                    "low_ms": low,
-                    "high_ms": high,
-                    "per_second": 1e3 * size / median,
-                    "speed_up": 1e3 * base / median,
-                }
-        result[tower] = list(rows.values())
+        ]
     return result
 
 
-def _probe(
-    entry: Contender, tower: str, batches: Mapping[int, np.ndarray], provider: str, threads: int
-) -> dict[str, Any]:
+def _race(
+    sessions: Mapping[str, EncoderSession],
+    feed: np.ndarray,
+    rounds: int,
+    order: np.random.Generator,
+    on_round: Callable[[], None],
+) -> dict[str, list[float]]:
+    """Seconds of each session's runs: in every round each one runs once, in an order of the round's own."""
+    names = list(sessions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(_WARM_UP):
+        for session in sessions.values():
+            session.run(feed)
+    for _ in range(rounds):
+        for name in (names[number] for number in order.permutation(len(names))):
+            start = time.perf_counter()
+            sessions[name].run(feed)
+            times[name].append(time.perf_counter() - start)
+        on_round()
+    return times
+
+
+def _timing(seen: Sequence[float], baseline: Sequence[float], size: int) -> BatchTiming:
+    low, median, high = (1e3 * float(value) for value in np.quantile(seen, (0.25, 0.5, 0.75)))
+    return BatchTiming(median, low, high, 1e3 * size / median, 1e3 * statistics.median(baseline) / median)
+
+
+def _probe(entry: Contender, tower: str, batches: Mapping[int, np.ndarray], provider: str, threads: int) -> Loading:
     path, small, large = entry.encoders[tower], batches[min(batches)], batches[max(batches)]
     asked = {
         "path": str(path),
@@ -172,14 +180,15 @@ def _probe(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BundleError(f"{path}: cannot be run in a process of its own ({done.stderr.strip()[-300:]}).")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return Loading(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _medians(probes: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    return {
-        key: None if probes[0][key] is None else statistics.median(probe[key] for probe in probes) for key in probes[0]
-    }
+def _medians(probes: Sequence[Loading]) -> Loading:
+    def median(name: str) -> Any:  # a number; None where the system does not tell
+        values = [getattr(probe, name) for probe in probes]
+        return None if values[0] is None else statistics.median(values)
+
+    return Loading(*(median(entry.name) for entry in fields(Loading)))
 
 
 def drawn_feeds(bundle: Bundle, batches: Sequence[int], sequence: int) -> dict[str, dict[int, np.ndarray]]:
@@ -189,36 +198,24 @@ def drawn_feeds(bundle: Bundle, batches: Sequence[int], sequence: int) -> dict[s
         sequence: ids per text; a text encoder of fixed length gets its own length.
     """
     rng = np.random.default_rng(0)
-    height, width = bundle.manifest["preprocess"]["size"]
-    tokenizer = bundle.manifest["tokenizer"]
-    context = tokenizer["context_length"]
-    length = min(sequence, context) if tokenizer["dynamic_sequence"] else context
-    end = tokenizer.get("eot_id") or 1
+    height, width = bundle.manifest.preprocess.size
+    tokenizer = bundle.manifest.tokenizer
+    context = tokenizer.context_length
+    length = min(sequence, context) if tokenizer.dynamic_sequence else context
+    end = tokenizer.eot_id or 1
     feeds: dict[str, dict[int, np.ndarray]] = {"image": {}, "text": {}}
     for size in batches:
         feeds["image"][size] = rng.standard_normal((size, 3, height, width), dtype=np.float32)
         ids = rng.integers(1, max(2, min(end, 1000)), (size, length), np.int64)
-        ids[:, 0], ids[:, -1] = tokenizer.get("sot_id") or 0, end
+        ids[:, 0], ids[:, -1] = tokenizer.sot_id or 0, end
         feeds["text"][size] = ids
     return feeds
 
 
-def describe_machine(provider: str, threads: int) -> dict[str, Any]:
-    """What a latency means nothing without; `threads` comes back as None where 0 left them to onnxruntime."""
-    return {
-        "cpu": _cpu_name(),
-        "gpu": gpu_name() if provider == "cuda" else None,
-        "threads": threads or None,
-        "provider": provider,
-        "onnxruntime": ort.__version__,
-    }
-
-
-def machine_title(machine: Mapping[str, Any]) -> str:
-    """What `describe_machine` found, in a line."""
-    threads = f"{machine['threads']} threads" if machine["threads"] else "onnxruntime's choice of threads"
-    provider = f"{machine['provider']} ({machine['gpu']})" if machine.get("gpu") else machine["provider"]
-    return f"{machine['cpu']}, {threads}, {provider}, onnxruntime {machine['onnxruntime']}"
+def describe_machine(provider: str, threads: int) -> MachineDescription:
+    """This machine, running onnxruntime on a provider with so many threads (0: its own choice)."""
+    gpu = gpu_name() if provider == "cuda" else None
+    return MachineDescription(_cpu_name(), gpu, threads or None, provider, ort.__version__)
 
 
 def _cpu_name() -> str:

@@ -1,10 +1,9 @@
 """A benchmark as a picture: speed-up over the baseline, per tower and batch size."""
 
 from pathlib import Path
-from typing import Any
 
 from d4c_onnx.errors import D4CError
-from d4c_onnx.evaluation.latency import machine_title
+from d4c_onnx.evaluation.benchmark_report import BenchmarkReport
 
 
 def check_picture(path: Path) -> None:
@@ -25,7 +24,7 @@ def check_picture(path: Path) -> None:
         raise D4CError(f"{path}: there is no folder {path.parent}. Make it first.")
 
 
-def draw_benchmark(report: dict[str, Any], path: Path) -> None:
+def draw_benchmark(report: BenchmarkReport, path: Path) -> None:
     """Write bars for what `measure.benchmark_bundles` returned; the format follows the file's ending.
 
     Raises:
@@ -35,23 +34,23 @@ def draw_benchmark(report: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    towers = report["towers"]
+    towers = report.towers
     figure = Figure(figsize=(7.5 * len(towers), 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(towers), squeeze=False)[0]
     for panel, (tower, rows) in zip(axes, towers.items(), strict=True):
-        sizes = list(rows[0]["batches"])
+        sizes = list(rows[0].batches)
         width = 0.8 / len(rows)
         for number, row in enumerate(rows):
             places = [position + (number - (len(rows) - 1) / 2) * width for position in range(len(sizes))]
-            heights = [row["batches"][size]["speed_up"] for size in sizes]
-            drawn = panel.bar(places, heights, width, label=f"{row['name']}, {row['size_bytes'] / 1e6:.0f} MB")
+            heights = [row.batches[size].speed_up for size in sizes]
+            drawn = panel.bar(places, heights, width, label=f"{row.name}, {row.size_bytes / 1e6:.0f} MB")
             panel.bar_label(drawn, fmt="%.2f", fontsize=6, rotation=90, padding=2)
         panel.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
-        panel.set(title=f"{tower} encoder", ylabel=f"times as fast as {rows[0]['name']}")
+        panel.set(title=f"{tower} encoder", ylabel=f"times as fast as {rows[0].name}")
         panel.margins(y=0.15)
         panel.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.06))  # no bar hides behind it
-    figure.suptitle(f"{machine_title(report['machine'])}, medians of {report['rounds']} interleaved runs", fontsize=9)
+    figure.suptitle(f"{report.machine.title}, medians of {report.rounds} interleaved runs", fontsize=9)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:

@@ -1,8 +1,7 @@
 """Zero-shot classification of several bundles on the same labelled images, compared pair by pair."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,7 +10,19 @@ from d4c_onnx.evaluation.datasets import LabelledImages
 from d4c_onnx.evaluation.embed import BundleEncoders, class_embeddings
 from d4c_onnx.evaluation.intervals import paired_difference
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.results import Accuracy, BundleAccuracy, Versus
 from d4c_onnx.vocabulary import templates
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """What one bundle says: unit vectors [N, D] and [K, D], their products [N, K], the best five classes, hits [N]."""
+
+    images: np.ndarray
+    texts: np.ndarray
+    similarity: np.ndarray
+    best: np.ndarray
+    hits: np.ndarray
 
 
 def evaluate_zero_shot(
@@ -22,7 +33,7 @@ def evaluate_zero_shot(
     provider: str = "cpu",
     threads: int = 0,
     on_step: OnStep = silent,
-) -> dict[str, Any]:
+) -> Accuracy:
     """Top-1 and top-5 of each bundle, and how each compares with the first.
 
     Args:
@@ -30,13 +41,12 @@ def evaluate_zero_shot(
         dataset: all of its images are used.
 
     Returns:
-        `kind`, `dataset`, `images`, and `bundles`: one entry each, in percent and percentage points; entries after
-        the first also hold `versus_first` with the paired 95 % interval of top-1, agreement of the top-1 answers, the
-        mean cosine of each tower's embeddings, and the root mean square error of the similarity matrix.
+        In percent and percentage points; rows after the first hold the paired 95 % interval of top-1, agreement of the
+        top-1 answers, the mean cosine of each tower's embeddings, and the error of the similarity matrix.
     """
     total, done = len(dataset) * len(bundles), 0
-    rows: list[dict[str, Any]] = []
-    first: dict[str, np.ndarray] = {}
+    rows: list[BundleAccuracy] = []
+    first: _Answers | None = None
     for bundle in bundles:
         encoders = BundleEncoders(bundle, provider, threads)
 
@@ -46,34 +56,29 @@ def evaluate_zero_shot(
             on_step("evaluate", done, total, {})
 
         texts = class_embeddings(encoders, dataset.classes, templates())
-        images = encoders.image_batches(dataset.batches(batch), count)
-        similarity = images @ texts.T
-        order = np.argsort(-similarity, axis=1, kind="stable")[:, : min(5, len(dataset.classes))]
-        seen = {
-            "images": images,
-            "texts": texts,
-            "similarity": similarity,
-            "top1": order[:, 0],
-            "hits": order[:, 0] == dataset.labels,
-        }
-        row: dict[str, Any] = {
-            "bundle": str(bundle.path),
-            "top1": 100 * float(seen["hits"].mean()),
-            "top5": 100 * float((order == dataset.labels[:, None]).any(1).mean()),
-        }
-        if first:
-            row["versus_first"] = _compare(seen, first)
-        else:
-            first = seen
+        seen = _answer(encoders.image_batches(dataset.batches(batch), count), texts, dataset.labels)
+        row = BundleAccuracy(
+            bundle=str(bundle.path),
+            top1=100 * float(seen.hits.mean()),
+            top5=100 * float((seen.best == dataset.labels[:, None]).any(1).mean()),
+            versus_first=None if first is None else _compare(seen, first),
+        )
+        first = first or seen
         rows.append(row)
-    return {"kind": "zero-shot", "dataset": dataset.name, "images": len(dataset), "bundles": rows}
+    return Accuracy("zero-shot", len(dataset), tuple(rows), dataset=dataset.name)
 
 
-def _compare(seen: dict[str, np.ndarray], first: dict[str, np.ndarray]) -> dict[str, Any]:
-    return {
-        "top1_difference": asdict(paired_difference(seen["hits"], first["hits"])),
-        "agreement": 100 * float((seen["top1"] == first["top1"]).mean()),
-        "cosine_image": float((seen["images"] * first["images"]).sum(1).mean()),
-        "cosine_text": float((seen["texts"] * first["texts"]).sum(1).mean()),
-        "similarity_rmse": float(np.sqrt(np.square(seen["similarity"] - first["similarity"]).mean())),
-    }
+def _answer(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> _Answers:
+    similarity = images @ texts.T
+    best = np.argsort(-similarity, axis=1, kind="stable")[:, :5]
+    return _Answers(images, texts, similarity, best, best[:, 0] == labels)
+
+
+def _compare(seen: _Answers, first: _Answers) -> Versus:
+    return Versus(
+        agreement=100 * float((seen.best[:, 0] == first.best[:, 0]).mean()),
+        cosine_image=float((seen.images * first.images).sum(1).mean()),
+        cosine_text=float((seen.texts * first.texts).sum(1).mean()),
+        similarity_rmse=float(np.sqrt(np.square(seen.similarity - first.similarity).mean())),
+        top1_difference=paired_difference(seen.hits, first.hits),
+    )

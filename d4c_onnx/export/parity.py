@@ -31,7 +31,7 @@ def check_parity(
         CheckFailed: a difference above 1e-4, or a value that is not finite.
     """
     rng = np.random.default_rng(seed)
-    height, width = loaded.preprocess["size"]
+    height, width = loaded.preprocess.size
     images = [rng.standard_normal((batch, 3, height, width), dtype=np.float32) for batch in _BATCHES]
     images.append(golden["pixel_values"])
     worst = {"image": _compare("image", EncoderSession(image_file), images, loaded.model.encode_image)}

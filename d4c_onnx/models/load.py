@@ -28,6 +28,7 @@ from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from d4c_onnx.errors import ModelError
+from d4c_onnx.manifest import Preprocess
 from d4c_onnx.models.attention import replace_attention
 from d4c_onnx.models.catalogue import EmbeddedModel, embedded_models
 from d4c_onnx.models.compact import unpack_token_table
@@ -48,7 +49,7 @@ class LoadedModel:
     Attributes:
         name, pretrained: as the user gave them; `pretrained` is "embedded", "random", a tag or a file's name.
         model: the open_clip module, attention untouched.
-        preprocess: size [H, W], mean, std, interpolation, resize_mode, fill_color.
+        preprocess: from an image to what the image tower takes.
         weights_sha256: over every tensor of the state dict, in name order.
         embedded: the catalogue's entry for a shipped model.
     """
@@ -57,7 +58,7 @@ class LoadedModel:
     pretrained: str
     model: Any
     tokenizer: Any
-    preprocess: dict[str, Any]
+    preprocess: Preprocess
     weights_sha256: str
     quick_gelu: bool
     embedded: EmbeddedModel | None
@@ -75,7 +76,7 @@ class LoadedModel:
 
     def normalization(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the input space, float32 [3, 1, 1] each."""
-        mean, std = (torch.tensor(self.preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.preprocess.mean, self.preprocess.std))
         return mean, std
 
     @property
@@ -212,7 +213,7 @@ def _loaded(
     pretrained: str,
     model: nn.Module,
     tokenizer: Any,
-    preprocess: dict,
+    preprocess: Preprocess,
     quick: bool,
     entry: EmbeddedModel | None,
 ) -> LoadedModel:
@@ -229,19 +230,17 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _preprocess(cfg: dict[str, Any]) -> dict[str, Any]:
+def _preprocess(cfg: dict[str, Any]) -> Preprocess:
     size = cfg["size"]
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
-    return {
-        "size": [height, width],
-        "mean": [float(value) for value in cfg["mean"]],
-        "std": [float(value) for value in cfg["std"]],
-        "interpolation": cfg["interpolation"],
-        "resize_mode": cfg["resize_mode"],
-        "fill_color": int(cfg.get("fill_color") or 0),
-        "channels": "RGB",
-        "value_range": [0.0, 1.0],
-    }
+    return Preprocess(
+        size=(height, width),
+        mean=tuple(float(value) for value in cfg["mean"]),
+        std=tuple(float(value) for value in cfg["std"]),
+        interpolation=cfg["interpolation"],
+        resize_mode=cfg["resize_mode"],
+        fill_color=int(cfg.get("fill_color") or 0),
+    )
 
 
 def _short(error: object) -> str:

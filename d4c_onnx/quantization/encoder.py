@@ -13,6 +13,7 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.graph.bits import LayerBits, layer_bits
 from d4c_onnx.graph.files import load_graph, save_graph, set_metadata, strip_notes
 from d4c_onnx.graph.index import GraphIndex, drop_unused
+from d4c_onnx.manifest import EncoderRecord, LayerRecord, RewriteRecord
 from d4c_onnx.memory import release_freed
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.deployment import (
@@ -80,22 +81,18 @@ class EncoderReport:
     fused_qkv: int
     minimum_onnxruntime: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def record(self) -> EncoderRecord:
         """For the manifest."""
-        return {
-            "layers": {
-                layer.node: {"op": layer.op, "bits": layer.bits, "weights": layer.elements} for layer in self.layers
-            },
-            "token_table_bits": self.token_table_bits,
-            "quantized_activations": self.activations,
-            "smoothing_alpha": self.smoothed,
-            "start_token_pinned": self.start_token_pinned,
-            "pooled_row_only": self.pooled_row_only,
-            "fused_attention": self.fused_attention,
-            "fused_biases": self.fused_biases,
-            "fused_qkv": self.fused_qkv,
-            "minimum_onnxruntime": self.minimum_onnxruntime,
-        }
+        counts = ("pooled_row_only", "fused_attention", "fused_biases", "fused_qkv")
+        return EncoderRecord(
+            layers={layer.node: LayerRecord(layer.op, layer.bits, layer.elements) for layer in self.layers},
+            token_table_bits=self.token_table_bits,
+            quantized_activations=self.activations,
+            smoothing_alpha=self.smoothed,
+            start_token_pinned=self.start_token_pinned,
+            minimum_onnxruntime=self.minimum_onnxruntime,
+            rewrites=tuple(RewriteRecord(name, int(getattr(self, name))) for name in counts),
+        )
 
 
 def quantize_encoder(

@@ -5,22 +5,24 @@ from typing import Any
 
 import onnx
 
-from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, is_bundle, open_bundle, versions
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, is_bundle, open_bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.errors import BundleError, GraphError
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
+from d4c_onnx.manifest import Quantization, Session
+from d4c_onnx.manifest_file import versions
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.quantization.bundle import (
+from d4c_onnx.quantization.deployment import compute_pooled_row_only, convert_to_half, target_of
+from d4c_onnx.quantization.folding import fold_batch_norms, skip_idle_pools
+from d4c_onnx.quantization.layout import MINIMUM_ORT
+from d4c_onnx.quantization.quantized_bundle import (
     HALF_GOLDEN_TOLERANCE,
     calibration_readers,
     check_optimizer,
     finish_bundle,
     source_files,
 )
-from d4c_onnx.quantization.deployment import compute_pooled_row_only, convert_to_half, target_of
-from d4c_onnx.quantization.folding import fold_batch_norms, skip_idle_pools
-from d4c_onnx.quantization.layout import MINIMUM_ORT
 from d4c_onnx.recipe import QuantizationSection
 
 _NOTE = (
@@ -61,23 +63,21 @@ def half_bundle_files(
                 raise GraphError(f"{bundle.path / name}: {error}") from error
             save_graph(half, stage / name, limit_bytes=0 if section.external_data else None)
         readers = calibration_readers(bundle, dataset, section)
-        checked = check_optimizer(bundle, stage, readers, {}, threads=threads, on_step=on_step)
-        written = finish_bundle(
-            bundle,
-            stage,
-            HALF_GOLDEN_TOLERANCE,
-            {
-                "minimum_onnxruntime": MINIMUM_ORT[None],
-                "seed": bundle.manifest["seed"],
-                "recipe": _shaped_by(section),
-                "bits": "fp16",
-                "accuracy_mode_only": False,
-                "target": "cuda",
-                "target_note": _NOTE,
-                **checked,
-            },
+        session = Session()
+        effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
+        made = Quantization(
+            bits="fp16",
+            target="cuda",
+            target_note=_NOTE,
+            recipe=_shaped_by(section),
+            minimum_onnxruntime=MINIMUM_ORT[None],
+            accuracy_mode_only=False,
+            source_files=source_files(bundle),
+            session=session,
+            optimizer_effect={name: effect.record() for name, effect in effects.items()},
         )
-    return Bundle(target, written.manifest)
+        written = finish_bundle(bundle, stage, made, seed=bundle.manifest.seed, tolerance=HALF_GOLDEN_TOLERANCE)
+    return Bundle(target, written)
 
 
 def find_half_bundle(bundle: Bundle, target: Path, section: QuantizationSection) -> Bundle | None:
@@ -93,10 +93,10 @@ def find_half_bundle(bundle: Bundle, target: Path, section: QuantizationSection)
         return None
     # weights may lie beside a graph, whose SHA-256 then says nothing of them
     same_weights = made.weights_sha256 == bundle.weights_sha256
-    own, known = versions(), made.manifest.get("versions", {})
+    own, known = versions(), made.manifest.versions
     same_tools = all(known.get(name) == own.get(name) for name in ("d4c-onnx", "onnx", "onnxruntime"))
-    expected = {"bits": "fp16", "recipe": _shaped_by(section), "source_files": source_files(bundle)}
-    same_form = all(made.manifest.get(key) == value for key, value in expected.items()) and "session" in made.manifest
+    found, expected = made.manifest.quantization, ("fp16", _shaped_by(section), source_files(bundle))
+    same_form = found is not None and (found.bits, found.recipe, found.source_files) == expected
     return made if same_form and same_weights and same_tools else None
 
 

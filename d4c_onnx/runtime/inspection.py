@@ -14,6 +14,7 @@ from d4c_onnx.graph.files import load_graph
 from d4c_onnx.graph.index import GraphIndex, attribute
 from d4c_onnx.graph.layers import INTEGER_PRODUCT, STORED_OPS
 from d4c_onnx.graph.signature import signature
+from d4c_onnx.manifest import Signature
 from d4c_onnx.runtime.kernels import FLOAT_KERNELS, INT8_KERNELS
 from d4c_onnx.runtime.session import optimized_graph
 
@@ -55,16 +56,21 @@ class Inspection:
 
     layers: tuple[InspectedLayer, ...]
     stored: tuple[LayerBits, ...]
-    io: dict[str, Any]
+    io: Signature
     summary: str
+
+    @property
+    def weight_bits_average(self) -> float:
+        """Stored bits a weight."""
+        return round(average_bits(list(self.stored)), 4)
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
-            "weight_bits_average": round(average_bits(list(self.stored)), 4),
+            "weight_bits_average": self.weight_bits_average,
             "summary": self.summary,
-            "io": self.io,
+            "io": asdict(self.io),
         }
 
 
@@ -113,7 +119,7 @@ def inspect_encoder(path: Path, entries: Mapping[str, str] | None = None) -> Ins
     fused = sum(node.op_type in ("MultiHeadAttention", "Attention") for node in model.graph.node)
     if fused:
         summary += f", {fused} attentions in one float kernel each"
-    return Inspection(tuple(layers), tuple(weights.values()), signature({path.name: model})[path.name], summary)
+    return Inspection(tuple(layers), tuple(weights.values()), signature(model), summary)
 
 
 class _Running:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from d4c_onnx.manifest import OptimizerRecord
 from d4c_onnx.runtime.session import EncoderSession
 
 # Fused kernels round an activation to the neighbouring step where sums have another order, and a deep encoder carries
@@ -43,9 +44,9 @@ class OptimizerEffect:
         away = abs(math.log(self.ratio))
         return self.optimizer <= 1e-6 or away <= math.log(ALLOWED) or away <= math.log(self.certain)
 
-    def as_dict(self) -> dict[str, float]:
+    def record(self) -> OptimizerRecord:
         """For the manifest."""
-        return {name: float(f"{value:.3g}") for name, value in asdict(self).items()}
+        return OptimizerRecord(**{name: float(f"{value:.3g}") for name, value in asdict(self).items()})
 
 
 def optimizer_effect(

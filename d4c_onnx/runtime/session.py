@@ -29,14 +29,14 @@ def resolve_provider(provider: str) -> str:
     """
     if provider == "cpu":
         return provider
-    fault = _cuda_fault()
+    fault = cuda_fault()
     if provider == "cuda" and fault:
         raise ModelError(f"--provider cuda: {fault}, or use cpu.")
     return "cpu" if fault else "cuda"
 
 
 @functools.cache
-def _cuda_fault() -> str:
+def cuda_fault() -> str:
     """Why no session starts on CUDA, and what to do; empty where one does.
 
     onnxruntime lists the provider wherever it was built with it, and where the driver or a library is missing it

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from d4c_onnx.bundle import versions
 from d4c_onnx.calibration.controls import noise_images
 from d4c_onnx.calibration.dataset import CalibrationSet, cut_to_end, save_calibration_set
+from d4c_onnx.manifest_file import versions
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.runtime.preprocess import denormalize
 from d4c_onnx.synthesis.plan import Plan
@@ -36,7 +36,7 @@ def assemble(
     elif given is not None:
         pixels = given
     else:
-        pixels = noise_images(plan.section.method, (plan.total, 3, *loaded.preprocess["size"]), plan.seed)
+        pixels = noise_images(plan.section.method, (plan.total, 3, *loaded.preprocess.size), plan.seed)
     guided = plan.method is not None and plan.method.loss == "d4c"  # the others are made for no noun
     texts, held_out_texts = draw_texts(plan.nouns, templates(), plan.text.prompts, plan.text.held_out, plan.seed)
     content = CalibrationSet(

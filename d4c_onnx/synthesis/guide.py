@@ -60,7 +60,7 @@ def build_guide(
     tower, _ = loaded.deployed_towers()
     mean, std = (value.to(device) for value in loaded.normalization())
     objective = build_objective(method, keeps_statistics(tower))
-    coarse = coarse_view(tower, loaded.preprocess["size"]) if section.coarse else None
+    coarse = coarse_view(tower, loaded.preprocess.size) if section.coarse else None
     return Guide(
         method=method,
         tower=tower,

@@ -66,7 +66,7 @@ class _Maker:
             plan = self.plan
             generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + unit.number)
             mean, std = (value.to(plan.device) for value in self.loaded.normalization())
-            shape = (len(unit), 3, *self.loaded.preprocess["size"])
+            shape = (len(unit), 3, *self.loaded.preprocess.size)
             start = start_images(self.guide.method.image, shape, mean, std, generator)
             labels = torch.from_numpy(plan.labels[unit.start : unit.stop]).to(plan.device)
             checkpoint, report = self.store.checkpoint(unit), self._reporter(unit, skipped)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from d4c_onnx.bundle import versions
 from d4c_onnx.calibration.dataset import work_folder
 from d4c_onnx.files import translate_os_error, write_file, write_json
+from d4c_onnx.manifest_file import versions
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,14 +56,14 @@ def _small(count: int = 300) -> LabelledImages:
 
 def test_zero_shot_of_equal_bundles_is_equal(vit_bundle: Bundle) -> None:
     result = evaluate_zero_shot([vit_bundle, vit_bundle], _small(), batch=64)
-    first, second = result["bundles"]
-    assert 50 < first["top1"] < 100
-    assert first["top5"] > first["top1"]
-    versus = second["versus_first"]
-    assert versus["top1_difference"]["points"] == 0
-    assert versus["agreement"] == 100
-    assert versus["cosine_image"] == pytest.approx(1, abs=1e-6)
-    assert versus["similarity_rmse"] < 1e-6
+    first, second = result.bundles
+    assert 50 < first.top1 < 100
+    assert first.top5 > first.top1
+    versus = second.versus_first
+    assert versus.top1_difference.points == 0
+    assert versus.agreement == 100
+    assert versus.cosine_image == pytest.approx(1, abs=1e-6)
+    assert versus.similarity_rmse < 1e-6
 
 
 def test_zero_shot_equals_torch(vit_bundle: Bundle, mini_vit) -> None:
@@ -84,14 +84,14 @@ def test_zero_shot_equals_torch(vit_bundle: Bundle, mini_vit) -> None:
         pixels = torch.stack([transform(image) for batch in dataset.batches(50) for image in batch])
         expected = (mini_vit.model.encode_image(pixels, normalize=True) @ texts.T).argmax(1).numpy()
     result = evaluate_zero_shot([vit_bundle], dataset)
-    assert result["bundles"][0]["top1"] == pytest.approx(100 * (expected == dataset.labels).mean(), abs=0.51)
+    assert result.bundles[0].top1 == pytest.approx(100 * (expected == dataset.labels).mean(), abs=0.51)
 
 
 def test_fidelity_is_label_free(vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]) -> None:
     result = evaluate_fidelity([vit_bundle, vit_bundle], vit_calibration[1])
-    assert result["kind"] == "fidelity"
-    assert "top1" not in json.dumps(result)
-    assert result["bundles"][1]["versus_first"]["agreement"] == 100
+    assert result.kind == "fidelity"
+    assert "top1" not in json.dumps(result.as_dict())
+    assert result.bundles[1].versus_first.agreement == 100
 
 
 def test_fidelity_needs_something_held_out(vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]) -> None:

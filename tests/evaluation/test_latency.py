@@ -7,7 +7,7 @@ import pytest
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import BundleError
-from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, machine_title, measure_latency
+from d4c_onnx.evaluation.latency import Contender, describe_machine, drawn_feeds, measure_latency
 from d4c_onnx.evaluation.peers import build_peers, loads
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -23,18 +23,18 @@ def test_rows_hold_every_contender_and_batch(vit_bundle: Bundle) -> None:
     result = measure_latency(
         [one, same], feeds, rounds=5, threads=1, on_step=lambda stage, done, total, values: steps.append((done, total))
     )
-    assert [row["name"] for row in result["image"]] == ["one"]
-    assert [row["name"] for row in result["text"]] == ["one", "same"]
+    assert [row.name for row in result["image"]] == ["one"]
+    assert [row.name for row in result["text"]] == ["one", "same"]
     assert steps[-1] == (20, 20)
     for row in result["text"]:
-        for found in row["batches"].values():
-            assert 0 < found["low_ms"] <= found["median_ms"] <= found["high_ms"]
-        assert row["size_bytes"] == vit_bundle.text_encoder.stat().st_size
-        assert row["loaded_bytes"] >= row["held_bytes"] > 1e6
-        assert row["load_ms"] > 0
-        assert row["first_ms"] > 0
-        assert row["loaded_bytes"] < row["peak_bytes"] < 500e6  # of its own process, not of this large one
-    assert result["text"][0]["batches"][3]["speed_up"] == 1
+        for found in row.batches.values():
+            assert 0 < found.low_ms <= found.median_ms <= found.high_ms
+        assert row.size_bytes == vit_bundle.text_encoder.stat().st_size
+        assert row.loading.loaded_bytes >= row.loading.held_bytes > 1e6
+        assert row.loading.load_ms > 0
+        assert row.loading.first_ms > 0
+        assert row.loading.loaded_bytes < row.loading.peak_bytes < 500e6  # of its own process, not of this large one
+    assert result["text"][0].batches[3].speed_up == 1
 
 
 def test_every_round_has_an_order_of_its_own(vit_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_peers_are_real_files_that_answer(vit_bundle: Bundle, tmp_path: Path) ->
 
 def test_the_machine_is_described() -> None:
     described = describe_machine("cpu", 2)
-    assert described["threads"] == 2
-    assert described["cpu"]
-    assert f"{described['cpu']}, 2 threads, cpu, onnxruntime" in machine_title(described)
-    assert "onnxruntime's choice of threads" in machine_title(describe_machine("cpu", 0))
+    assert described.threads == 2
+    assert described.cpu
+    assert f"{described.cpu}, 2 threads, cpu, onnxruntime" in described.title
+    assert "onnxruntime's choice of threads" in describe_machine("cpu", 0).title

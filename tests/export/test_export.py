@@ -21,7 +21,7 @@ from d4c_onnx.runtime.session import EncoderSession
 def test_parity_at_other_batches_and_lengths(tower: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(f"{tower}_bundle")
     loaded = request.getfixturevalue(f"mini_{tower}")
-    pixels = torch.randn(5, 3, *loaded.preprocess["size"])
+    pixels = torch.randn(5, 3, *loaded.preprocess.size)
     with torch.no_grad():
         expected = loaded.model.encode_image(pixels, normalize=True).numpy()
     assert np.abs(EncoderSession(bundle.image_encoder).run(pixels.numpy()) - expected).max() <= 1e-4
@@ -31,28 +31,29 @@ def test_parity_at_other_batches_and_lengths(tower: str, request: pytest.Fixture
     session = EncoderSession(bundle.text_encoder)
     assert np.abs(session.run(ids) - expected).max() <= 1e-4
     assert np.abs(session.run(ids[:1, :4]) - expected[:1]).max() <= 1e-4
-    assert max(bundle.manifest["parity_max_abs_difference"].values()) <= 1e-4
+    assert max(bundle.manifest.parity_max_abs_difference.values()) <= 1e-4
 
 
 def test_io_contract(vit_bundle: Bundle) -> None:
     image, text = (onnx.load(path) for path in vit_bundle.encoders.values())
     onnx.checker.check_model(image, full_check=True)
     onnx.checker.check_model(text, full_check=True)
-    assert vit_bundle.manifest["io"]["image_encoder.onnx"] == {
+    written = json.loads((vit_bundle.path / "manifest.json").read_text())
+    assert written["io"]["image_encoder.onnx"] == {
         "inputs": [{"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, 48, 48]}],
         "outputs": [{"name": "image_embeds", "dtype": "float32", "shape": ["batch", 128]}],
         "opset": 18,
     }
-    assert vit_bundle.manifest["io"]["text_encoder.onnx"] == {
+    assert written["io"]["text_encoder.onnx"] == {
         "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
         "outputs": [{"name": "text_embeds", "dtype": "float32", "shape": ["batch", 128]}],
         "opset": 18,
     }
     properties = {entry.key: entry.value for entry in image.metadata_props}
     assert properties["name"] == "mini-vit"
-    assert json.loads(properties["preprocess"]) == vit_bundle.manifest["preprocess"]
-    assert json.loads(properties["tokenizer"]) == vit_bundle.manifest["tokenizer"]
-    assert properties["weights_sha256"] == vit_bundle.manifest["model"]["weights_sha256"]
+    assert json.loads(properties["preprocess"]) == written["preprocess"]
+    assert json.loads(properties["tokenizer"]) == written["tokenizer"]
+    assert properties["weights_sha256"] == vit_bundle.weights_sha256
     assert not any(node.metadata_props for node in image.graph.node)
 
 
@@ -78,7 +79,7 @@ def test_raw_export_is_recorded_and_not_normalised(tmp_path: Path, tiny_models: 
     loaded = load_model(tiny_models[0], "random")
     bundle = export_fp32(loaded, tmp_path / "raw", seed=0, raw=True, on_step=lambda *step: told.append(step[:3]))
     assert told == [("export", done, 4) for done in range(5)]
-    assert bundle.manifest["model"]["normalized"] is False
+    assert bundle.manifest.model.normalized is False
     pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     norms = np.linalg.norm(EncoderSession(bundle.image_encoder).run(pixels), axis=1)
     assert np.abs(norms - 1).min() > 0.01

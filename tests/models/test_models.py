@@ -22,7 +22,7 @@ from d4c_onnx.models.attention import plain_attention, replace_attention
 from d4c_onnx.models.catalogue import embedded_models
 from d4c_onnx.models.compact import pack_token_table, unpack_token_table
 from d4c_onnx.models.load import load_model
-from d4c_onnx.models.tokenizer import write_tokenizer
+from d4c_onnx.models.tokenizer_export import write_tokenizer
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 8), st.sampled_from(["none", "one", "each"]))
@@ -69,7 +69,7 @@ def test_attention_without_a_plain_form_is_left_alone(attention: nn.Module) -> N
 def test_deployed_towers_equal_the_model(fixture: str, request: pytest.FixtureRequest) -> None:
     loaded = request.getfixturevalue(fixture)
     image, text = loaded.deployed_towers()
-    pixels = torch.randn(3, 3, *loaded.preprocess["size"])
+    pixels = torch.randn(3, 3, *loaded.preprocess.size)
     ids = torch.from_numpy(loaded.tokenize(["a photo of a cat.", "two"]))
     with torch.no_grad():
         assert torch.allclose(image(pixels), loaded.model.encode_image(pixels, normalize=True), atol=1e-5)
@@ -89,7 +89,7 @@ def test_deployed_towers_share_memory_and_leave_the_model_alone(fixture: str, re
     shared = sum(value.numel() for value in deployed if value.data_ptr() in own)
     assert shared > 0.5 * sum(value.numel() for value in deployed)
     assert not any(value.requires_grad for value in deployed)
-    pixels = torch.randn(2, 3, *loaded.preprocess["size"])
+    pixels = torch.randn(2, 3, *loaded.preprocess.size)
     before = loaded.model.encode_image(pixels)
     image.to(torch.float64)  # as a move to a GPU would, it gives every parameter other memory
     assert {value.dtype for value in loaded.model.parameters()} == {torch.float32}
@@ -98,7 +98,7 @@ def test_deployed_towers_share_memory_and_leave_the_model_alone(fixture: str, re
 
 def test_raw_towers_are_not_normalised(mini_vit) -> None:
     image, _ = mini_vit.deployed_towers(normalize=False)
-    pixels = torch.randn(2, 3, *mini_vit.preprocess["size"])
+    pixels = torch.randn(2, 3, *mini_vit.preprocess.size)
     assert torch.allclose(image(pixels), mini_vit.model.encode_image(pixels), atol=1e-4)
 
 
@@ -235,7 +235,7 @@ def fast_tokenizer(tmp_path_factory: pytest.TempPathFactory):
     reference = open_clip.SimpleTokenizer(context_length=77)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     info = write_tokenizer(reference, 77, path)
-    assert (info["sot_id"], info["eot_id"]) == (49406, 49407)
+    assert (info.sot_id, info.eot_id) == (49406, 49407)
     return reference, Tokenizer.from_file(str(path))
 
 

@@ -44,7 +44,7 @@ def _texts(lengths: list[int], rng: np.random.Generator) -> np.ndarray:
 
 
 def _feeds(bundle: Bundle, rng: np.random.Generator) -> dict[str, list[np.ndarray]]:
-    height, width = bundle.manifest["preprocess"]["size"]
+    height, width = bundle.manifest.preprocess.size
     images = [rng.standard_normal((batch, 3, height, width), dtype=np.float32) for batch in (1, 3)]
     return {"image": images, "text": [_texts([5], rng), _texts([4, 9, 7], rng), _texts([3, 77], rng)]}
 
@@ -200,7 +200,7 @@ def test_layouts_answer_alike(layouts: dict[str, Bundle], rng: np.random.Generat
 
 
 def test_layouts_in_the_file(layouts: dict[str, Bundle]) -> None:
-    assert {name: bundle.manifest["minimum_onnxruntime"] for name, bundle in layouts.items()} == {
+    assert {name: bundle.manifest.quantization.minimum_onnxruntime for name, bundle in layouts.items()} == {
         "cast": "1.23",
         "native": "1.20",
         "nibbles": "1.20",
@@ -256,7 +256,7 @@ def test_tensorrt_files_are_symmetric(model: str, bits: str, request: pytest.Fix
         assert not {node.op_type for node in graph.node} & {"BitShift", "BitwiseAnd"}
         read = {node.input[0] for node in graph.node if node.op_type == "Gather"} & set(constants)
         assert all(constants[name].data_type not in (TensorProto.INT8, TensorProto.UINT8) for name in read)
-    assert quantized.manifest["target"] == "tensorrt"
+    assert quantized.manifest.quantization.target == "tensorrt"
 
 
 def test_portable_has_standard_operators_only(layouts: dict[str, Bundle], vit_bundle: Bundle) -> None:
@@ -295,8 +295,8 @@ def test_cpu_target_fuses_attention(made: Callable[..., Bundle], layouts: dict[s
     fused = made("int4_layout=cast", "fused_biases=false")
     running = [node for node in optimized_graph(fused.image_encoder).graph.node if node.op_type == "QuickGelu"]
     assert [attribute(node, "alpha") for node in running] == [1.0] * 6  # folded: no constant left
-    assert fused.manifest["encoders"]["image_encoder.onnx"]["fused_attention"] == 6
-    assert fused.manifest["encoders"]["image_encoder.onnx"]["pooled_row_only"] is True
+    assert fused.manifest.quantization.encoders["image_encoder.onnx"].applied("fused_attention") == 6
+    assert fused.manifest.quantization.encoders["image_encoder.onnx"].applied("pooled_row_only") == 1
     rng = np.random.default_rng(1)
     for tower, batches in _feeds(fused, rng).items():
         for batch in batches:
@@ -306,8 +306,8 @@ def test_cpu_target_fuses_attention(made: Callable[..., Bundle], layouts: dict[s
 
 def test_standard_attention_is_portable(made: Callable[..., Bundle], layouts: dict[str, Bundle]) -> None:
     one = made("int4_layout=nibbles", "target=portable", "standard_attention=true")
-    assert one.manifest["minimum_onnxruntime"] == "1.24"  # nibbles alone: 1.20
-    assert "standard operators only" in one.manifest["target_note"]
+    assert one.manifest.quantization.minimum_onnxruntime == "1.24"  # nibbles alone: 1.20
+    assert "standard operators only" in one.manifest.quantization.target_note
     for tower, batches in _feeds(one, np.random.default_rng(1)).items():
         apart, model = (load_graph(bundle.encoders[tower]) for bundle in (layouts["nibbles"], one))
         onnx.checker.check_model(model)
@@ -315,7 +315,8 @@ def test_standard_attention_is_portable(made: Callable[..., Bundle], layouts: di
         assert {node.domain for node in model.graph.node} == {""}
         operators = [node for node in model.graph.node if node.op_type == "Attention"]
         blocks = {"image": 6, "text": 3}[tower]
-        assert one.manifest["encoders"][one.encoders[tower].name]["fused_attention"] == len(operators) == blocks
+        record = one.manifest.quantization.encoders[one.encoders[tower].name]
+        assert record.applied("fused_attention") == len(operators) == blocks
         causal = [attribute(node, "is_causal") for node in operators]
         assert causal == ([1] * (blocks - 1) + [0] if tower == "text" else [0] * blocks)
         products = [inspect_encoder(bundle.encoders[tower]).layers for bundle in (layouts["nibbles"], one)]
@@ -332,7 +333,7 @@ def test_fused_biases_keep_answers_and_bits(layout: str, made: Callable[..., Bun
         before, after = (load_graph(entry.encoders[tower]) for entry in (plain, fused))
         onnx.checker.check_model(after)
         products = [node.op_type for node in after.graph.node].count("MatMulIntegerToFloat")
-        assert fused.manifest["encoders"][fused.encoders[tower].name]["fused_biases"] == products
+        assert fused.manifest.quantization.encoders[fused.encoders[tower].name].applied("fused_biases") == products
         adds = [sum(node.op_type == "Add" for node in model.graph.node) for model in (before, after)]
         assert adds[0] - adds[1] == products
         assert products == {"image": 24, "text": 12}[tower]  # q, out_proj, c_fc and c_proj of each block have biases
@@ -360,7 +361,7 @@ def test_fused_qkv_keeps_answers_and_bits(layout: str, biases: str, made: Callab
         # q, k and v of each block; the last block's q reads its one row, so only k and v are left there
         blocks = {"image": 6, "text": 3}[tower]
         count = 3 * blocks - 1
-        assert fused.manifest["encoders"][fused.encoders[tower].name]["fused_qkv"] == count
+        assert fused.manifest.quantization.encoders[fused.encoders[tower].name].applied("fused_qkv") == count
         one, other = (layer_bits(model) for model in (before, after))
         assert len(one) - len(other) == count - blocks
         assert average_bits(one) == average_bits(other)

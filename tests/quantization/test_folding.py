@@ -178,7 +178,7 @@ def test_a_pool_of_single_values_is_skipped(rn_bundle: Bundle, rng: np.random.Ge
     assert skip_idle_pools(changed) == 1
     pools = [[node.op_type for node in entry.graph.node].count("AveragePool") for entry in (model, changed)]
     assert pools[1] == pools[0] - 1 > 0
-    batch = rng.standard_normal((2, 3, *rn_bundle.manifest["preprocess"]["size"]), dtype=np.float32)
+    batch = rng.standard_normal((2, 3, *rn_bundle.manifest.preprocess.size), dtype=np.float32)
     one, other = (EncoderSession(entry.SerializeToString()).run(batch) for entry in (model, changed))
     np.testing.assert_allclose(other, one, atol=1e-6)
 
@@ -188,7 +188,7 @@ def test_a_vit_has_patches_and_a_resnet_has_none(vit_bundle: Bundle, rn_bundle: 
     assert unfold_patches(changed)
     assert len(weighted_layers(changed.graph)) == len(weighted_layers(model.graph))
     assert "Conv" not in {node.op_type for node in changed.graph.node}
-    size = vit_bundle.manifest["preprocess"]["size"]
+    size = vit_bundle.manifest.preprocess.size
     batch = np.random.default_rng(0).standard_normal((3, 3, *size), dtype=np.float32)
     one, other = (EncoderSession(entry.SerializeToString()).run(batch) for entry in (model, changed))
     np.testing.assert_allclose(other, one, atol=2e-6)

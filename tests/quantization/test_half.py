@@ -11,6 +11,7 @@ from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.calibration import CalibrationSet, open_calibration_set
 from d4c_onnx.files import write_json
 from d4c_onnx.graph.files import load_graph
+from d4c_onnx.manifest import Session
 from d4c_onnx.quantization import find_half_bundle, half_bundle_files
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.session import EncoderSession
@@ -29,9 +30,9 @@ def test_half_bundle_finds_the_end_token(
     assert (exact * close).sum(-1).min() > 0.9999
     assert half.image_encoder.stat().st_size < 0.55 * vit_bundle.image_encoder.stat().st_size
     manifest = open_bundle(half.path).manifest
-    assert manifest["bits"] == "fp16"
-    assert manifest["session"] == {"graph_optimization_level": "ORT_ENABLE_ALL", "config_entries": {}}
-    assert set(manifest["optimizer_effect"]) == {"image_encoder.onnx", "text_encoder.onnx"}
+    assert manifest.bits == "fp16"
+    assert manifest.quantization.session == Session("ORT_ENABLE_ALL", {})
+    assert set(manifest.quantization.optimizer_effect) == {"image_encoder.onnx", "text_encoder.onnx"}
 
 
 @pytest.mark.parametrize("model", ["vit", "rn"])
@@ -55,7 +56,7 @@ def test_half_files_are_valid_and_fused(model: str, request: pytest.FixtureReque
     assert {"MultiHeadAttention", "SkipLayerNormalization"} <= kinds["fused"]
     assert not {"MultiHeadAttention", "SkipLayerNormalization"} & kinds["plain"]
     assert not any("BatchNormalization" in found for found in kinds.values())
-    height, width = bundle.manifest["preprocess"]["size"]
+    height, width = bundle.manifest.preprocess.size
     images = np.random.default_rng(0).standard_normal((4, 3, height, width)).astype(np.float32)
     exact, *halves = (EncoderSession(made.image_encoder).run(images) for made in (bundle, fused, other))
     assert all((exact * half).sum(-1).min() > 0.99995 for half in halves)
@@ -75,12 +76,13 @@ def test_half_bundle_follows_the_recipe_and_is_found_again(
     images = np.random.default_rng(0).standard_normal((4, 3, 48, 48)).astype(np.float32)
     one, all_of_them = (EncoderSession(made.image_encoder).run(images) for made in (one_row, all_rows))
     np.testing.assert_allclose(one, all_of_them, atol=2e-3)
-    assert "CUDA" in one_row.manifest["target_note"]
+    assert "CUDA" in one_row.manifest.quantization.target_note
     assert find_half_bundle(vit_bundle, one_row.path, plain) is not None
     for bundle, section in ((vit_bundle, other), (replace(vit_bundle, manifest=one_row.manifest), plain)):
         assert find_half_bundle(bundle, one_row.path, section) is None
-    manifest = one_row.manifest
-    for key, value in (("model", {"weights_sha256": "0"}), ("versions", {**manifest["versions"], "onnx": "1.0"})):
+    manifest = one_row.manifest.as_dict()
+    other_weights = {**manifest["model"], "weights_sha256": "0" * 64}
+    for key, value in (("model", other_weights), ("versions", {**manifest["versions"], "onnx": "1.0"})):
         write_json(one_row.path / "manifest.json", {**manifest, key: value})
         assert find_half_bundle(vit_bundle, one_row.path, plain) is None
     write_json(one_row.path / "manifest.json", {**manifest, "versions": {**manifest["versions"], "torch": "1.0"}})

@@ -10,7 +10,7 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.errors import CheckFailed
 from d4c_onnx.quantization import quantize_bundle_files
-from d4c_onnx.quantization.bundle import _unseen
+from d4c_onnx.quantization.quantized_bundle import unseen_images
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime import optimizer
 from d4c_onnx.runtime.optimizer import OptimizerEffect, compare_answers
@@ -19,11 +19,11 @@ from d4c_onnx.runtime.optimizer import OptimizerEffect, compare_answers
 @pytest.mark.parametrize("sizes", [(1,), (8,), (8, 5), (16, 16)])
 def test_the_optimizer_is_judged_on_many_images(rng: np.random.Generator, sizes: tuple[int, ...]) -> None:
     """However few the calibration images are; on eight, chance alone once failed a bundle."""
-    seen = np.concatenate(_unseen([rng.normal(size=(size, 3, 8, 64)).astype(np.float32) for size in sizes]))
+    seen = np.concatenate(unseen_images([rng.normal(size=(size, 3, 8, 64)).astype(np.float32) for size in sizes]))
     assert len(seen) >= 32
     assert len(np.unique(seen.reshape(len(seen), -1), axis=0)) == len(seen)
     ids = [np.ones((2, 5), np.int64)]
-    assert _unseen(ids) is ids
+    assert unseen_images(ids) is ids
 
 
 def _encoders(seed: int, factor: float) -> OptimizerEffect:

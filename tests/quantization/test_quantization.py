@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, numpy_helper
 
-from d4c_onnx.bundle import EXACT_PRODUCTS, Bundle, file_size_bytes
+from d4c_onnx.bundle import Bundle, file_size_bytes
 from d4c_onnx.calibration import CalibrationSet, D4CCalibrationDataReader, PromptCalibrationDataReader
 from d4c_onnx.errors import BundleError, GraphError, RecipeError
 from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex
+from d4c_onnx.manifest_file import EXACT_PRODUCTS
 from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
-from d4c_onnx.quantization.bundle import _images_at_a_time
 from d4c_onnx.quantization.layout import int4_initializer, pack_halves, pack_int4, store_token_table, unpack_int4
 from d4c_onnx.quantization.plan import make_plan
+from d4c_onnx.quantization.quantized_bundle import images_at_a_time
 from d4c_onnx.quantization.ranges import collect_ranges
 from d4c_onnx.quantization.rounding import make_rounding
 from d4c_onnx.quantization.rounding.base import QuantizedWeight, grid_limits
@@ -346,8 +347,8 @@ def test_a_bit_budget_is_spent_and_not_exceeded(
         bundle = quantize_bundle_files(*arguments, recipe_dump=recipe.model_dump(mode="json"))
         graphs = [load_graph(path) for path in bundle.encoders.values()]
         counted = average_bits([layer for graph in graphs for layer in layer_bits(graph)])
-        assert bundle.manifest["weight_bits_average"] == pytest.approx(counted, abs=1e-4)
-        made[sets] = counted, bundle.manifest["encoders"]
+        assert bundle.manifest.quantization.weight_bits_average == pytest.approx(counted, abs=1e-4)
+        made[sets] = counted, bundle.manifest.quantization.encoders
     (base, _), (spent, encoders) = made.values()
     assert base < 4.3
     assert 4.7 < spent <= 4.8
@@ -387,4 +388,4 @@ def test_a_large_encoders_images_come_in_small_batches(tmp_path: Path) -> None:
     large.write_bytes(b"graph")
     with large.with_name("large.onnx.data").open("wb") as file:
         file.truncate(2**30 + 1)  # weights beside the graph count, too
-    assert (_images_at_a_time(small), _images_at_a_time(large)) == (8, 2)
+    assert (images_at_a_time(small), images_at_a_time(large)) == (8, 2)

@@ -79,11 +79,11 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
         bundle, data, tmp_path / "w4a16", recipe.quantization, recipe_dump=recipe.model_dump(mode="json"), threads=1
     )
     half = half_bundle_files(bundle, tmp_path / "fp16", recipe.quantization, data)
-    assert made.manifest["minimum_onnxruntime"] == "1.23"
-    assert made.manifest["session"]["config_entries"] == {}
-    assert not made.manifest["accuracy_mode_only"]
-    assert "unpacked to float16" in made.manifest["target_note"]
-    height, width = bundle.manifest["preprocess"]["size"]
+    assert made.manifest.quantization.minimum_onnxruntime == "1.23"
+    assert made.manifest.quantization.session.config_entries == {}
+    assert not made.manifest.quantization.accuracy_mode_only
+    assert "unpacked to float16" in made.manifest.quantization.target_note
+    height, width = bundle.manifest.preprocess.size
     feeds = {
         "image": rng.standard_normal((8, 3, height, width), dtype=np.float32),
         "text": np.array([[49406, 320, 1125, 539, 320, 2368, 49407]], np.int64),
@@ -93,7 +93,7 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
         graph = load_graph(path)
         onnx.checker.check_model(graph)
         layers += layer_bits(graph)
-        report = made.manifest["encoders"][path.name]
+        report = made.manifest.quantization.encoders[path.name]
         assert report["quantized_activations"] == 0
         assert report["smoothing_alpha"] == {}
         assert report["token_table_bits"] == (4 if tower == "text" else None)
@@ -107,7 +107,7 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
         assert (exact * plain).sum(-1).min() > 0.99995
         assert 0.98 < (exact * whole).sum(-1).min() < 0.99999
         assert path.stat().st_size < half.encoders[tower].stat().st_size / 3
-    assert average_bits(layers) == pytest.approx(made.manifest["weight_bits_average"], abs=1e-3)
+    assert average_bits(layers) == pytest.approx(made.manifest.quantization.weight_bits_average, abs=1e-3)
     assert average_bits(layers) < 4.3
     for layer in inspect_encoder(made.image_encoder).layers:
         assert layer.kernel != "unknown"
@@ -129,7 +129,7 @@ def test_fused_residuals_keep_the_function(
     assert sum(node.op_type == "LayerNormalization" for node in changed.graph.node) == before - sums
     strip_notes(changed)
     onnx.checker.check_model(changed)
-    height, width = bundle.manifest["preprocess"]["size"]
+    height, width = bundle.manifest.preprocess.size
     batch = rng.standard_normal((3, 3, height, width), dtype=np.float32)
     if tower == "text":
         batch = np.array([[49406, 400, 320, 49407], [49406, 320, 49407, 0]], np.int64)

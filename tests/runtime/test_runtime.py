@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from PIL import Image
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet, D4CCalibrationDataReader, PromptCalibrationDataReader
 from d4c_onnx.errors import BundleError, ModelError
+from d4c_onnx.manifest import Preprocess
 from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.golden import TEXT, golden_input, read_golden
@@ -23,17 +25,10 @@ from d4c_onnx.runtime.gpu import gpu_name, gpu_used_bytes
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.kernels import count_kernels
 from d4c_onnx.runtime.preprocess import denormalize, normalize, preprocess_image
-from d4c_onnx.runtime.session import EncoderSession, _cuda_fault, resolve_provider
+from d4c_onnx.runtime.session import EncoderSession, cuda_fault, resolve_provider
 from d4c_onnx.runtime.tokenizer import TextTokenizer
 
-CONFIG = {
-    "size": [48, 48],
-    "mean": [0.48, 0.46, 0.41],
-    "std": [0.27, 0.26, 0.28],
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-    "fill_color": 0,
-}
+CONFIG = Preprocess(size=(48, 48), mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
 
 
 @given(st.integers(20, 130), st.integers(20, 130), st.sampled_from(["shortest", "squash", "longest"]))
@@ -42,10 +37,10 @@ def test_preprocess_equals_open_clip(width: int, height: int, mode: str) -> None
     rng = np.random.default_rng(width * 1000 + height)
     image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
     transform = image_transform(
-        48, is_train=False, mean=CONFIG["mean"], std=CONFIG["std"], resize_mode=mode, interpolation="bicubic"
+        48, is_train=False, mean=CONFIG.mean, std=CONFIG.std, resize_mode=mode, interpolation="bicubic"
     )
     expected = transform(image).numpy()
-    got = preprocess_image(image, {**CONFIG, "resize_mode": mode})
+    got = preprocess_image(image, replace(CONFIG, resize_mode=mode))
     assert got.shape == (3, 48, 48)
     assert np.allclose(got, expected, atol=1e-5)
 
@@ -61,15 +56,15 @@ def test_normalize_round_trip(rng: np.random.Generator) -> None:
 
 def test_golden_vectors_hold(vit_bundle: Bundle) -> None:
     golden = read_golden(vit_bundle.path)
-    image = EncoderSession(vit_bundle.image_encoder).run(golden_input(vit_bundle.manifest["preprocess"]))[0]
-    assert np.abs(image - golden["image_embeds"]).max() <= golden["tolerance"]
-    stored = np.asarray(Image.open(vit_bundle.path / "golden" / golden["image"]), np.float32) / 255
-    again = normalize(stored.transpose(2, 0, 1), vit_bundle.manifest["preprocess"])[None]
-    assert np.allclose(again, golden_input(vit_bundle.manifest["preprocess"]), atol=1e-6)
+    image = EncoderSession(vit_bundle.image_encoder).run(golden_input(vit_bundle.manifest.preprocess))[0]
+    assert np.abs(image - golden.image_embeds).max() <= golden.tolerance
+    stored = np.asarray(Image.open(vit_bundle.path / "golden" / golden.image), np.float32) / 255
+    again = normalize(stored.transpose(2, 0, 1), vit_bundle.manifest.preprocess)[None]
+    assert np.allclose(again, golden_input(vit_bundle.manifest.preprocess), atol=1e-6)
     ids = TextTokenizer(vit_bundle.tokenizer)([TEXT])
-    assert ids[0].tolist() == golden["input_ids"]
+    assert tuple(ids[0].tolist()) == golden.input_ids
     text = EncoderSession(vit_bundle.text_encoder).run(ids)[0]
-    assert np.abs(text - golden["text_embeds"]).max() <= golden["tolerance"]
+    assert np.abs(text - golden.text_embeds).max() <= golden.tolerance
 
 
 def test_tokenizer_pads_to_the_longest(vit_bundle: Bundle) -> None:
@@ -95,9 +90,9 @@ def test_unloadable_file_is_a_clear_error(tmp_path: Path) -> None:
 @pytest.fixture
 def cuda_untried() -> Iterator[None]:
     """What was found out about CUDA is forgotten before and after."""
-    _cuda_fault.cache_clear()
+    cuda_fault.cache_clear()
     yield
-    _cuda_fault.cache_clear()
+    cuda_fault.cache_clear()
 
 
 @pytest.mark.usefixtures("cuda_untried")

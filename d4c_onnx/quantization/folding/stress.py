@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, write_manifest
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle
 from d4c_onnx.graph.files import load_graph, save_graph
 from d4c_onnx.graph.index import drop_unused
 from d4c_onnx.graph.layers import weighted_layers
+from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.quantization.folding.places import apply_scale, find_places
 
 
@@ -45,7 +46,7 @@ def stress_bundle(bundle: Bundle, factor: float, folder: Path) -> Bundle:
 
     The golden vectors still hold: the function is the same.
     """
-    shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns("calibration-*", "w*a*", ".*"))
+    shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns("calibration-*", "w*a*", "fp16", ".*"))
     for path in (folder / IMAGE_ENCODER, folder / TEXT_ENCODER):
         save_graph(inflate(load_graph(path), factor), path)
-    return write_manifest(folder, bundle.content)
+    return Bundle(folder, write_manifest(folder, bundle.manifest))

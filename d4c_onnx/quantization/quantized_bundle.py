@@ -9,13 +9,11 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.bundle import (
-    EXACT_PRODUCTS,
     IMAGE_ENCODER,
     TEXT_ENCODER,
     TOKENIZER,
     Bundle,
     file_size_bytes,
-    write_manifest,
 )
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.calibration.readers import D4CCalibrationDataReader, PromptCalibrationDataReader, first_batches
@@ -24,6 +22,8 @@ from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.bits import average_bits
 from d4c_onnx.graph.files import load_graph
 from d4c_onnx.graph.signature import signature
+from d4c_onnx.manifest import Manifest, Quantization, Session
+from d4c_onnx.manifest_file import EXACT_PRODUCTS, write_manifest
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.budget import measure_costs, spend
 from d4c_onnx.quantization.deployment import target_of
@@ -87,88 +87,86 @@ def quantize_bundle_files(
             for name, reader in readers.items()
         }
         # full-range weights saturate on x86 without VNNI: their sessions need a setting, and the manifest says so
-        entries = {} if form.reduce_range or section.weights_only else EXACT_PRODUCTS
-        checked = check_optimizer(bundle, stage, readers, entries, threads=threads, on_step=on_step)
+        session = Session(config_entries={} if form.reduce_range or section.weights_only else EXACT_PRODUCTS)
+        effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
         layers = [layer for report in reports.values() for layer in report.layers]
-        written = finish_bundle(
-            bundle,
-            stage,
-            HALF_GOLDEN_TOLERANCE if section.weights_only else GOLDEN_TOLERANCE,
-            {
-                "minimum_onnxruntime": max(report.minimum_onnxruntime for report in reports.values()),
-                "seed": recipe_dump["seed"],
-                "recipe": recipe_dump,
-                "bits": section.bits.lower(),
-                "accuracy_mode_only": section.activation_bits < 8 or section.weight_bits == 6,
-                "weight_bits_average": round(average_bits(layers), 4),
-                "target": section.target,
-                "target_note": form.note,
-                **checked,
-                "encoders": {name: report.as_dict() for name, report in reports.items()},
-                "calibration": dataset.manifest["key"]["id"],
-                "calibration_seed": dataset.manifest["key"]["seed"],
-            },
+        made = Quantization(
+            bits=section.bits.lower(),
+            target=section.target,
+            target_note=form.note,
+            recipe=recipe_dump,
+            minimum_onnxruntime=max(report.minimum_onnxruntime for report in reports.values()),
+            accuracy_mode_only=section.activation_bits < 8 or section.weight_bits == 6,
+            source_files=source_files(bundle),
+            session=session,
+            optimizer_effect={name: effect.record() for name, effect in effects.items()},
+            weight_bits_average=round(average_bits(layers), 4),
+            encoders={name: report.record() for name, report in reports.items()},
+            calibration=dataset.manifest["key"]["id"],
+            calibration_seed=dataset.manifest["key"]["seed"],
         )
-    return Bundle(target, written.manifest)
+        tolerance = HALF_GOLDEN_TOLERANCE if section.weights_only else GOLDEN_TOLERANCE
+        written = finish_bundle(bundle, stage, made, seed=recipe_dump["seed"], tolerance=tolerance)
+    return Bundle(target, written)
 
 
-def _images_at_a_time(encoder: Path) -> int:
+def images_at_a_time(encoder: Path) -> int:
+    """How many images a calibration batch of an encoder holds, so that their activations fit in memory."""
     return _LARGE_BATCH if file_size_bytes(encoder) > _LARGE_BYTES else _BATCH
 
 
-def finish_bundle(bundle: Bundle, stage: Path, tolerance: float, content: dict[str, Any]) -> Bundle:
+def finish_bundle(bundle: Bundle, stage: Path, made: Quantization, *, seed: int, tolerance: float) -> Manifest:
     """Put beside two written encoders what every bundle made from an FP32 one has: tokenizer, golden vectors, manifest.
 
     Args:
         bundle: in FP32.
         stage: the folder that holds the encoders.
+        made: how they were made.
+        seed: of the recipe.
         tolerance: max abs difference of an embedding between machines.
-        content: of the manifest, beyond what is taken over or read from the files.
     """
     if bundle.tokenizer.exists():
         shutil.copyfile(bundle.tokenizer, stage / TOKENIZER)
-    ids = np.array([read_golden(bundle.path)["input_ids"]], np.int64)
-    entries = content.get("session", {}).get("config_entries")
-    write_golden(
-        stage, stage / IMAGE_ENCODER, stage / TEXT_ENCODER, bundle.manifest["preprocess"], ids, tolerance, entries
+    source = bundle.manifest
+    files = (stage / IMAGE_ENCODER, stage / TEXT_ENCODER)
+    ids = np.array([read_golden(bundle.path).input_ids], np.int64)
+    write_golden(stage, *files, source.preprocess, ids, tolerance, made.session.config_entries)
+    manifest = Manifest(
+        model=source.model,
+        preprocess=source.preprocess,
+        tokenizer=source.tokenizer,
+        io={file.name: signature(load_graph(file)) for file in files},
+        seed=seed,
+        quantization=made,
     )
-    return write_manifest(
-        stage,
-        {
-            "kind": "quantized",
-            **{key: bundle.manifest[key] for key in ("model", "preprocess", "tokenizer")},
-            "io": signature({name: load_graph(stage / name) for name in (IMAGE_ENCODER, TEXT_ENCODER)}),
-            **content,
-            "source_files": source_files(bundle),
-        },
-    )
+    return write_manifest(stage, manifest)
 
 
 def source_files(bundle: Bundle) -> dict[str, str]:
     """SHA-256 of the encoders of an FP32 bundle: which one another bundle was made from."""
-    return {name: bundle.manifest["files"][name]["sha256"] for name in (IMAGE_ENCODER, TEXT_ENCODER)}
+    return {name: bundle.manifest.files[name].sha256 for name in (IMAGE_ENCODER, TEXT_ENCODER)}
 
 
 def check_optimizer(
     bundle: Bundle,
     stage: Path,
     readers: Mapping[str, CalibrationDataReader],
-    entries: Mapping[str, str],
+    session: Session,
     *,
     threads: int = 0,
     on_step: OnStep = silent,
-) -> dict[str, Any]:
+) -> dict[str, OptimizerEffect]:
     """See that onnxruntime's graph optimiser keeps the answers of two written encoders.
 
     Args:
         bundle: in FP32.
         stage: the folder that holds the encoders.
         readers: per encoder file, of calibration data.
-        entries: session config entries that the files are served with.
+        session: what the files are served with.
         threads, on_step: as elsewhere.
 
     Returns:
-        For the manifest: what its numbers are measured with, which is what a session needs, and the optimiser's effect.
+        The optimiser's effect by file.
 
     Raises:
         CheckFailed: it changes the answers beyond the rounding of quantised activations.
@@ -176,18 +174,17 @@ def check_optimizer(
     effects: dict[str, OptimizerEffect] = {}
     for name, reader in readers.items():
         on_step("check", len(effects), len(readers), {})
-        batches = _unseen(first_batches(reader, _OPTIMIZER_SAMPLES))
-        effect = effects[name] = optimizer_effect(stage / name, bundle.path / name, batches, threads, entries)
+        batches = unseen_images(first_batches(reader, _OPTIMIZER_SAMPLES))
+        effect = effects[name] = optimizer_effect(
+            stage / name, bundle.path / name, batches, threads, session.config_entries
+        )
         if not effect.harmless:
             raise CheckFailed(
                 f"{name}: onnxruntime's graph optimiser changes the answers: with it they are {effect.ratio:.2f} times "
                 f"as far from FP32 as without ({effect.literal:.2e} rms). Nothing was written; please report the model."
             )
     on_step("check", len(effects), len(readers), {})
-    return {
-        "session": {"graph_optimization_level": "ORT_ENABLE_ALL", "config_entries": dict(entries)},
-        "optimizer_effect": {name: effect.as_dict() for name, effect in effects.items()},
-    }
+    return effects
 
 
 def calibration_readers(
@@ -196,12 +193,12 @@ def calibration_readers(
     """Per encoder file its calibration data, in batches that fit in memory."""
     fixed = EncoderSession(bundle.text_encoder).fixed_length
     return {
-        IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch or _images_at_a_time(bundle.image_encoder)),
+        IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch or images_at_a_time(bundle.image_encoder)),
         TEXT_ENCODER: PromptCalibrationDataReader(dataset, section.batch or _BATCH, fixed_length=fixed),
     }
 
 
-def _unseen(batches: list[np.ndarray]) -> list[np.ndarray]:
+def unseen_images(batches: list[np.ndarray]) -> list[np.ndarray]:
     """Images that the rounding was not fitted to: mirrored, and where they are few, shifted several times, too.
 
     On few images that it was fitted to, it undoes the very steps that activations were rounded by; every other rounding

@@ -4,17 +4,20 @@ open_clip first repairs text with ftfy and unescapes HTML; `tokenizers` cannot e
 left to the client (recorded as `cleaning` in the manifest). Ids are equal for all other text.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from d4c_onnx.manifest import TokenizerInfo
+
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"  # the field's names for open_clip's <start_of_text>, <end_of_text>
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def write_tokenizer(tokenizer: Any, context_length: int, path: Path, fixed: bool = False) -> dict[str, Any]:
-    """Write `tokenizer.json` and return what the manifest says of it.
+def write_tokenizer(tokenizer: Any, context_length: int, path: Path, fixed: bool = False) -> TokenizerInfo:
+    """Write `tokenizer.json`, where the tokenizer has that form, and return what the manifest says of it.
 
     Args:
         tokenizer: open_clip's SimpleTokenizer, or its wrapper of a Hugging Face tokenizer.
@@ -27,7 +30,7 @@ def write_tokenizer(tokenizer: Any, context_length: int, path: Path, fixed: bool
     return _write_wrapped(tokenizer, context_length, path)
 
 
-def _write_clip(tokenizer: Any, context_length: int, path: Path, fixed: bool) -> dict[str, Any]:
+def _write_clip(tokenizer: Any, context_length: int, path: Path, fixed: bool) -> TokenizerInfo:
     vocab = dict(tokenizer.encoder)
     sot, eot = tokenizer.sot_token_id, tokenizer.eot_token_id
     vocab = {token: index for token, index in vocab.items() if index not in (sot, eot)} | {SOT: sot, EOT: eot}
@@ -45,24 +48,24 @@ def _write_clip(tokenizer: Any, context_length: int, path: Path, fixed: bool) ->
     fast.enable_truncation(context_length)
     fast.enable_padding(length=context_length if fixed else None, pad_id=0, pad_token=fast.id_to_token(0))
     path.write_text(fast.to_str(pretty=True), "utf-8")
-    return {
-        "type": "clip-bpe",
-        "context_length": context_length,
-        "sot_id": sot,
-        "eot_id": eot,
-        "pad_id": 0,
-        "cleaning": "lower case, white space folded (open_clip's ftfy and HTML unescape are the client's)",
-    }
+    return TokenizerInfo(
+        type="clip-bpe",
+        context_length=context_length,
+        cleaning="lower case, white space folded (open_clip's ftfy and HTML unescape are the client's)",
+        sot_id=sot,
+        eot_id=eot,
+        pad_id=0,
+    )
 
 
-def _write_wrapped(tokenizer: Any, context_length: int, path: Path) -> dict[str, Any]:
+def _write_wrapped(tokenizer: Any, context_length: int, path: Path) -> TokenizerInfo:
     inner = getattr(tokenizer, "tokenizer", None)
     fast = getattr(inner, "backend_tokenizer", None)
-    info = {"type": type(tokenizer).__name__, "context_length": context_length, "cleaning": "the client's"}
+    info = TokenizerInfo(type(tokenizer).__name__, context_length, cleaning="the client's")
     if fast is None:  # SigLIP's sentencepiece: no tokenizer.json form; the manifest says so
-        return {**info, "file": None}
+        return replace(info, has_file=False)
     fast.enable_truncation(context_length)
     pad = getattr(inner, "pad_token_id", 0) or 0
     fast.enable_padding(length=context_length, pad_id=pad, pad_token=fast.id_to_token(pad))
     path.write_text(fast.to_str(pretty=True), "utf-8")
-    return {**info, "pad_id": pad, "eot_id": getattr(inner, "eos_token_id", None)}
+    return replace(info, pad_id=pad, eot_id=getattr(inner, "eos_token_id", None))

@@ -1,0 +1,292 @@
+"""What a bundle holds, as typed values; `manifest_file` writes and reads them.
+
+In JSON the fields of `Quantization` stand beside the others: the file is flat.
+
+`FORMAT` is raised when a reader of the last one could no longer do right. Formats before it are read, later ones are
+refused by name. A key that only adds to what is known does not raise it: readers pass over keys that they do not know,
+and do not keep them when a manifest is written again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from d4c_onnx.results import Accuracy
+
+# 2: rewrites are a list, each with what it refused; 1 had a key for each of four.
+FORMAT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which model, of which weights.
+
+    Attributes:
+        name, pretrained: as the user gave them; `pretrained` is "embedded", "random", "hub", a tag or a file's name.
+        weights_sha256: of the torch weights: the same for every width of a model.
+        logit_scale, logit_bias: what similarities are multiplied by, and what is added; None where the model has none.
+        normalized: whether embeddings have length 1.
+        end_id: the end token's.
+        dataset: the embedded labelled set that the model is measured on; None: none ships.
+    """
+
+    name: str
+    pretrained: str
+    weights_sha256: str
+    quick_gelu: bool
+    logit_scale: float | None
+    logit_bias: float | None
+    normalized: bool
+    context_length: int
+    end_id: int | None
+    dataset: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess:
+    """From an image to pixel_values.
+
+    Attributes:
+        size: height and width in pixels.
+        mean, std: per channel, of values in 0..1.
+        interpolation: a filter's name, as open_clip has it.
+        resize_mode: shortest (and crop), longest (and pad), or squash.
+        fill_color: 0..255, of what is padded.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+    channels: str = "RGB"
+    value_range: tuple[float, ...] = (0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerInfo:
+    """From a text to input_ids.
+
+    Attributes:
+        type: `clip-bpe`, or the class of open_clip's wrapper.
+        context_length: where texts are cut.
+        cleaning: what is done to a text before, and by whom.
+        sot_id, eot_id, pad_id: start, end and padding; None where unknown.
+        causal: whether a token sees those before it only.
+        dynamic_sequence: whether the text encoder takes any length up to the context's.
+        has_file: False: the bundle has no tokenizer.json, because the tokenizer has no such form.
+    """
+
+    type: str
+    context_length: int
+    cleaning: str
+    sot_id: int | None = None
+    eot_id: int | None = None
+    pad_id: int | None = None
+    causal: bool = False
+    dynamic_sequence: bool = False
+    has_file: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        ids = {name: getattr(self, name) for name in ("sot_id", "eot_id", "pad_id")}
+        return {
+            "type": self.type,
+            "context_length": self.context_length,
+            **{name: value for name, value in ids.items() if value is not None},
+            "cleaning": self.cleaning,
+            **({} if self.has_file else {"file": None}),
+            "causal": self.causal,
+            "dynamic_sequence": self.dynamic_sequence,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """An input or output of a file: its name, numpy's name of its type, and sizes or names of its axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a file takes and gives, and its opset."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    opset: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of the bundle."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the files were measured with, and what sessions need beside onnxruntime's defaults."""
+
+    graph_optimization_level: str = "ORT_ENABLE_ALL"
+    config_entries: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerRecord:
+    """What onnxruntime's optimiser does to embeddings; see `runtime.optimizer.OptimizerEffect`."""
+
+    optimizer: float
+    literal: float
+    optimized: float
+    ratio: float
+    certain: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """A layer with a stored weight: its operator, bits a weight, and how many weights."""
+
+    op: str
+    bits: int
+    weights: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A place where a rewrite did not apply, and why."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteRecord:
+    """A rewrite of the graph: in how many places it applied, and where it did not."""
+
+    name: str
+    count: int
+    refused: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderRecord:
+    """How one encoder was quantised.
+
+    Attributes:
+        layers: by node.
+        token_table_bits: None without a token table, or where it stays float.
+        quantized_activations: how many.
+        smoothing_alpha: per smoothed place, by the node that makes the activation.
+        start_token_pinned: whether the start token's keys and values are constants of the file.
+        minimum_onnxruntime: the oldest release that loads the file.
+        rewrites: in the order in which they were tried.
+    """
+
+    layers: Mapping[str, LayerRecord]
+    token_table_bits: int | None
+    quantized_activations: int
+    smoothing_alpha: Mapping[str, float]
+    start_token_pinned: bool
+    minimum_onnxruntime: str
+    rewrites: tuple[RewriteRecord, ...] = ()
+
+    def applied(self, rewrite: str) -> int:
+        """In how many places a rewrite applied."""
+        return sum(entry.count for entry in self.rewrites if entry.name == rewrite)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a bundle was made from the FP32 one; FP16 is a width, too.
+
+    Attributes:
+        bits: such as w4a8, or fp16.
+        target, target_note: where the files are served, and what to expect there.
+        recipe: the resolved one; of an FP16 bundle what it depends on.
+        minimum_onnxruntime: the oldest release that loads both files.
+        accuracy_mode_only: whether the widths are simulated: answers of such a device, speed of int8.
+        source_files: SHA-256 of the FP32 encoders.
+        session: what the files are served with.
+        optimizer_effect, encoders: by file.
+        weight_bits_average: stored bits a weight, over both files.
+        calibration, calibration_seed: the calibration set's id and seed.
+        accuracy: None until it is measured.
+    """
+
+    bits: str
+    target: str
+    target_note: str
+    recipe: Mapping[str, Any]
+    minimum_onnxruntime: str
+    accuracy_mode_only: bool
+    source_files: Mapping[str, str]
+    session: Session = field(default_factory=Session)
+    optimizer_effect: Mapping[str, OptimizerRecord] = field(default_factory=dict)
+    weight_bits_average: float | None = None
+    encoders: Mapping[str, EncoderRecord] = field(default_factory=dict)
+    calibration: str | None = None
+    calibration_seed: int | None = None
+    accuracy: Accuracy | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what an FP16 bundle or an unmeasured one does not have is left out."""
+        content = asdict(replace(self, accuracy=None))
+        if self.accuracy is not None:
+            content["accuracy"] = self.accuracy.as_dict()
+        return {key: value for key, value in content.items() if value is not None and (value or key != "encoders")}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bundle holds.
+
+    Attributes:
+        io: by encoder file.
+        seed: of the export; of a quantised bundle, the recipe's.
+        parity_max_abs_difference: by tower, how far an FP32 file is from torch.
+        quantization: None in FP32.
+        versions: of the packages that shaped the files; and
+        files: by name, `golden/` included; both are filled in when it is written.
+    """
+
+    model: ModelInfo
+    preprocess: Preprocess
+    tokenizer: TokenizerInfo
+    io: Mapping[str, Signature]
+    seed: int
+    parity_max_abs_difference: Mapping[str, float] | None = None
+    quantization: Quantization | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> str:
+        """fp32, fp16, w4a8, ..."""
+        return self.quantization.bits if self.quantization else "fp32"
+
+    def measured(self, accuracy: Accuracy) -> "Manifest":
+        """This manifest of a quantised bundle with the accuracy that was measured."""
+        assert self.quantization is not None
+        return replace(self, quantization=replace(self.quantization, accuracy=accuracy))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        parity = self.parity_max_abs_difference
+        return {
+            "format": FORMAT,
+            "kind": "quantized" if self.quantization else "fp32",
+            "model": asdict(self.model),
+            "preprocess": asdict(self.preprocess),
+            "tokenizer": self.tokenizer.as_dict(),
+            "io": {name: asdict(entry) for name, entry in self.io.items()},
+            "seed": self.seed,
+            **({} if parity is None else {"parity_max_abs_difference": dict(parity)}),
+            **(self.quantization.as_dict() if self.quantization else {}),
+            "versions": dict(self.versions),
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
+        }

@@ -1,0 +1,302 @@
+"""`manifest.json`: the one writer and the one reader.
+
+A bundle may come from anywhere, so the reader takes nothing on trust: every field has a type and a range, files lie in
+the bundle's own folder, and sessions may be asked for one known setting only.
+"""
+
+import os
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from d4c_onnx.errors import BundleError
+from d4c_onnx.files import sha256, write_json
+from d4c_onnx.manifest import (
+    FORMAT,
+    EncoderRecord,
+    FileRecord,
+    LayerRecord,
+    Manifest,
+    ModelInfo,
+    OptimizerRecord,
+    Preprocess,
+    Quantization,
+    Refusal,
+    RewriteRecord,
+    Session,
+    Signature,
+    TensorInfo,
+    TokenizerInfo,
+)
+from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Versus
+from d4c_onnx.untrusted_json import (
+    Node,
+    flag,
+    integer,
+    mapping,
+    measured_number,
+    nullable,
+    number,
+    one_of,
+    positive,
+    quoted,
+    read_json,
+    recorded,
+    sequence,
+    sha256_text,
+    text,
+)
+
+MANIFEST = "manifest.json"
+# The one sub-folder that belongs to a bundle; others are calibration sets and bundles of other widths.
+GOLDEN_FOLDER = "golden"
+# The one session config entry that a bundle may ask for, and its value. A manifest is not trusted, and entries are not
+# harmless: `session.optimized_model_external_initializers_file_name`, for one, makes onnxruntime write any file.
+# On x86 without VNNI sums of uint8 x int8 products saturate in 16 bits; with this entry onnxruntime multiplies weights
+# outside [-64, 63] by a slower kernel there. It changes nothing for others, nor on processors with VNNI.
+EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
+_COUNTED_IN_1 = ("pooled_row_only", "fused_attention", "fused_biases", "fused_qkv")
+_VERSIONED = ("d4c-onnx", "torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "numpy", "tokenizers")
+# Far above any model, and low enough that what is allocated by them fits in memory.
+_LARGEST_SIDE, _LONGEST_CONTEXT = 2**13, 2**17
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash the files of `folder` and write its manifest.
+
+    Args:
+        folder: a bundle's, whose other files are complete; sub-folders but `golden/` are no part of it.
+        manifest: its versions and files are made anew.
+
+    Returns:
+        What was written, as it reads back.
+
+    Raises:
+        BundleError: the disk is full, the place cannot be written, or the reader would refuse a value.
+    """
+    found = [*folder.iterdir(), *(folder / GOLDEN_FOLDER).glob("*")]
+    files = {
+        file.relative_to(folder).as_posix(): FileRecord(sha256(file), file.stat().st_size)
+        for file in sorted(found)
+        if file.is_file() and file.name != MANIFEST
+    }
+    complete = replace(manifest, versions=versions(), files=files)
+    write_json(folder / MANIFEST, complete.as_dict())
+    return read_manifest(folder)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape the files; read from metadata, nothing is imported."""
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle folder; whether the files are as it says is not looked at.
+
+    Raises:
+        BundleError: it cannot be read, is of a newer format, or a field is not what it may be.
+    """
+    top = read_json(folder / MANIFEST)
+    written_in = top.take("format", integer(1))
+    if written_in > FORMAT:
+        raise BundleError(f"{top.file}: format {written_in}, this d4c-onnx reads up to {FORMAT}: update d4c-onnx.")
+    quantized = top.take("kind", one_of("fp32", "quantized")) == "quantized"
+    return Manifest(
+        model=top.take("model", _model),
+        preprocess=top.take("preprocess", read_preprocess),
+        tokenizer=top.take("tokenizer", _tokenizer),
+        io=top.take("io", mapping(_signature, file_name)),
+        seed=top.take("seed", integer(0)),
+        parity_max_abs_difference=top.take("parity_max_abs_difference", nullable(mapping(number)), None),
+        quantization=_quantization(top, written_in) if quantized else None,
+        versions=top.take("versions", mapping(text)),
+        files=top.take("files", mapping(_file, file_name)),
+    )
+
+
+def file_name(node: Node) -> str:
+    """A name in the bundle's folder or in `golden/`: no path, which could lead elsewhere."""
+    name = text(node).removeprefix(f"{GOLDEN_FOLDER}/")
+    if name in ("", ".", "..") or not {"/", "\\", ":"}.isdisjoint(name) or len(os.fsencode(name)) > 255:
+        raise node.wrong(f"a file's name, in the bundle's folder or in {GOLDEN_FOLDER}/")
+    return str(node.value)
+
+
+def _model(node: Node) -> ModelInfo:
+    return ModelInfo(
+        name=node.take("name", text),
+        pretrained=node.take("pretrained", text),
+        weights_sha256=node.take("weights_sha256", sha256_text),
+        quick_gelu=node.take("quick_gelu", flag),
+        logit_scale=node.take("logit_scale", nullable(number)),
+        logit_bias=node.take("logit_bias", nullable(number)),
+        normalized=node.take("normalized", flag),
+        context_length=node.take("context_length", integer(1, _LONGEST_CONTEXT)),
+        end_id=node.take("end_id", nullable(_token)),
+        dataset=node.take("dataset", nullable(text)),
+    )
+
+
+def read_preprocess(node: Node) -> Preprocess:
+    """The preprocess of a manifest, or of an encoder file's own metadata."""
+    height, width = node.take("size", sequence(integer(1, _LARGEST_SIDE), 2))
+    return Preprocess(
+        size=(height, width),
+        mean=node.take("mean", sequence(number, 3)),
+        std=node.take("std", sequence(positive, 3)),
+        interpolation=node.take("interpolation", one_of("bicubic", "bilinear", "nearest", "random")),
+        resize_mode=node.take("resize_mode", one_of("shortest", "longest", "squash")),
+        fill_color=node.take("fill_color", integer(0, 255)),
+        channels=node.take("channels", one_of("RGB")),
+        value_range=node.take("value_range", sequence(number, 2)),
+    )
+
+
+def _tokenizer(node: Node) -> TokenizerInfo:
+    return TokenizerInfo(
+        type=node.take("type", text),
+        context_length=node.take("context_length", integer(1, _LONGEST_CONTEXT)),
+        cleaning=node.take("cleaning", text),
+        sot_id=node.take("sot_id", nullable(_token), None),
+        eot_id=node.take("eot_id", nullable(_token), None),
+        pad_id=node.take("pad_id", nullable(_token), None),
+        causal=node.take("causal", flag),
+        dynamic_sequence=node.take("dynamic_sequence", flag),
+        has_file=node.take("file", nullable(text), "tokenizer.json") is not None,
+    )
+
+
+_token = integer(0, 2**31 - 1)
+
+
+def _signature(node: Node) -> Signature:
+    one = sequence(_tensor, 1)
+    return Signature(node.take("inputs", one), node.take("outputs", one), node.take("opset", integer(1)))
+
+
+def _tensor(node: Node) -> TensorInfo:
+    def axis(size: Node) -> int | str:
+        return text(size) if isinstance(size.value, str) else integer(0)(size)
+
+    return TensorInfo(node.take("name", text), node.take("dtype", text), node.take("shape", sequence(axis)))
+
+
+def _file(node: Node) -> FileRecord:
+    return FileRecord(node.take("sha256", sha256_text), node.take("size_bytes", integer(0)))
+
+
+def _quantization(top: Node, written_in: int) -> Quantization:
+    return Quantization(
+        bits=top.take("bits", text),
+        target=top.take("target", text),
+        target_note=top.take("target_note", text),
+        recipe=top.take("recipe", mapping(recorded)),
+        minimum_onnxruntime=top.take("minimum_onnxruntime", text),
+        accuracy_mode_only=top.take("accuracy_mode_only", flag),
+        source_files=top.take("source_files", mapping(sha256_text, file_name)),
+        session=top.take("session", _session),
+        optimizer_effect=top.take("optimizer_effect", mapping(_optimizer, file_name)),
+        weight_bits_average=top.take("weight_bits_average", nullable(number), None),
+        encoders=top.take("encoders", mapping(_encoder_of(written_in), file_name), {}),
+        calibration=top.take("calibration", nullable(text), None),
+        calibration_seed=top.take("calibration_seed", nullable(integer(0)), None),
+        accuracy=top.take("accuracy", nullable(_accuracy), None),
+    )
+
+
+def _session(node: Node) -> Session:
+    """Only what d4c-onnx itself writes."""
+    entries = node.take("config_entries", mapping(recorded))
+    for key, value in entries.items():
+        if EXACT_PRODUCTS.get(key) != value:
+            raise BundleError(
+                f"{node.file}, session.config_entries: {quoted({key: value})} is nothing that d4c-onnx writes, and may "
+                f"be harmful (allowed: {EXACT_PRODUCTS}). Do not use this bundle, or remove the entry if you know why "
+                "it is there."
+            )
+    return Session(node.take("graph_optimization_level", text), entries)
+
+
+def _optimizer(node: Node) -> OptimizerRecord:
+    names = ("optimizer", "literal", "optimized", "ratio", "certain")
+    return OptimizerRecord(*(node.take(name, measured_number) for name in names))
+
+
+def _encoder_of(written_in: int) -> Any:
+    """The reader of an encoder's record as a format has it."""
+
+    def read(node: Node) -> EncoderRecord:
+        return EncoderRecord(
+            layers=node.take("layers", mapping(_layer)),
+            token_table_bits=node.take("token_table_bits", nullable(integer(1, 64))),
+            quantized_activations=node.take("quantized_activations", integer(0)),
+            smoothing_alpha=node.take("smoothing_alpha", mapping(number)),
+            start_token_pinned=node.take("start_token_pinned", flag),
+            minimum_onnxruntime=node.take("minimum_onnxruntime", text),
+            rewrites=_rewrites_of_1(node) if written_in == 1 else node.take("rewrites", sequence(_rewrite), ()),
+        )
+
+    return read
+
+
+def _rewrites_of_1(node: Node) -> tuple[RewriteRecord, ...]:
+    def count(value: Node) -> int:
+        return int(flag(value)) if isinstance(value.value, bool) else integer(0)(value)
+
+    counts = ((name, node.take(name, count, 0)) for name in _COUNTED_IN_1)
+    return tuple(RewriteRecord(name, found) for name, found in counts if found)
+
+
+def _rewrite(node: Node) -> RewriteRecord:
+    refused = node.take("refused", sequence(_refusal), ())
+    return RewriteRecord(node.take("name", text), node.take("count", integer(0)), refused)
+
+
+def _refusal(node: Node) -> Refusal:
+    return Refusal(node.take("place", text), node.take("reason", text))
+
+
+def _layer(node: Node) -> LayerRecord:
+    return LayerRecord(node.take("op", text), node.take("bits", integer(1, 64)), node.take("weights", integer(0)))
+
+
+def _accuracy(node: Node) -> Accuracy:
+    return Accuracy(
+        kind=node.take("kind", one_of("zero-shot", "fidelity")),
+        images=node.take("images", integer(0)),
+        bundles=node.take("bundles", sequence(_bundle_accuracy)),
+        dataset=node.take("dataset", nullable(text), None),
+        prompts=node.take("prompts", nullable(integer(0)), None),
+    )
+
+
+def _bundle_accuracy(node: Node) -> BundleAccuracy:
+    return BundleAccuracy(
+        bundle=node.take("bundle", text),
+        top1=node.take("top1", nullable(measured_number), None),
+        top5=node.take("top5", nullable(measured_number), None),
+        versus_first=node.take("versus_first", nullable(_versus), None),
+    )
+
+
+def _versus(node: Node) -> Versus:
+    return Versus(
+        agreement=node.take("agreement", measured_number),
+        cosine_image=node.take("cosine_image", measured_number),
+        cosine_text=node.take("cosine_text", measured_number),
+        similarity_rmse=node.take("similarity_rmse", measured_number),
+        top1_difference=node.take("top1_difference", nullable(_difference), None),
+        cosine_image_least=node.take("cosine_image_least", nullable(measured_number), None),
+        cosine_text_least=node.take("cosine_text_least", nullable(measured_number), None),
+    )
+
+
+def _difference(node: Node) -> PairedDifference:
+    return PairedDifference(*(node.take(name, measured_number) for name in ("points", "low", "high")))

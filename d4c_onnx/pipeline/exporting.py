@@ -1,0 +1,71 @@
+"""A model becomes an FP32 bundle: the first step, and where every other one finds its encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.files import refuse_existing
+from d4c_onnx.measure.machine import Machine
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.recipe import Recipe
+
+if TYPE_CHECKING:
+    from d4c_onnx.models.load import LoadedModel
+
+
+def bundle_folder(output: str | Path, model: str) -> Path:
+    """`<output>/<model>`, with what a folder name cannot hold replaced."""
+    return Path(output) / model.replace("hf-hub:", "").replace("/", "--")
+
+
+def export_bundle(
+    model: str,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    pretrained: str | None = None,
+    raw: bool = False,
+    overwrite: bool = False,
+    machine: Machine | None = None,
+    on_step: OnStep = silent,
+) -> Bundle:
+    """Export a model to `<output>/<model>/` in FP32, checked against torch.
+
+    Raises:
+        BundleError: the folder is in the way, or cannot be written.
+        ModelError: the model cannot be loaded.
+        CheckFailed: a file differs from torch by more than 1e-4.
+    """
+    target = bundle_folder(output, model)
+    refuse_existing(target, overwrite)
+    use_threads(machine or Machine())
+    return export_loaded(load(model, pretrained, recipe.seed, on_step), target, recipe, raw=raw, on_step=on_step)
+
+
+def load(model: str, pretrained: str | None, seed: int, on_step: OnStep) -> LoadedModel:
+    """Load a torch model."""
+    on_step("load", 0, 1, {})
+    from d4c_onnx.models.load import load_model
+
+    loaded = load_model(model, pretrained, seed)
+    on_step("load", 1, 1, {})
+    return loaded
+
+
+def export_loaded(
+    loaded: LoadedModel, target: Path, recipe: Recipe, *, raw: bool = False, on_step: OnStep = silent
+) -> Bundle:
+    """Export a model that is in memory."""
+    from d4c_onnx.export import export_fp32
+
+    return export_fp32(loaded, target, seed=recipe.seed, raw=raw, on_step=on_step)
+
+
+def use_threads(machine: Machine) -> None:
+    """Tell torch how many threads to use, where that was asked for."""
+    if machine.threads:
+        import torch
+
+        torch.set_num_threads(machine.threads)

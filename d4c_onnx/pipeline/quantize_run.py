@@ -1,0 +1,123 @@
+"""The work of a quantisation: export and synthesis where they have not been done, then the quantised files."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.files import refuse_existing
+from d4c_onnx.measure.accuracy import check_measurable, held_out_counts
+from d4c_onnx.measure.calibration_fit import check_set_fits
+from d4c_onnx.memory import release_freed
+from d4c_onnx.pipeline.exporting import use_threads
+from d4c_onnx.pipeline.quantize_task import QuantizeTask
+from d4c_onnx.pipeline.source import open_or_export
+from d4c_onnx.pipeline.synthesizing import find_or_synthesize
+
+if TYPE_CHECKING:
+    from d4c_onnx.calibration.dataset import CalibrationSet
+
+
+class Clock:
+    """Wall-clock seconds per step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a step."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+@dataclass(frozen=True, slots=True)
+class MadeBundles:
+    """What a run wrote or found, and what it was calibrated with.
+
+    Attributes:
+        fp32, quantized: the bundles.
+        fp16: None where the target wants none.
+        dataset: the calibration set.
+    """
+
+    fp32: Bundle
+    quantized: Bundle
+    fp16: Bundle | None
+    dataset: CalibrationSet
+
+
+def run(task: QuantizeTask, clock: Clock) -> MadeBundles:
+    """Do what there is to do.
+
+    Raises:
+        ModelError, CalibrationError, GraphError, BundleError, RecipeError: a step cannot be done.
+        CheckFailed: onnxruntime's optimiser changes the answers.
+    """
+    fp32, dataset = _calibrated(task, clock)
+    # the torch model is gone by now, if it was loaded: a large one leaves no room for what follows
+    gc.collect()  # its modules refer to each other in circles
+    release_freed()
+    check_set_fits(dataset, fp32)
+    clock.lap("synthesize")
+    made = MadeBundles(fp32, _quantized(task, fp32, dataset), _fp16(task, fp32, dataset), dataset)
+    clock.lap("quantize")
+    return made
+
+
+def _calibrated(task: QuantizeTask, clock: Clock) -> tuple[Bundle, CalibrationSet]:
+    """The FP32 bundle and its calibration set."""
+    recipe, given = task.recipe, task.given
+    if given is None:
+        use_threads(task.machine)
+    model = open_or_export(task.source, task.folder, recipe, task.pretrained, task.on_step)
+    planned = (recipe.synthesis.held_out, recipe.text.held_out) if given is None else held_out_counts(given)
+    check_measurable(recipe, model.bundle, planned)
+    clock.lap("export")
+    if given is not None:
+        return model.bundle, given
+    _, dataset = find_or_synthesize(model, recipe, task.nouns, task.machine, task.on_step)
+    return model.bundle, dataset
+
+
+def _quantized(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bundle:
+    from d4c_onnx.quantization import quantize_bundle_files
+    from d4c_onnx.runtime.session import resolve_provider
+
+    key, resumed = dataset.manifest["key"], task.resumed
+    made = None if resumed is None else resumed.manifest.quantization
+    if resumed is not None and made is not None:
+        if made.calibration != key["id"]:  # of other images: not this run's to finish
+            refuse_existing(task.target, overwrite=False)
+        return resumed
+    # Which images and texts calibrated is the set's word: it may have been given, and it holds no machine's paths.
+    dump = task.recipe.model_dump(mode="json") | {name: key[name] for name in ("synthesis", "text")}
+    return quantize_bundle_files(
+        fp32,
+        dataset,
+        task.target,
+        task.recipe.quantization,
+        recipe_dump=dump,
+        provider=resolve_provider(task.machine.provider),
+        threads=task.machine.threads,
+        on_step=task.on_step,
+    )
+
+
+def _fp16(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bundle | None:
+    from d4c_onnx.quantization import half_bundle_files
+
+    if task.fp16 is not None or not task.wants_fp16:
+        return task.fp16
+    return half_bundle_files(
+        fp32,
+        task.fp16_target,
+        task.recipe.quantization,
+        dataset,
+        threads=task.machine.threads,
+        on_step=task.on_step,
+    )

@@ -1,0 +1,144 @@
+"""What a quantisation has to do: decided, and refused where it cannot end well, before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
+from d4c_onnx.errors import RecipeError
+from d4c_onnx.files import refuse_existing
+from d4c_onnx.measure.accuracy import check_dataset_name
+from d4c_onnx.measure.machine import Machine
+from d4c_onnx.pipeline.source import source_folder
+from d4c_onnx.progress import OnStep
+from d4c_onnx.recipe import Recipe
+from d4c_onnx.vocabulary import read_nouns
+
+if TYPE_CHECKING:
+    from d4c_onnx.calibration.dataset import CalibrationSet
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeTask:
+    """A quantisation that was asked for, and what of it is there already.
+
+    Attributes:
+        source, pretrained, recipe, machine, on_step: as asked.
+        folder: of the FP32 bundle, which may have to be exported.
+        nouns: the user's vocabulary; None: the model's own.
+        given: the user's calibration set; None: the one of the recipe's key.
+        resumed: this very bundle, which an interrupted run wrote and did not come to measure.
+        wants_fp16: whether an FP16 bundle goes beside.
+        fp16: the one that another width left.
+    """
+
+    source: str
+    pretrained: str | None
+    recipe: Recipe
+    machine: Machine
+    on_step: OnStep
+    folder: Path
+    nouns: tuple[str, ...] | None
+    given: CalibrationSet | None
+    resumed: Bundle | None
+    wants_fp16: bool
+    fp16: Bundle | None
+
+    @property
+    def target(self) -> Path:
+        """Where the quantised bundle goes."""
+        return quantized_folder(self.folder, self.recipe)
+
+    @property
+    def fp16_target(self) -> Path:
+        """Where an FP16 bundle goes."""
+        return fp16_folder(self.folder)
+
+
+def quantized_folder(folder: Path, recipe: Recipe) -> Path:
+    """Beside the FP32 encoders, by width."""
+    return folder / recipe.quantization.bits.lower()
+
+
+def fp16_folder(folder: Path) -> Path:
+    """Beside the FP32 encoders."""
+    return folder / "fp16"
+
+
+def decide(
+    source: str,
+    recipe: Recipe,
+    *,
+    output: str | Path,
+    pretrained: str | None,
+    prompts: str | Path | None,
+    calibration: str | Path | None,
+    overwrite: bool,
+    machine: Machine,
+    on_step: OnStep,
+) -> QuantizeTask:
+    """See what is there, and refuse what is in the way.
+
+    Raises:
+        BundleError: the folder of the result, or of the FP16 bundle, holds something else.
+        RecipeError: keys contradict the target, or the given set was made for other nouns.
+        CalibrationError, DatasetError: what was given cannot be opened.
+    """
+    from d4c_onnx.quantization import target_of
+
+    nouns = read_nouns(prompts) if prompts else None
+    folder = source_folder(source, output)
+    wants_fp16 = target_of(recipe.quantization).half
+    resumed = None if overwrite else _unmeasured_bundle(folder, recipe, whole=calibration is None)
+    if resumed is None:
+        refuse_existing(quantized_folder(folder, recipe), overwrite)
+    fp16 = _reusable_fp16(folder, recipe) if wants_fp16 and not overwrite else None
+    if wants_fp16 and fp16 is None:
+        refuse_existing(fp16_folder(folder), overwrite)
+    check_dataset_name(recipe)
+    given = _given_set(calibration, prompts, nouns) if calibration else None
+    return QuantizeTask(source, pretrained, recipe, machine, on_step, folder, nouns, given, resumed, wants_fp16, fp16)
+
+
+def _given_set(calibration: str | Path, prompts: str | Path | None, nouns: tuple[str, ...] | None) -> CalibrationSet:
+    from d4c_onnx.calibration.dataset import open_calibration_set
+
+    given = open_calibration_set(calibration)
+    if nouns is not None and given.manifest["key"]["nouns"] != list(nouns):
+        raise RecipeError(f"--prompts {prompts}: {calibration} was made for other nouns. Leave one of the two out.")
+    return given
+
+
+def _reusable_fp16(folder: Path, recipe: Recipe) -> Bundle | None:
+    """What another width left; None where nothing is there, or something else."""
+    from d4c_onnx.quantization import find_half_bundle
+
+    if not is_bundle(folder):
+        return None
+    return find_half_bundle(open_bundle(folder, verify=False), fp16_folder(folder), recipe.quantization)
+
+
+def _unmeasured_bundle(folder: Path, recipe: Recipe, whole: bool) -> Bundle | None:
+    """What an interrupted run of this very quantisation wrote and did not come to measure.
+
+    Args:
+        whole: compare how images and texts are made, too; not where a given set says that.
+    """
+    target = quantized_folder(folder, recipe)
+    if not is_bundle(target):
+        return None
+    bundle = open_bundle(target)
+    made = bundle.manifest.quantization
+    if made is None or made.accuracy is not None:
+        return None
+    own, known = (_without_source(dump) for dump in (recipe.model_dump(mode="json"), dict(made.recipe)))
+    compared = own.keys() - {"evaluation"} - (set() if whole else {"synthesis", "text"})
+    return bundle if all(known.get(section) == own[section] for section in compared) else None
+
+
+def _without_source(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Without what images were read from: a path in a recipe, a SHA-256 in a manifest, and part of the set's id."""
+    synthesis = recipe.get("synthesis")
+    return {**recipe, "synthesis": {**synthesis, "source": None} if isinstance(synthesis, dict) else synthesis}

@@ -1,0 +1,119 @@
+"""A model becomes a calibration set in its bundle's folder; a set of the same key is there for good."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from d4c_onnx.errors import DatasetError
+from d4c_onnx.manifest import Preprocess
+from d4c_onnx.measure.machine import Machine
+from d4c_onnx.pipeline.exporting import use_threads
+from d4c_onnx.pipeline.source import LazyModel, open_or_export, source_folder
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.recipe import Recipe
+from d4c_onnx.vocabulary import generic_nouns, read_nouns
+
+if TYPE_CHECKING:
+    from d4c_onnx.calibration.dataset import CalibrationSet
+    from d4c_onnx.synthesis import ProcessGroup
+
+
+def synthesize_calibration_set(
+    source: str,
+    recipe: Recipe,
+    *,
+    output: str | Path,
+    pretrained: str | None = None,
+    prompts: str | Path | None = None,
+    machine: Machine | None = None,
+    on_step: OnStep = silent,
+) -> tuple[Path, CalibrationSet]:
+    """Make a calibration set in the model's bundle folder, or return the one of the same key that is there.
+
+    Exports first when the model has no bundle yet: a set always lies beside the encoders it is for.
+
+    Args:
+        source: a model's name, or the path of an FP32 bundle (its model is loaded again).
+        prompts: the user's vocabulary.
+
+    Returns:
+        The set's folder, and the set.
+    """
+    from d4c_onnx.synthesis import init_process_group
+
+    machine = machine or Machine()
+    nouns = read_nouns(prompts) if prompts else None
+    folder = source_folder(source, output)
+    use_threads(machine)
+    group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
+    model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step))
+    return find_or_synthesize(model, recipe, nouns, machine, on_step, group)
+
+
+def find_or_synthesize(
+    model: LazyModel,
+    recipe: Recipe,
+    nouns: tuple[str, ...] | None,
+    machine: Machine,
+    on_step: OnStep,
+    group: ProcessGroup | None = None,
+) -> tuple[Path, CalibrationSet]:
+    """The set of a recipe's key beside a bundle: the one that is there, or a new one."""
+    from d4c_onnx.calibration.dataset import open_calibration_set, work_folder
+    from d4c_onnx.calibration.key import calibration_key
+    from d4c_onnx.evaluation.datasets import content_sha256
+
+    bundle = model.bundle
+    nouns = nouns or _own_nouns(bundle.model_name)
+    source = Path(recipe.synthesis.source) if recipe.synthesis.source else None
+    digest = content_sha256(source) if source else None
+    key = calibration_key(bundle.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed, digest)
+    target = bundle.path / f"calibration-{key['id']}"
+    if target.exists():
+        shutil.rmtree(work_folder(target), ignore_errors=True)  # a run was killed after its last rename
+        return target, open_calibration_set(target)
+    from d4c_onnx.synthesis import synthesize
+
+    loaded = model.load(on_step)
+    made = synthesize(
+        loaded,
+        target,
+        recipe.synthesis,
+        recipe.text,
+        nouns,
+        seed=recipe.seed,
+        device=machine.device,
+        given=_real_images(source, recipe, loaded.preprocess) if source else None,
+        source_sha256=digest,
+        group=group,
+        on_step=on_step,
+    )
+    return target, made
+
+
+def _own_nouns(model: str) -> tuple[str, ...]:
+    """The vocabulary of an embedded model; the generic one of any other."""
+    from d4c_onnx.models.catalogue import embedded_models
+
+    shipped = embedded_models().get(model)
+    return shipped.nouns if shipped else generic_nouns()
+
+
+def _real_images(source: Path, recipe: Recipe, preprocess: Preprocess) -> np.ndarray:
+    """The control: pixel_values float32 [images + held_out, 3, H, W] of randomly drawn images, none twice."""
+    from d4c_onnx.evaluation.datasets import open_images
+    from d4c_onnx.runtime.preprocess import preprocess_image
+
+    found = open_images(source)
+    count = recipe.synthesis.images + recipe.synthesis.held_out
+    if len(found) < count:
+        raise DatasetError(
+            f"{source}: holds {len(found)} images; images + held_out are {count}. Lower synthesis.images."
+        )
+    chosen = np.random.default_rng([recipe.seed, 9]).choice(len(found), count, replace=False)
+    batches = found.select(chosen).batches(64)
+    return np.stack([preprocess_image(image, preprocess) for images in batches for image in images])
