@@ -108,6 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
     if written_in > FORMAT:
         raise BundleError(f"{top.file}: format {written_in}, this d4c-onnx reads up to {FORMAT}: update d4c-onnx.")
     quantized = top.take("kind", one_of("fp32", "quantized")) == "quantized"
+    session = top.take("session", _session, None)  # first, and in FP32, too: what is harmful is called so
     return Manifest(
         model=top.take("model", _model),
         preprocess=top.take("preprocess", read_preprocess),
@@ -115,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
         io=top.take("io", mapping(_signature, file_name)),
         seed=top.take("seed", integer(0)),
         parity_max_abs_difference=top.take("parity_max_abs_difference", nullable(mapping(number)), None),
-        quantization=_quantization(top, written_in) if quantized else None,
+        quantization=_quantization(top, written_in, session) if quantized else None,
         versions=top.take("versions", mapping(text)),
         files=top.take("files", mapping(_file, file_name)),
     )
@@ -192,7 +193,9 @@ def _file(node: Node) -> FileRecord:
     return FileRecord(node.take("sha256", sha256_text), node.take("size_bytes", integer(0)))
 
 
-def _quantization(top: Node, written_in: int) -> Quantization:
+def _quantization(top: Node, written_in: int, session: Session | None) -> Quantization:
+    if session is None:
+        raise top.wrong("an object with session")
     return Quantization(
         bits=top.take("bits", text),
         target=top.take("target", text),
@@ -201,7 +204,7 @@ def _quantization(top: Node, written_in: int) -> Quantization:
         minimum_onnxruntime=top.take("minimum_onnxruntime", text),
         accuracy_mode_only=top.take("accuracy_mode_only", flag),
         source_files=top.take("source_files", mapping(sha256_text, file_name)),
-        session=top.take("session", _session),
+        session=session,
         optimizer_effect=top.take("optimizer_effect", mapping(_optimizer, file_name)),
         weight_bits_average=top.take("weight_bits_average", nullable(number), None),
         encoders=top.take("encoders", mapping(_encoder_of(written_in), file_name), {}),
@@ -221,7 +224,7 @@ def _session(node: Node) -> Session:
                 f"be harmful (allowed: {EXACT_PRODUCTS}). Do not use this bundle, or remove the entry if you know why "
                 "it is there."
             )
-    return Session(node.take("graph_optimization_level", text), entries)
+    return Session(node.take("graph_optimization_level", text, Session().graph_optimization_level), entries)
 
 
 def _optimizer(node: Node) -> OptimizerRecord:
