@@ -83,7 +83,6 @@ def command(
         page = measure.report_calibration_set(folder, against=against, on_step=on_step) if report and first else None
     if not first:
         return
-    seconds = round(time.perf_counter() - start, 2)
     result = {
         "model": model,
         "calibration": str(folder),
@@ -92,10 +91,15 @@ def command(
         "prompts": len(made.texts),
         "contact_sheet": str(folder / "contact_sheet.png"),
         "report": str(page) if page else None,
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - start, 2),
     }
     if as_json:
         show.print_json(result)
-        return
-    click.echo(f"{result['images']} images and {result['prompts']} prompts in {folder} ({seconds:.0f} s)")
+    else:
+        _print(result)
+
+
+def _print(result: dict[str, object]) -> None:
+    spent = f"{result['seconds']:.0f} s"
+    click.echo(f"{result['images']} images and {result['prompts']} prompts in {result['calibration']} ({spent})")
     click.echo(f"look at {result['report'] or result['contact_sheet']}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from d4c_onnx.files import write_text
 from d4c_onnx.measure.calibration_fit import check_images_fit
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.progress import OnStep, silent
+
+if TYPE_CHECKING:
+    from d4c_onnx.calibration.dataset import CalibrationSet
 
 
 def report_calibration_set(
@@ -56,23 +60,27 @@ def report_calibration_set(
         )
         for name, pixels in images.items()
     }
-    key = made.manifest["key"]
-    facts = {
-        "model": bundle.model_name,
-        "method": key["synthesis"]["method"],
-        "images": f"{len(made.pixel_values)}, and {len(made.held_out)} held out",
-        "prompts for the text tower": str(len(made.texts)),
-        "seed": str(key["seed"]),
-        "key": key["id"],
-    }
     page = calibration_page(
         f"{bundle.model_name}: calibration images",
-        facts,
+        _facts(made, bundle.model_name),
         denormalize(images["these images"], bundle.manifest.preprocess),
-        [key["synthesis"]["template"].format(label) for label in made.labels],
+        [made.manifest["key"]["synthesis"]["template"].format(label) for label in made.labels],
         made.losses,
         inputs,
     )
     target = folder.with_name(f"{folder.name}.html")
     write_text(target, page)
     return target
+
+
+def _facts(made: CalibrationSet, model: str) -> dict[str, str]:
+    """What the page says about a set, by name."""
+    key = made.manifest["key"]
+    return {
+        "model": model,
+        "method": key["synthesis"]["method"],
+        "images": f"{len(made.pixel_values)}, and {len(made.held_out)} held out",
+        "prompts for the text tower": str(len(made.texts)),
+        "seed": str(key["seed"]),
+        "key": key["id"],
+    }

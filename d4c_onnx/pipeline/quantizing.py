@@ -41,8 +41,7 @@ def quantize_bundle(
     Raises:
         BundleError: the folder of the result, or of the FP16 bundle, holds something else.
         RecipeError: keys contradict the target.
-        CheckFailed: top-1 or cosine fell by more than the recipe allows (the files are written all the same, and its
-            `report` is what would be returned).
+        CheckFailed: top-1 or cosine fell by more than is allowed; the files are written, its `report` has the rest.
     """
     task = decide(
         source,

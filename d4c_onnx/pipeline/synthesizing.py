@@ -6,12 +6,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from d4c_onnx.errors import DatasetError
-from d4c_onnx.manifest import Preprocess
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.pipeline.exporting import use_threads
+from d4c_onnx.pipeline.real_images import draw_real_images
 from d4c_onnx.pipeline.source import LazyModel, open_or_export, source_folder
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
@@ -87,7 +84,7 @@ def find_or_synthesize(
         nouns,
         seed=recipe.seed,
         device=machine.device,
-        given=_real_images(source, recipe, loaded.preprocess) if source else None,
+        given=draw_real_images(source, recipe, loaded.preprocess) if source else None,
         source_sha256=digest,
         group=group,
         on_step=on_step,
@@ -101,19 +98,3 @@ def _own_nouns(model: str) -> tuple[str, ...]:
 
     shipped = embedded_models().get(model)
     return shipped.nouns if shipped else generic_nouns()
-
-
-def _real_images(source: Path, recipe: Recipe, preprocess: Preprocess) -> np.ndarray:
-    """The control: pixel_values float32 [images + held_out, 3, H, W] of randomly drawn images, none twice."""
-    from d4c_onnx.evaluation.datasets import open_images
-    from d4c_onnx.runtime.preprocess import preprocess_image
-
-    found = open_images(source)
-    count = recipe.synthesis.images + recipe.synthesis.held_out
-    if len(found) < count:
-        raise DatasetError(
-            f"{source}: holds {len(found)} images; images + held_out are {count}. Lower synthesis.images."
-        )
-    chosen = np.random.default_rng([recipe.seed, 9]).choice(len(found), count, replace=False)
-    batches = found.select(chosen).batches(64)
-    return np.stack([preprocess_image(image, preprocess) for images in batches for image in images])
