@@ -109,11 +109,11 @@ def _quantized(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bun
 
 
 def _fp16(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bundle | None:
-    from d4c_onnx.quantization import half_bundle_files
+    from d4c_onnx.quantization import write_fp16_bundle
 
     if task.fp16 is not None or not task.wants_fp16:
         return task.fp16
-    return half_bundle_files(
+    return write_fp16_bundle(
         fp32,
         task.fp16_target,
         task.recipe.quantization,

@@ -113,11 +113,11 @@ def _given_set(calibration: str | Path, prompts: str | Path | None, nouns: tuple
 
 def _reusable_fp16(folder: Path, recipe: Recipe) -> Bundle | None:
     """What another width left; None where nothing is there, or something else."""
-    from d4c_onnx.quantization import find_half_bundle
+    from d4c_onnx.quantization import find_fp16_bundle
 
     if not is_bundle(folder):
         return None
-    return find_half_bundle(open_bundle(folder, verify=False), fp16_folder(folder), recipe.quantization)
+    return find_fp16_bundle(open_bundle(folder, verify=False), fp16_folder(folder), recipe.quantization)
 
 
 def _unmeasured_bundle(folder: Path, recipe: Recipe, whole: bool) -> Bundle | None:

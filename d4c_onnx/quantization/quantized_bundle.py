@@ -40,7 +40,7 @@ _BATCH = 8
 # All activations of a batch are looked at: of 8 images they take 1.4 GB in a ViT-L/14, several times that on their way.
 _LARGE_BYTES, _LARGE_BATCH = 2**30, 2
 # Max abs difference of an embedding between machines: other int8 kernels, other float16 ones.
-GOLDEN_TOLERANCE, HALF_GOLDEN_TOLERANCE = 0.05, 0.01
+GOLDEN_TOLERANCE, FP16_GOLDEN_TOLERANCE = 0.05, 0.01
 
 
 def quantize_bundle_files(
@@ -105,7 +105,7 @@ def quantize_bundle_files(
             calibration=dataset.manifest["key"]["id"],
             calibration_seed=dataset.manifest["key"]["seed"],
         )
-        tolerance = HALF_GOLDEN_TOLERANCE if section.weights_only else GOLDEN_TOLERANCE
+        tolerance = FP16_GOLDEN_TOLERANCE if section.weights_only else GOLDEN_TOLERANCE
         written = finish_bundle(bundle, stage, made, seed=recipe_dump["seed"], tolerance=tolerance)
     return Bundle(target, written)
 

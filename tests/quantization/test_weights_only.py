@@ -23,7 +23,7 @@ from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
 from d4c_onnx.graph.index import GraphIndex, set_initializer
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.shapes import note_shapes
-from d4c_onnx.quantization import half_bundle_files, quantize_bundle_files, quantize_encoder
+from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder, write_fp16_bundle
 from d4c_onnx.quantization.deployment import fuse_residuals
 from d4c_onnx.quantization.layout import store_scaled
 from d4c_onnx.quantization.rounding.base import QuantizedWeight
@@ -78,7 +78,7 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
     made = quantize_bundle_files(
         bundle, data, tmp_path / "w4a16", recipe.quantization, recipe_dump=recipe.model_dump(mode="json"), threads=1
     )
-    half = half_bundle_files(bundle, tmp_path / "fp16", recipe.quantization, data)
+    half = write_fp16_bundle(bundle, tmp_path / "fp16", recipe.quantization, data)
     assert made.manifest.quantization.minimum_onnxruntime == "1.23"
     assert made.manifest.quantization.session.config_entries == {}
     assert not made.manifest.quantization.accuracy_mode_only

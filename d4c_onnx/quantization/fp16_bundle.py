@@ -17,7 +17,7 @@ from d4c_onnx.quantization.deployment import compute_pooled_row_only, convert_to
 from d4c_onnx.quantization.folding import fold_batch_norms, skip_idle_pools
 from d4c_onnx.quantization.layout import MINIMUM_ORT
 from d4c_onnx.quantization.quantized_bundle import (
-    HALF_GOLDEN_TOLERANCE,
+    FP16_GOLDEN_TOLERANCE,
     calibration_readers,
     check_optimizer,
     finish_bundle,
@@ -31,7 +31,7 @@ _NOTE = (
 )
 
 
-def half_bundle_files(
+def write_fp16_bundle(
     bundle: Bundle,
     target: Path,
     section: QuantizationSection,
@@ -76,12 +76,12 @@ def half_bundle_files(
             session=session,
             optimizer_effect={name: effect.record() for name, effect in effects.items()},
         )
-        written = finish_bundle(bundle, stage, made, seed=bundle.manifest.seed, tolerance=HALF_GOLDEN_TOLERANCE)
+        written = finish_bundle(bundle, stage, made, seed=bundle.manifest.seed, tolerance=FP16_GOLDEN_TOLERANCE)
     return Bundle(target, written)
 
 
-def find_half_bundle(bundle: Bundle, target: Path, section: QuantizationSection) -> Bundle | None:
-    """What `half_bundle_files` would write, where an earlier run wrote it: widths of one model share one FP16 bundle.
+def find_fp16_bundle(bundle: Bundle, target: Path, section: QuantizationSection) -> Bundle | None:
+    """What `write_fp16_bundle` would write, where an earlier run wrote it: widths of one model share one FP16 bundle.
 
     None where nothing is there, or something else, or a damaged one.
     """

@@ -12,18 +12,18 @@ from d4c_onnx.calibration import CalibrationSet, open_calibration_set
 from d4c_onnx.files import write_json
 from d4c_onnx.graph.files import load_graph
 from d4c_onnx.manifest import Session
-from d4c_onnx.quantization import find_half_bundle, half_bundle_files
+from d4c_onnx.quantization import find_fp16_bundle, write_fp16_bundle
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.session import EncoderSession
 
 SOT, EOT = 49406, 49407
 
 
-def test_half_bundle_finds_the_end_token(
+def test_fp16_bundle_finds_the_end_token(
     vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
 ) -> None:
     """49405 to 49407 are one number in float16; the end token must be found all the same."""
-    half = half_bundle_files(vit_bundle, tmp_path / "fp16", load_recipe().quantization, vit_calibration[1])
+    half = write_fp16_bundle(vit_bundle, tmp_path / "fp16", load_recipe().quantization, vit_calibration[1])
     ids = np.array([[SOT, 320, 49405, EOT, 0], [SOT, 49405, EOT, 0, 0]], np.int64)
     exact, close = (EncoderSession(bundle.text_encoder).run(ids) for bundle in (vit_bundle, half))
     assert close.dtype == np.float32
@@ -43,7 +43,7 @@ def test_half_files_are_valid_and_fused(model: str, request: pytest.FixtureReque
     data = calibration[1] if model == "vit" else open_calibration_set(calibration)
     plain = ["quantization.fused_attention=false", "quantization.fused_residuals=false"]
     fused, other = (
-        half_bundle_files(bundle, tmp_path / name, load_recipe(None, keys).quantization, data)
+        write_fp16_bundle(bundle, tmp_path / name, load_recipe(None, keys).quantization, data)
         for name, keys in (("fused", ["quantization.target=cuda"]), ("plain", plain))
     )
     for made in (fused, other):
@@ -62,14 +62,14 @@ def test_half_files_are_valid_and_fused(model: str, request: pytest.FixtureReque
     assert all((exact * half).sum(-1).min() > 0.99995 for half in halves)
 
 
-def test_half_bundle_follows_the_recipe_and_is_found_again(
+def test_fp16_bundle_follows_the_recipe_and_is_found_again(
     vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
 ) -> None:
     plain = load_recipe().quantization
     other = load_recipe(None, ["quantization.pooled_row_only=false", "quantization.external_data=true"]).quantization
-    assert find_half_bundle(vit_bundle, tmp_path / "plain", plain) is None
-    one_row = half_bundle_files(vit_bundle, tmp_path / "plain", plain, vit_calibration[1])
-    all_rows = half_bundle_files(vit_bundle, tmp_path / "other", other, vit_calibration[1])
+    assert find_fp16_bundle(vit_bundle, tmp_path / "plain", plain) is None
+    one_row = write_fp16_bundle(vit_bundle, tmp_path / "plain", plain, vit_calibration[1])
+    all_rows = write_fp16_bundle(vit_bundle, tmp_path / "other", other, vit_calibration[1])
     assert (all_rows.path / "image_encoder.onnx.data").exists()
     nodes = [len(load_graph(made.image_encoder).graph.node) for made in (one_row, all_rows)]
     assert nodes[0] != nodes[1]
@@ -77,15 +77,15 @@ def test_half_bundle_follows_the_recipe_and_is_found_again(
     one, all_of_them = (EncoderSession(made.image_encoder).run(images) for made in (one_row, all_rows))
     np.testing.assert_allclose(one, all_of_them, atol=2e-3)
     assert "CUDA" in one_row.manifest.quantization.target_note
-    assert find_half_bundle(vit_bundle, one_row.path, plain) is not None
+    assert find_fp16_bundle(vit_bundle, one_row.path, plain) is not None
     for bundle, section in ((vit_bundle, other), (replace(vit_bundle, manifest=one_row.manifest), plain)):
-        assert find_half_bundle(bundle, one_row.path, section) is None
+        assert find_fp16_bundle(bundle, one_row.path, section) is None
     manifest = one_row.manifest.as_dict()
     other_weights = {**manifest["model"], "weights_sha256": "0" * 64}
     for key, value in (("model", other_weights), ("versions", {**manifest["versions"], "onnx": "1.0"})):
         write_json(one_row.path / "manifest.json", {**manifest, key: value})
-        assert find_half_bundle(vit_bundle, one_row.path, plain) is None
+        assert find_fp16_bundle(vit_bundle, one_row.path, plain) is None
     write_json(one_row.path / "manifest.json", {**manifest, "versions": {**manifest["versions"], "torch": "1.0"}})
-    assert find_half_bundle(vit_bundle, one_row.path, plain) is not None
+    assert find_fp16_bundle(vit_bundle, one_row.path, plain) is not None
     one_row.image_encoder.write_bytes(b"damaged")
-    assert find_half_bundle(vit_bundle, one_row.path, plain) is None
+    assert find_fp16_bundle(vit_bundle, one_row.path, plain) is None
