@@ -13,6 +13,7 @@ from typing import Any
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256, write_json
 from d4c_onnx.manifest import (
+    EXACT_PRODUCTS,
     FORMAT,
     EncoderRecord,
     FileRecord,
@@ -51,11 +52,6 @@ from d4c_onnx.untrusted_json import (
 MANIFEST = "manifest.json"
 # The one sub-folder that belongs to a bundle; others are calibration sets and bundles of other widths.
 GOLDEN_FOLDER = "golden"
-# The one session config entry that a bundle may ask for, and its value. A manifest is not trusted, and entries are not
-# harmless: `session.optimized_model_external_initializers_file_name`, for one, makes onnxruntime write any file.
-# On x86 without VNNI sums of uint8 x int8 products saturate in 16 bits; with this entry onnxruntime multiplies weights
-# outside [-64, 63] by a slower kernel there. It changes nothing for others, nor on processors with VNNI.
-EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 _COUNTED_IN_1 = ("pooled_row_only", "fused_attention", "fused_biases", "fused_qkv")
 _VERSIONED = ("d4c-onnx", "torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "numpy", "tokenizers")
 # Far above any model, and low enough that what is allocated by them fits in memory.

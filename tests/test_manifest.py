@@ -11,6 +11,7 @@ import pytest
 from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.errors import BundleError
 from d4c_onnx.manifest import (
+    EXACT_PRODUCTS,
     FORMAT,
     EncoderRecord,
     LayerRecord,
@@ -26,7 +27,7 @@ from d4c_onnx.manifest import (
     TensorInfo,
     TokenizerInfo,
 )
-from d4c_onnx.manifest_file import EXACT_PRODUCTS, read_manifest, write_manifest
+from d4c_onnx.manifest_file import read_manifest, write_manifest
 from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Versus
 from d4c_onnx.runtime.golden import read_golden
 

@@ -11,18 +11,18 @@ from d4c_onnx.errors import BundleError, GraphError
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
 from d4c_onnx.manifest import Quantization, Session
-from d4c_onnx.manifest_file import versions
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.bundle_completion import (
+    FP16_GOLDEN_TOLERANCE,
+    finish_bundle,
+    made_by_same_tools,
+    source_files,
+)
+from d4c_onnx.quantization.calibration_batches import calibration_readers
 from d4c_onnx.quantization.deployment import compute_pooled_row_only, convert_to_half, target_of
 from d4c_onnx.quantization.folding import fold_batch_norms, skip_idle_pools
 from d4c_onnx.quantization.layout import MINIMUM_ORT
-from d4c_onnx.quantization.quantized_bundle import (
-    FP16_GOLDEN_TOLERANCE,
-    calibration_readers,
-    check_optimizer,
-    finish_bundle,
-    source_files,
-)
+from d4c_onnx.quantization.optimizer_check import check_optimizer
 from d4c_onnx.recipe import QuantizationSection
 
 _NOTE = (
@@ -93,11 +93,9 @@ def find_fp16_bundle(bundle: Bundle, target: Path, section: QuantizationSection)
         return None
     # weights may lie beside a graph, whose SHA-256 then says nothing of them
     same_weights = made.weights_sha256 == bundle.weights_sha256
-    own, known = versions(), made.manifest.versions
-    same_tools = all(known.get(name) == own.get(name) for name in ("d4c-onnx", "onnx", "onnxruntime"))
     found, expected = made.manifest.quantization, ("fp16", _shaped_by(section), source_files(bundle))
     same_form = found is not None and (found.bits, found.recipe, found.source_files) == expected
-    return made if same_form and same_weights and same_tools else None
+    return made if same_form and same_weights and made_by_same_tools(made) else None
 
 
 def _shaped_by(section: QuantizationSection) -> dict[str, Any]:

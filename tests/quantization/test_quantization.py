@@ -17,11 +17,11 @@ from d4c_onnx.errors import BundleError, GraphError, RecipeError
 from d4c_onnx.graph.bits import average_bits, layer_bits
 from d4c_onnx.graph.files import load_graph, opset_of
 from d4c_onnx.graph.index import GraphIndex
-from d4c_onnx.manifest_file import EXACT_PRODUCTS
+from d4c_onnx.manifest import EXACT_PRODUCTS
 from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
+from d4c_onnx.quantization.calibration_batches import images_at_a_time
 from d4c_onnx.quantization.layout import int4_initializer, pack_halves, pack_int4, store_token_table, unpack_int4
 from d4c_onnx.quantization.plan import make_plan
-from d4c_onnx.quantization.quantized_bundle import images_at_a_time
 from d4c_onnx.quantization.ranges import collect_ranges
 from d4c_onnx.quantization.rounding import make_rounding
 from d4c_onnx.quantization.rounding.base import QuantizedWeight, grid_limits

@@ -1,0 +1,97 @@
+"""What makes a bundle of two written encoders: tokenizer, golden vectors, a manifest that says how they were made."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle
+from d4c_onnx.calibration.dataset import CalibrationSet
+from d4c_onnx.graph.bits import average_bits
+from d4c_onnx.graph.files import load_graph
+from d4c_onnx.graph.signature import signature
+from d4c_onnx.manifest import Manifest, Quantization, Session
+from d4c_onnx.manifest_file import versions, write_manifest
+from d4c_onnx.quantization.deployment import target_of
+from d4c_onnx.quantization.encoder import EncoderReport
+from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.runtime.golden import read_golden, write_golden
+from d4c_onnx.runtime.optimizer import OptimizerEffect
+
+# Max abs difference of an embedding between machines: other int8 kernels, other float16 ones.
+GOLDEN_TOLERANCE, FP16_GOLDEN_TOLERANCE = 0.05, 0.01
+
+
+def describe_quantization(
+    section: QuantizationSection,
+    dataset: CalibrationSet,
+    reports: Mapping[str, EncoderReport],
+    effects: Mapping[str, OptimizerEffect],
+    session: Session,
+    recipe_dump: Mapping[str, Any],
+    source_files: Mapping[str, str],
+) -> Quantization:
+    """For the manifest.
+
+    Args:
+        reports, effects: by encoder file: how it was quantised, and what onnxruntime's optimiser does to it.
+        session: what the files are served with.
+        recipe_dump: the whole resolved recipe.
+        source_files: SHA-256 of the FP32 encoders.
+    """
+    layers = [layer for report in reports.values() for layer in report.layers]
+    return Quantization(
+        bits=section.bits.lower(),
+        target=section.target,
+        target_note=target_of(section).note,
+        recipe=recipe_dump,
+        minimum_onnxruntime=max(report.minimum_onnxruntime for report in reports.values()),
+        accuracy_mode_only=section.activation_bits < 8 or section.weight_bits == 6,
+        source_files=source_files,
+        session=session,
+        optimizer_effect={name: effect.record() for name, effect in effects.items()},
+        weight_bits_average=round(average_bits(layers), 4),
+        encoders={name: report.record() for name, report in reports.items()},
+        calibration=dataset.manifest["key"]["id"],
+        calibration_seed=dataset.manifest["key"]["seed"],
+    )
+
+
+def finish_bundle(bundle: Bundle, stage: Path, made: Quantization, *, seed: int, tolerance: float) -> Manifest:
+    """Put beside two written encoders what every bundle made from an FP32 one has: tokenizer, golden vectors, manifest.
+
+    Args:
+        bundle: in FP32.
+        stage: the folder that holds the encoders.
+        made: how they were made.
+        seed: of the recipe.
+        tolerance: max abs difference of an embedding between machines.
+    """
+    if bundle.tokenizer.exists():
+        shutil.copyfile(bundle.tokenizer, stage / TOKENIZER)
+    source = bundle.manifest
+    files = (stage / IMAGE_ENCODER, stage / TEXT_ENCODER)
+    ids = np.array([read_golden(bundle.path).input_ids], np.int64)
+    write_golden(stage, *files, source.preprocess, ids, tolerance, made.session.config_entries)
+    manifest = Manifest(
+        model=source.model,
+        preprocess=source.preprocess,
+        tokenizer=source.tokenizer,
+        io={file.name: signature(load_graph(file)) for file in files},
+        seed=seed,
+        quantization=made,
+    )
+    return write_manifest(stage, manifest)
+
+
+def source_files(bundle: Bundle) -> dict[str, str]:
+    """SHA-256 of the encoders of an FP32 bundle: which one another bundle was made from."""
+    return {name: bundle.manifest.files[name].sha256 for name in (IMAGE_ENCODER, TEXT_ENCODER)}
+
+
+def made_by_same_tools(bundle: Bundle) -> bool:
+    """Whether today's packages would write these files."""
+    own, known = versions(), bundle.manifest.versions
+    return all(known.get(name) == own.get(name) for name in ("d4c-onnx", "onnx", "onnxruntime"))
