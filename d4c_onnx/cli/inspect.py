@@ -47,7 +47,7 @@ def command(bundle: Path, as_json: bool, quiet: bool) -> None:
 
 def _show_rewrites(record: EncoderRecord) -> None:
     """Which rewrites of the graph applied, and where others did not and why."""
-    applied = [f"{entry.name} {entry.count}" for entry in record.rewrites if entry.count]
+    applied = [f"{entry.name} ({entry.count})" for entry in record.rewrites if entry.count]
     if applied:
         click.echo(f"  rewrites: {', '.join(applied)}")
     for entry in record.rewrites:
