@@ -4,6 +4,7 @@ A bundle may come from anywhere, so the reader takes nothing on trust: every fie
 the bundle's own folder, and sessions may be asked for one known setting only.
 """
 
+import json
 import os
 from dataclasses import replace
 from importlib import metadata
@@ -77,9 +78,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         for file in sorted(found)
         if file.is_file() and file.name != MANIFEST
     }
-    complete = replace(manifest, versions=versions(), files=files)
-    write_json(folder / MANIFEST, complete.as_dict())
-    return read_manifest(folder)
+    content = replace(manifest, versions=versions(), files=files).as_dict()
+    # read first: what the reader refuses must not take the place of a manifest that is good
+    read = _manifest(Node(json.loads(json.dumps(content)), folder / MANIFEST))
+    write_json(folder / MANIFEST, content)
+    return read
 
 
 def versions() -> dict[str, str]:
@@ -99,7 +102,10 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         BundleError: it cannot be read, is of a newer format, or a field is not what it may be.
     """
-    top = read_json(folder / MANIFEST)
+    return _manifest(read_json(folder / MANIFEST))
+
+
+def _manifest(top: Node) -> Manifest:
     written_in = top.take("format", integer(1))
     if written_in > FORMAT:
         raise BundleError(f"{top.file}: format {written_in}, this d4c-onnx reads up to {FORMAT}: update d4c-onnx.")
@@ -107,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
     session = top.take("session", _session, None)  # first, and in FP32, too: what is harmful is called so
     return Manifest(
         model=top.take("model", _model),
-        preprocess=top.take("preprocess", read_preprocess),
+        preprocess=top.take("preprocess", _preprocess),
         tokenizer=top.take("tokenizer", _tokenizer),
         io=top.take("io", mapping(_signature, file_name)),
         seed=top.take("seed", integer(0)),
@@ -141,8 +147,7 @@ def _model(node: Node) -> ModelInfo:
     )
 
 
-def read_preprocess(node: Node) -> Preprocess:
-    """The preprocess of a manifest, or of an encoder file's own metadata."""
+def _preprocess(node: Node) -> Preprocess:
     height, width = node.take("size", sequence(integer(1, _LARGEST_SIDE), 2))
     return Preprocess(
         size=(height, width),

@@ -341,9 +341,11 @@ def test_what_is_no_manifest_is_refused(folder: Path, content: bytes) -> None:
 
 
 def test_a_writer_refuses_what_its_reader_would(folder: Path) -> None:
+    written = write_manifest(folder, QUANTIZED)
     odd = replace(QUANTIZED, preprocess=replace(QUANTIZED.preprocess, resize_mode="stretch"))
     with pytest.raises(BundleError, match="resize_mode"):
         write_manifest(folder, odd)
+    assert read_manifest(folder) == written
 
 
 @pytest.mark.parametrize(
