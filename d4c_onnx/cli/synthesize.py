@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -93,13 +94,10 @@ def command(
         "report": str(page) if page else None,
         "seconds": round(time.perf_counter() - start, 2),
     }
-    if as_json:
-        show.print_json(result)
-    else:
-        _print(result)
+    (show.print_json if as_json else _print)(result)
 
 
-def _print(result: dict[str, object]) -> None:
+def _print(result: dict[str, Any]) -> None:
     spent = f"{result['seconds']:.0f} s"
     click.echo(f"{result['images']} images and {result['prompts']} prompts in {result['calibration']} ({spent})")
     click.echo(f"look at {result['report'] or result['contact_sheet']}")
