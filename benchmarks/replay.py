@@ -6,7 +6,7 @@
 
 Each case quantises one model at one width for one target, with a small noise calibration, in a process of its own.
 Recorded are, of each encoder's file: every 4- and 8-bit initialiser, every float one, what onnxruntime answers to noise
-and to the golden text, the bytes, and how many nodes of each operator the file holds; of the run its seconds and memory.
+and to the golden text, the bytes, and how many nodes of each operator there are; of the run its seconds and memory.
 `compare` prints one line a case: `same` where all of that (but time and memory) is equal to the bit, or what is not.
 Models are the embedded minis, families in miniature and two full-size architectures with random weights; a local
 open_clip config with its checkpoint beside it joins by `--checkpoint my-arch.json`. Speed is raced by
@@ -118,9 +118,9 @@ def one(args: argparse.Namespace) -> None:
     output = args.folder / args.target
     report = pipeline.quantize_bundle(args.model, load_recipe(None, keys), output=output, pretrained=pretrained)
     found = {
-        "seconds": report.seconds["quantize"],
+        "seconds": report["seconds"]["quantize"],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "files": {path.name: _contents(path) for path in sorted(report.bundle.glob("*.onnx"))},
+        "files": {path.name: _contents(path) for path in sorted(Path(report["bundle"]).glob("*.onnx"))},
     }
     print(json.dumps(found))
 
