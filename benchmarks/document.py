@@ -6,8 +6,8 @@
     python benchmarks/document.py --add speed-mine report.json --command "d4c-onnx benchmark A B --json"
 
 A table stands between `<!-- table VIEW FILE ... key=value ... -->` and `<!-- /table -->`: VIEW is a function of
-benchmarks/tables.py, FILE a result file without its ending, the rest the view's arguments. Below each table stands
-what it was measured on, with links to its files, which hold the commands.
+benchmarks/tables.py, FILE a result file without its ending (`recipe_keys` needs none), the rest the view's arguments.
+Below each table stands what it was measured on, with links to its files, which hold the commands.
 """
 
 import argparse
@@ -46,7 +46,8 @@ def renewed(text: str, beside: Path, folder: Path = FOLDER) -> str:
             raise SystemExit(f"<!-- table {match['ask']} -->: no view {view!r}. Use one of {', '.join(VIEWS)}.")
         files = [read_results(word, folder) for word in words if "=" not in word]
         options = dict(word.split("=", 1) for word in words if "=" in word)
-        return f"{match[1]}{_markdown(VIEWS[view](files, **options))}\n\n{_source(files, beside, folder)}\n{match[3]}"
+        parts = [_markdown(VIEWS[view](files, **options)), *([_source(files, beside, folder)] if files else [])]
+        return match[1] + "\n\n".join(parts) + f"\n{match[3]}"
 
     return _TABLE.sub(table, text)
 

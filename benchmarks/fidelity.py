@@ -24,7 +24,7 @@ from d4c_onnx import pipeline
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.calibration.dataset import open_calibration_set
 from d4c_onnx.quantization import quantize_bundle_files
-from d4c_onnx.quantization.folding.stress import stress_bundle
+from d4c_onnx.quantization.rewrites.stress import stress_bundle
 from d4c_onnx.recipe import load_recipe
 
 MODELS = ("mini-vit", "mini-rn")
@@ -35,7 +35,7 @@ ROWS: list[tuple[str, str, int, str]] = [
     ("w8a8", "noise", 1, ""),
     ("w8a8", "pink", 1, ""),
     ("w8a8", "real", 1, ""),
-    ("w8a8", "d4c", 1, "headroom=1.0"),
+    ("w8a8", "d4c", 1, "ranges=mse-plain"),
     ("w8a8", "d4c", 1, "smoothing=none"),
     ("w8a8", "d4c", 1, "rounding=gptaq"),
     ("w8a8", "d4c", 1, "correction=bias"),

@@ -46,7 +46,7 @@ TINY: dict[str, dict[str, Any]] = {
         "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
         "custom_text": True,
     },
-    "tiny-siglip": {
+    "tiny-bidirectional": {
         "embed_dim": 96,
         "vision_cfg": {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160},
         "text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
@@ -116,7 +116,8 @@ def one(args: argparse.Namespace) -> None:
         pretrained = None
     keys = (*CALIBRATION, f"quantization.bits={args.bits}", f"quantization.target={args.target}")
     output = args.folder / args.target
-    report = pipeline.quantize_bundle(args.model, load_recipe(None, keys), output=output, pretrained=pretrained)
+    made: Any = pipeline.quantize_bundle(args.model, load_recipe(None, keys), output=output, pretrained=pretrained)
+    report = made if isinstance(made, dict) else made.as_dict()  # a dict before commits of November 2026
     found = {
         "seconds": report["seconds"]["quantize"],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

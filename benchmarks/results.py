@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def measured_here(
     columns: Sequence[Sequence[str]] = (),
 ) -> ResultFile:
     """Rows that the running script has just measured, with this machine, these versions and this commit."""
-    machine = describe_machine("cpu", threads)
+    machine = asdict(describe_machine("cpu", threads))
     return ResultFile(_without_version(machine), _versions(), _commit(), [_command_line()], rows, note, columns)
 
 

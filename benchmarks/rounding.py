@@ -11,24 +11,28 @@ published 20,000 steps are its seconds per step times 20,000. Prints Markdown.
 import argparse
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from d4c_onnx import pipeline
 from d4c_onnx.calibration import D4CCalibrationDataReader
-from d4c_onnx.graph.files import load_graph
-from d4c_onnx.graph.index import GraphIndex
 from d4c_onnx.graph.layers import channels_first
+from d4c_onnx.graph.model import load_model
+from d4c_onnx.graph.values import constant, nodes_by_name
+from d4c_onnx.quantization.inside.ranges import collect_ranges
+from d4c_onnx.quantization.inside.segments import SegmentedEncoder
+from d4c_onnx.quantization.inside.statistics import fake_quantize, quantized_name
 from d4c_onnx.quantization.plan import make_plan
-from d4c_onnx.quantization.ranges import collect_ranges
-from d4c_onnx.quantization.rounding import InputMoments, make_rounding
 from d4c_onnx.quantization.rounding.adaround import reconstruct
-from d4c_onnx.quantization.segments import SegmentedEncoder
-from d4c_onnx.quantization.statistics import fake_quantize, quantized_name
+from d4c_onnx.quantization.rounding.base import InputMoments
+from d4c_onnx.quantization.rounding.gptq import GptaqRounding, GptqRounding
+from d4c_onnx.quantization.rounding.nearest import NearestRounding
+from d4c_onnx.quantization.rounding.schedule import PUBLISHED, SHORT
 from d4c_onnx.recipe import load_recipe
 
-PUBLISHED_STEPS = 20_000
+METHODS = {"nearest": NearestRounding(), "gptq": GptqRounding(), "gptaq": GptaqRounding()}
 
 
 def main() -> None:
@@ -40,12 +44,12 @@ def main() -> None:
     args = parser.parse_args()
     recipe = load_recipe(None, ["synthesis.method=noise"])
     folder, _ = pipeline.synthesize_calibration_set(args.model, recipe, output=args.output, pretrained="random")
-    model = load_graph(folder.parent / "image_encoder.onnx")
+    model = load_model(folder.parent / "image_encoder.onnx")
     plan = make_plan(model.graph, recipe.quantization)
     reader = D4CCalibrationDataReader(folder)
     ranges = collect_ranges(model, plan, reader, recipe.quantization)
     twin = SegmentedEncoder(fake_quantize(model, plan, ranges), reader)
-    plain, index = SegmentedEncoder(model, reader), GraphIndex(model.graph)
+    plain, nodes = SegmentedEncoder(model, reader), nodes_by_name(twin.graph)
     print("| layer | weight | method | error | seconds | published schedule, seconds |")
     print("|---|---|---|---|---|---|")
     for layer in plan.layers[1 : 1 + args.layers]:
@@ -54,7 +58,7 @@ def main() -> None:
             np.concatenate([batch[value].reshape(-1, batch[value].shape[-1]) for batch in pieces.advance([value])])
             for pieces, value in ((plain, layer.data), (twin, name))
         )
-        stored = index.array(layer.weight)
+        stored = constant(model.graph.initializers[layer.weight])
         weight = channels_first(stored, layer.channel_axis)
         target = x @ weight.T
         power = float(np.square(target).sum(dtype=np.float64))
@@ -66,23 +70,22 @@ def main() -> None:
             start = time.perf_counter()
             if method == "adaround":
                 rounded = reconstruct(
-                    [GraphIndex(twin.model.graph).producer[layer.output]],
+                    [nodes[layer.node]],
                     {},
                     {layer.weight: (weight, stored.shape, layer.channel_axis, 4)},
                     (name, seen),
                     (layer.output, target),
-                    steps=args.adaround_steps,
-                    learning_rate=recipe.quantization.adaround_learning_rate,
-                    batch=recipe.quantization.adaround_batch * len(seen) // recipe.synthesis.images,
+                    replace(SHORT, steps=args.adaround_steps),
+                    batch=SHORT.batch * len(seen) // recipe.synthesis.images,
                     seed=0,
                 )[layer.weight]
             else:
                 gram = seen.T @ seen / len(seen)
                 cross = x.T @ seen / len(x) if method == "gptaq" else gram
                 moments = InputMoments(gram.astype(np.float64), cross.astype(np.float64))
-                rounded = make_rounding(method).round(weight, 4, moments)
+                rounded = METHODS[method].round(weight, 4, moments)
             seconds = time.perf_counter() - start
-            published = f"{seconds / args.adaround_steps * PUBLISHED_STEPS:.0f}" if method == "adaround" else ""
+            published = f"{seconds / args.adaround_steps * PUBLISHED.steps:.0f}" if method == "adaround" else ""
             label = f"adaround, {args.adaround_steps} steps" if method == "adaround" else method
             row = [layer.node, "x".join(str(size) for size in weight.shape), label]
             print(f"| {' | '.join(row)} | {error(rounded):.5f} | {seconds:.1f} | {published} |", flush=True)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from results import ResultFile
 
+from d4c_onnx.recipe import recipe_keys as keys_of_recipes
+
 _PEERS = ("quantize_dynamic", "quantize_static", "MatMulNBits")  # onnxruntime's own tools in `d4c-onnx benchmark`
 _MEMORY = {"load ms": "load_ms", "RAM MB": "loaded_bytes", "in use MB": "held_bytes", "peak MB": "peak_bytes"}
 
@@ -128,6 +130,13 @@ def synthesis(files: Sequence[ResultFile], only: str = "") -> list[list[str]]:
     return table
 
 
+def recipe_keys(_: Sequence[ResultFile], section: str) -> list[list[str]]:
+    """Every key of a section: what it takes, its default, what it does."""
+    found = [key for key in keys_of_recipes() if key.name == section or key.name.startswith(f"{section}.")]
+    rows = [[f"`{key.name}`", key.takes, f"`{key.shown_default}`", key.help.replace("|", "\\|")] for key in found]
+    return [["key", "takes", "default", "what it does"], *rows]
+
+
 def each_seed(points: Sequence[float]) -> str:
     """A cell: the mean in bold, then every seed."""
     return f"**{sum(points) / len(points):+.2f}** ({', '.join(f'{value:+.2f}' for value in points)})"
@@ -135,7 +144,7 @@ def each_seed(points: Sequence[float]) -> str:
 
 _FIDELITY = ("model", "bits", "calibration", "stress", "overrides")
 VIEWS: dict[str, Callable[..., list[list[str]]]] = {
-    view.__name__: view for view in (plain, race, overview, memory, forms, runtimes, fidelity, synthesis)
+    view.__name__: view for view in (plain, race, overview, memory, forms, runtimes, fidelity, synthesis, recipe_keys)
 }
 
 

@@ -5,6 +5,7 @@ receives its own section, never the whole recipe; the resolved recipe goes into 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,19 @@ from d4c_onnx.errors import RecipeError
 
 WEIGHT_BITS = (4, 6, 8)
 ACTIVATION_BITS = (4, 6, 8, 16)
+
+
+def parse_bits(bits: str) -> tuple[int, int]:
+    """Split `w4a8` into (4, 8).
+
+    Raises:
+        RecipeError: for anything that is not w<4|6|8>a<4|6|8|16>.
+    """
+    for weight in WEIGHT_BITS:
+        for activation in ACTIVATION_BITS:
+            if bits.lower() == f"w{weight}a{activation}":
+                return weight, activation
+    raise RecipeError(f"--bits {bits}: not supported. Use w<4|6|8>a<4|6|8|16>, such as w4a8, w8a8 or w4a16.")
 
 
 class _Section(BaseModel):
@@ -88,30 +102,24 @@ class QuantizationSection(_Section):
 
     bits: str = Field(
         "w4a8",
-        description="w<weight bits>a<activation bits>; a16: weights only, activations in float16, for target cuda",
+        description="w<weight bits>a<activation bits>, such as w4a8 or w8a8; a16: weights only, activations in "
+        "float16, for target cuda",
     )
-    rounding: Literal["auto", "nearest", "gptq", "gptaq", "adaround"] = Field(
-        "auto", description="how weights meet their grid; auto: gptaq at w4a8 and w4a16, else nearest"
+    target: Literal["cpu", "portable", "tensorrt", "openvino", "cuda"] = Field(
+        "cpu",
+        validate_default=True,
+        description="where the files are served. cpu: onnxruntime's CPU provider; portable: standard operators only; "
+        "tensorrt: symmetric int8, plain int4; openvino: plain int4; cuda: an FP16 bundle beside",
     )
-    adaround_steps: int = Field(1000, ge=1, le=1_000_000, description="Adam steps per region; published: 20,000")
-    adaround_learning_rate: float = Field(0.01, gt=0, description="published: 0.001")
-    adaround_batch: int = Field(32, ge=1, le=4096, description="images or prompts per step")
-    damping: float = Field(0.1, gt=0, le=10, description="gptq, gptaq: share of the mean second moment added")
+    rounding: Literal["auto", "nearest", "gptq", "gptaq", "adaround", "adaround-published"] = Field(
+        "auto",
+        description="how weights meet their grid; auto: gptaq at w4a8 and w4a16, else nearest; adaround-published: for "
+        "the published 20,000 steps a region",
+    )
     smoothing: Literal["none", "layer_norm", "all"] = Field(
         "all",
         description="shrink outlier channels into the weights where that helps; exact. layer_norm: only behind "
         "LayerNorms; all: attention's values and the activation inside the MLP, too",
-    )
-    smoothing_threshold: float = Field(
-        0.5,
-        gt=0,
-        le=1,
-        description="smooth where at most this share of the error after rounding remains",
-    )
-    start_token: Literal["auto", "pin", "keep"] = Field(
-        "auto",
-        description="pin: the start token's keys and values become constants of the text encoder, and its outliers "
-        "widen no range; exact for prompts that begin with it. auto: where it is an outlier",
     )
     correction: Literal["none", "bias", "affine"] = Field(
         "none", description="after rounding, in closed form: bias takes up the mean error; affine a gain a channel, too"
@@ -119,96 +127,72 @@ class QuantizationSection(_Section):
     average_bits: float | None = Field(
         None, ge=4, le=8, description="spend this many bits per weight: the layers that gain most get 8"
     )
-    ranges: Literal["mse", "minmax"] = Field("mse", description="how activation ranges are chosen")
-    headroom: float = Field(1.15, ge=1, le=4, description="how far beyond the synthetic values a range is laid out")
-    clip_weight: float | None = Field(
-        None, ge=1, description="mse: how often the square error of a clipped value counts; none: 10, at 4 bits 1"
-    )
     boundary_bits: Literal[4, 6, 8] = Field(8, description="weight bits of the first layer and the final projection")
-    embedding_bits: Literal[4, 8] | None = Field(None, description="token table bits; none: 4 if weights are 4, else 8")
+    ranges: Literal["mse", "mse-plain", "minmax"] = Field(
+        "mse",
+        description="how activation ranges are chosen. mse, minmax: with headroom beyond the synthetic values, which "
+        "understate real ones; mse-plain: as published, without it",
+    )
     reduce_range: bool | None = Field(
         None,
         description="lay 8-bit weights out on 7 bits, [-64, 63]: x86 processors without VNNI add products of full ones "
         "in 16 bits and saturate. none: as the target has it",
     )
-    symmetric: bool | None = Field(
-        None,
-        description="int8 activations with zero point 0 instead of uint8 ones: for TensorRT. On x86 onnxruntime then "
-        "computes in float whatever several nodes read. none: as the target has it",
-    )
-    quantize_bias: bool | None = Field(
-        None, description="a convolution's bias as int32 instead of float; none: as the target has it"
-    )
-    weight_zero_points: bool | None = Field(
-        None,
-        description="give products' weights their zero points, all 0, which ONNX lets a file leave out; none: as the "
-        "target has it",
-    )
-    token_table: Literal["packed", "folded", "float"] | None = Field(
-        None,
-        description="packed: only looked-up rows are unpacked; folded: the table is unpacked when the file is loaded; "
-        "float: as it is. none: as the target has it",
-    )
-    attention: Literal["float", "int8"] = Field("float", description="the two attention products of each block")
-    target: Literal["cpu", "portable", "tensorrt", "openvino", "cuda"] = Field(
-        "cpu",
-        description="where the files are served. cpu: onnxruntime's CPU provider; portable: standard operators only; "
-        "tensorrt: symmetric int8, plain int4; openvino: plain int4; cuda: an FP16 bundle beside",
-    )
-    int4_layout: Literal["auto", "cast", "native", "nibbles"] = Field(
+    int4_layout: Literal["auto", "cast", "nibbles"] = Field(
         "auto",
-        description="cast: INT4 and a Cast to int8, for onnxruntime 1.23 and newer; native: INT4 straight into "
-        "DequantizeLinear and nothing rewritten for onnxruntime's kernels, for compilers; nibbles: two in a uint8, "
-        "for older onnxruntime. auto: the target's",
+        description="how 4-bit weights lie in files for onnxruntime's CPU provider. cast: INT4 and a Cast to int8, for "
+        "1.23 and newer; nibbles: two in a uint8, for older ones. auto: the target's",
     )
     external_data: bool = Field(
         False,
         description="weights beside each graph, in <encoder>.onnx.data, which onnxruntime maps instead of copying. "
         "false: only where one file cannot hold them",
     )
-    fused_attention: bool | None = Field(
-        None, description="attention as com.microsoft.MultiHeadAttention; none: as the target has it"
-    )
-    standard_attention: bool | None = Field(
-        None,
-        description="attention as the standard operator of opset 23, instead of fused_attention: onnxruntime 1.24 and "
-        "newer run it as fast, few other runtimes know it. Not at target cuda and int4 layout native. none: as the "
-        "target has it (no target does)",
-    )
-    fused_residuals: bool | None = Field(
-        None,
-        description="fp16 and a16: residual sum, bias and LayerNorm as com.microsoft.SkipLayerNormalization; none: as "
-        "the target has it",
-    )
-    fused_biases: bool | None = Field(
-        None,
-        description="products with a bias as com.microsoft.MatMulIntegerToFloat: faster on the CPU provider, but QDQ "
-        "no more, so onnxruntime alone reads them. Not at a16 and int4 layout native. none: as the target has it "
-        "(no target does)",
-    )
-    fused_qkv: bool | None = Field(
-        None,
-        description="the products of q, k and v as one; exact. Not at a16, at int4 layout native, nor with "
-        "weight_zero_points. none: as the target has it (no target does)",
-    )
-    separate_gelu: bool | None = Field(
-        None,
-        description="keep onnxruntime from fusing GELU with the bias before it: its kernel for both is the slower one "
-        "on CPUs with AVX-512. none: as the target has it",
-    )
-    patch_product: bool | None = Field(
-        None,
-        description="quantise a ViT's patch convolution as a product; exact. none: as the target has it",
-    )
-    convolved_pools: bool | None = Field(
-        None, description="average pools as integer depthwise convolutions; none: as the target has it"
-    )
-    pooled_row_only: bool = Field(
-        True, description="compute only the row that is pooled in a transformer's last block; exact"
-    )
-    batch: int | None = Field(
-        None, ge=1, le=4096, description="calibration batch; none: 8, and 2 images where an encoder is above 1 GiB"
-    )
+
+    @field_validator("bits")
+    @classmethod
+    def _known_bits(cls, bits: str) -> str:
+        try:
+            weight_bits, activation_bits = parse_bits(bits)
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+        if (weight_bits, activation_bits) == (6, 16):
+            raise ValueError(f"{bits} would save no byte over w8a16. Use w4a16 or w8a16.")
+        return bits
+
+    @field_validator("target")
+    @classmethod
+    def _multiplies_float16(cls, target: str, info: ValidationInfo) -> str:
+        bits = info.data.get("bits", "w8a8")
+        if bits.lower().endswith("a16") and target != "cuda":
+            raise ValueError(
+                f"{bits} keeps activations in float16, which only --target cuda multiplies; this is {target}. "
+                f"Use {bits[:2]}a8 there."
+            )
+        return target
+
+    @field_validator("correction")
+    @classmethod
+    def _leaves_something_to_correct(cls, correction: str, info: ValidationInfo) -> str:
+        if correction != "none" and str(info.data.get("rounding")).startswith("adaround"):
+            raise ValueError("not with adaround, which fits the outputs itself. Leave it out.")
+        return correction
+
+    @field_validator("average_bits")
+    @classmethod
+    def _buys_for_4_bits(cls, average_bits: float | None, info: ValidationInfo) -> float | None:
+        bits = info.data.get("bits", "w4a8")
+        if average_bits is not None and not bits.lower().startswith("w4"):
+            raise ValueError(f"buys 8-bit layers for a 4-bit encoder; bits are {bits}. Leave it out.")
+        return average_bits
+
+    @field_validator("int4_layout")
+    @classmethod
+    def _is_unpacked(cls, layout: str, info: ValidationInfo) -> str:
+        bits = info.data.get("bits", "w8a8")
+        if layout == "nibbles" and bits.lower().endswith("a16"):
+            raise ValueError(f"nibbles is not for {bits}, whose weights are unpacked by a Cast. Leave it out.")
+        return layout
 
     @property
     def weight_bits(self) -> int:
@@ -235,20 +219,26 @@ class QuantizationSection(_Section):
         return "gptaq" if self.weight_bits == 4 and self.activation_bits >= 8 else "nearest"
 
     @property
-    def clip_factor(self) -> float:
-        """`clip_weight`, or its default: at 4 bits the coarse step costs as much as the clipping."""
-        return self.clip_weight or (10.0 if self.activation_bits > 4 else 1.0)
+    def headroom(self) -> float:
+        """How far beyond the synthetic values a range is laid out; measured in docs/fidelity.md."""
+        return 1.0 if self.ranges == "mse-plain" else 1.15
+
+    @property
+    def clip_weight(self) -> float:
+        """How often the square error of a clipped value counts: at 4 bits the coarse step costs as much as clipping."""
+        return 1.0 if self.ranges == "mse-plain" or self.activation_bits <= 4 else 10.0
 
     @property
     def table_bits(self) -> int:
-        return self.embedding_bits or (4 if self.weight_bits == 4 else 8)
+        """Of the token table: nearest rounding of its rows costs nothing that was measured."""
+        return 4 if self.weight_bits == 4 else 8
 
 
 class EvaluationSection(_Section):
     """What the written files are measured on."""
 
     dataset: str = Field("auto", description="auto, cifar10, fidelity, or a .parquet file in the Hugging Face layout")
-    batch: int = Field(100, ge=1, le=4096)
+    batch: int = Field(100, ge=1, le=4096, description="images that are embedded at once")
     max_drop: float | None = Field(
         None, ge=0, description="fail (exit code 1) when top-1 falls by more points than this"
     )
@@ -260,24 +250,65 @@ class EvaluationSection(_Section):
 class Recipe(_Section):
     """All sections of one run."""
 
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="of every draw: the same one gives the same files")
     synthesis: SynthesisSection = SynthesisSection()
     text: PromptSection = PromptSection()
     quantization: QuantizationSection = QuantizationSection()
     evaluation: EvaluationSection = EvaluationSection()
 
 
-def parse_bits(bits: str) -> tuple[int, int]:
-    """Split `w4a8` into (4, 8).
+@dataclass(frozen=True, slots=True)
+class RecipeKey:
+    """One key of a recipe.
 
-    Raises:
-        RecipeError: for anything that is not w<4|6|8>a<4|6|8|16>.
+    Attributes:
+        name: section and key, as `--set` takes them.
+        default: its value where a recipe does not name it.
+        takes: a type, a range, or the choices.
+        help: one sentence.
     """
-    for weight in WEIGHT_BITS:
-        for activation in ACTIVATION_BITS:
-            if bits.lower() == f"w{weight}a{activation}":
-                return weight, activation
-    raise RecipeError(f"--bits {bits}: not supported. Use w<4|6|8>a<4|6|8|16>, such as w4a8, w8a8 or w4a16.")
+
+    name: str
+    default: Any
+    takes: str
+    help: str
+
+    @property
+    def shown_default(self) -> str:
+        """As YAML would have it."""
+        return str(yaml.safe_dump(self.default, default_flow_style=True)).removesuffix("\n...\n").strip()
+
+
+def recipe_keys() -> list[RecipeKey]:
+    """Every key, in the order of the sections."""
+    keys = []
+    for name, entry in Recipe.model_fields.items():
+        inner = entry.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += _keys_of(inner, f"{name}.")
+    return [key for key in _keys_of(Recipe, "") if key.name == "seed"] + keys
+
+
+def _keys_of(model: type[BaseModel], prefix: str) -> list[RecipeKey]:
+    schemas = model.model_json_schema()["properties"]
+    return [
+        RecipeKey(prefix + name, field.default, _takes(schemas[name]), field.description or "")
+        for name, field in model.model_fields.items()
+    ]
+
+
+def _takes(schema: dict[str, Any]) -> str:
+    """A type in words: choices, or a kind of number and its limits."""
+    if "anyOf" in schema:
+        return " or ".join(_takes(part) for part in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(str(choice) for choice in schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    words = {"boolean": "true or false", "integer": "integer", "number": "number", "string": "text", "null": "none"}
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[limit]:,}" for limit, sign in signs.items() if limit in schema]
+    return " ".join([words.get(schema.get("type", ""), "values"), *limits])
 
 
 def recipe_names() -> list[str]:
@@ -310,7 +341,6 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"{where}, {_first_mistake(error)}.") from error
-    _check_quantization(recipe.quantization, where)
     return recipe
 
 
@@ -324,37 +354,6 @@ def _first_mistake(error: ValidationError) -> str:
         message = f"{first['msg']}, got {first['input']!r}"
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{key}: {message}{more}"
-
-
-def _check_quantization(section: QuantizationSection, where: str) -> None:
-    weight_bits, _ = parse_bits(section.bits)
-    if section.average_bits is not None and weight_bits != 4:
-        raise RecipeError(
-            f"{where}, quantization.average_bits: buys 8-bit layers for a 4-bit encoder; bits are {section.bits}."
-        )
-    if section.weights_only and section.target != "cuda":
-        raise RecipeError(
-            f"{where}, quantization.bits: {section.bits} keeps activations in float16, which only --target cuda "
-            f"multiplies; the target is {section.target}. Use w{section.weight_bits}a8 there."
-        )
-    if section.weights_only and section.int4_layout not in ("auto", "cast"):
-        raise RecipeError(
-            f"{where}, quantization.int4_layout: {section.int4_layout} is not for {section.bits}, whose weights are "
-            "unpacked by a Cast. Leave it out."
-        )
-    if section.weights_only and section.weight_bits == 6:
-        raise RecipeError(
-            f"{where}, quantization.bits: {section.bits} would save no byte over w8a16. Use w4a16 or w8a16."
-        )
-    if section.weights_only and section.token_table == "packed":
-        raise RecipeError(
-            f"{where}, quantization.token_table: packed is not for {section.bits}, whose token rows are float16. Use "
-            "folded, or leave it out."
-        )
-    if section.weights_only and section.attention == "int8":
-        raise RecipeError(f"{where}, quantization.attention: int8 is not for {section.bits}: activations stay float16.")
-    if section.correction != "none" and section.rounding == "adaround":
-        raise RecipeError(f"{where}, quantization.correction: not with adaround, which fits the outputs itself.")
 
 
 def _read(name: str) -> tuple[str, str]:

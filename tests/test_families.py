@@ -11,6 +11,7 @@ from d4c_onnx import pipeline
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.calibration import open_calibration_set
 from d4c_onnx.models.load import load_model
+from d4c_onnx.quantization.rewrites import FUSE_ATTENTION
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.session import EncoderSession, optimized_graph
@@ -67,7 +68,7 @@ def test_family(tmp_path: Path, name: str, fused: int) -> None:
     original = open_bundle(tmp_path / name)
     assert max(original.manifest.parity_max_abs_difference.values()) <= 1e-4
     quantized = open_bundle(report.bundle)
-    assert quantized.manifest.quantization.encoders["image_encoder.onnx"].applied("fused_attention") == fused
+    assert quantized.manifest.quantization.encoders["image_encoder.onnx"].applied(FUSE_ATTENTION.name) == fused
     [folder] = (tmp_path / name).glob("calibration-*")
     made = open_calibration_set(folder)
     loaded = load_model(name, "random")
@@ -77,7 +78,7 @@ def test_family(tmp_path: Path, name: str, fused: int) -> None:
     for tower, feed in feeds.items():
         float_embeds, embeds = (EncoderSession(bundle.encoders[tower]).run(feed) for bundle in (original, quantized))
         assert (float_embeds * embeds).sum(1).min() > 0.9
-        served = {node.op_type for node in optimized_graph(quantized.encoders[tower]).graph.node}
+        served = {node.op_type for node in optimized_graph(quantized.encoders[tower]).graph}
         assert served & {"Gelu", "FastGelu"}  # FastGelu: by tanh, with its bias
         assert not served & {"BiasGelu", "Erf", "Tanh"}  # timm's GELUs are known for what they are, too
         layers = inspect_encoder(quantized.encoders[tower]).layers

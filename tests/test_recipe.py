@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from d4c_onnx.calibration.method import D4C, METHODS
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.recipe import SynthesisSection, load_recipe, parse_bits, recipe_names
+from d4c_onnx.recipe import QuantizationSection, SynthesisSection, load_recipe, parse_bits, recipe_keys, recipe_names
 from d4c_onnx.vocabulary import generic_nouns, read_nouns, templates
 
 pytestmark = pytest.mark.oldest
@@ -124,13 +124,42 @@ def test_float_activations_are_for_cuda(width: str) -> None:
     for target in ("cpu", "portable", "tensorrt", "openvino"):
         with pytest.raises(RecipeError, match=rf"{width} keeps activations in float16.*Use {width[:2]}a8"):
             load_recipe(None, [f"quantization.bits={width}", f"quantization.target={target}"])
-    wrong = (("int4_layout", "nibbles"), ("int4_layout", "native"), ("bits", "w6a16"), ("token_table", "packed"))
-    for key, value in wrong:
+    for key, value in (("int4_layout", "nibbles"), ("bits", "w6a16")):
         given = {"bits": width, "target": "cuda", key: value}
         with pytest.raises(RecipeError, match=rf"quantization\.{key}"):
             load_recipe(None, [f"quantization.{name}={text}" for name, text in given.items()])
-    with pytest.raises(RecipeError, match=r"quantization\.attention"):
-        load_recipe(None, [f"quantization.bits={width}", "quantization.target=cuda", "quantization.attention=int8"])
+    with pytest.raises(ValueError, match="keeps activations in float16"):
+        QuantizationSection(bits=width)  # built in Python, too, and where the target is the default
+
+
+@pytest.mark.parametrize(
+    ("key", "keys"),
+    [
+        ("average_bits", {"bits": "w8a8", "average_bits": 5.0}),
+        ("correction", {"rounding": "adaround", "correction": "bias"}),
+        ("correction", {"rounding": "adaround-published", "correction": "affine"}),
+    ],
+)
+def test_quantisation_keys_that_contradict_each_other_are_refused(key: str, keys: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=rf"quantization\.{key}: .*Leave it out"):
+        load_recipe(None, [f"quantization.{name}={value}" for name, value in keys.items()])
+
+
+def test_keys_are_few_and_each_says_what_it_does() -> None:
+    keys = recipe_keys()
+    assert len(keys) <= 30
+    assert len({key.name for key in keys}) == len(keys)
+    for key in keys:
+        assert key.help, key.name
+        assert key.takes, key.name
+        assert load_recipe(None, [f"{key.name}={key.shown_default}"]) == load_recipe(), key.name
+
+
+def test_published_ranges_end_where_the_values_end() -> None:
+    plain = QuantizationSection(ranges="mse-plain")
+    assert (plain.headroom, plain.clip_weight) == (1.0, 1.0)
+    assert QuantizationSection().headroom > 1
+    assert QuantizationSection(bits="w4a4").clip_weight == 1 < QuantizationSection().clip_weight
 
 
 @given(st.text(max_size=8))

@@ -113,7 +113,7 @@ def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch
         assert made.manifest.quantization.accuracy.bundles[-1].versus_first.cosine_image > 0.999
         assert "CUDA" in made.manifest.quantization.target_note or name == "w4a16"
     with pytest.raises(BundleError, match="fp16: already exists"):  # of another form: not this run's to replace
-        quantize("quantization.bits=w6a6", "quantization.pooled_row_only=false")
+        quantize("quantization.bits=w6a6", "quantization.external_data=true")
     assert not (own / "w6a6").exists()
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import onnx
 import pytest
 
 from d4c_onnx.errors import CheckFailed
@@ -14,8 +13,7 @@ from d4c_onnx.evaluation.benchmark_report import (
     Loading,
     MachineDescription,
 )
-from d4c_onnx.graph.bits import LayerBits
-from d4c_onnx.graph.signature import signature
+from d4c_onnx.manifest import EncoderRecord, Refusal, RewriteRecord, Signature, TensorInfo
 from d4c_onnx.measure.accuracy import check_limits
 from d4c_onnx.measure.content import BundleInspection
 from d4c_onnx.pipeline import BeforeAfter, QuantizeReport
@@ -154,11 +152,15 @@ def test_benchmark() -> None:
 
 
 def test_inspect() -> None:
-    graph = "agraph (float[N, 4] x) => (float[N, 2] y) <float[4, 2] w = {1,2,3,4,5,6,7,8}> { y = MatMul(x, w) }"
-    io = signature(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {graph}'))
+    io = Signature((TensorInfo("x", "float32", ("N", 4)),), (TensorInfo("y", "float32", ("N", 2)),), 21)
     layer = InspectedLayer("a", "MatMul", (4, 2), 4, "uint8", (-1.0, 1.0), (0.1, 0.2), "MatMulInteger", True, "")
-    encoder = Inspection((layer,), (LayerBits("a", "MatMul", "w", (4, 2), 4),), io, "1 of 1")
-    report = BundleInspection("mini-vit", "w4a8", "1.23", 4.0, {"image_encoder.onnx": encoder}, {})
+    encoder = Inspection((layer,), (), io, "1 of 1")
+    refused = (Refusal("softmax", "why"),)
+    rewrites = (RewriteRecord("fused", 2, refused),)
+    record = EncoderRecord({}, None, 3, {}, False, "1.23", rewrites)
+    report = BundleInspection(
+        "mini-vit", "w4a8", "1.23", 4.0, {"image_encoder.onnx": encoder}, {"image_encoder.onnx": record}
+    )
     assert report.as_dict() == {
         "model": "mini-vit",
         "bits": "w4a8",
@@ -180,13 +182,16 @@ def test_inspect() -> None:
                         "reason": "",
                     }
                 ],
-                "weight_bits_average": 4.0,
+                "weight_bits_average": 0.0,
                 "summary": "1 of 1",
                 "io": {
                     "inputs": ({"name": "x", "dtype": "float32", "shape": ("N", 4)},),
                     "outputs": ({"name": "y", "dtype": "float32", "shape": ("N", 2)},),
                     "opset": 21,
                 },
+                "rewrites": [
+                    {"name": "fused", "count": 2, "refused": ({"place": "softmax", "reason": "why"},)},
+                ],
             }
         },
     }

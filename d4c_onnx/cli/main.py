@@ -24,6 +24,7 @@ COMMANDS = {
     "benchmark": "Time bundles side by side on this machine.",
     "inspect": "Show each layer's true bits, ranges and the kernel that runs it.",
     "models": "List what can be loaded.",
+    "recipe": "Print every recipe key with its default and what it does.",
 }
 
 

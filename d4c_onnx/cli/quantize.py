@@ -93,7 +93,7 @@ def command(
 
 
 def _print(report: QuantizeReport) -> None:
-    from d4c_onnx.quantization.deployment import TARGETS
+    from d4c_onnx.quantization.targets import TARGETS
 
     before, after = report.size_bytes.fp32, report.size_bytes.quantized
     names = ["FP32", report.bits.upper()]

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from d4c_onnx.graph.files import load_graph
-from d4c_onnx.graph.index import opened
 from d4c_onnx.graph.layers import weighted_layers
+from d4c_onnx.graph.model import load_model
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -59,12 +58,11 @@ def layer_inputs(
     Raises:
         BundleError: the file cannot be loaded.
     """
-    model = load_graph(encoder)
+    model = load_model(encoder)
     layers = weighted_layers(model.graph)
-    fed = {value.name for value in model.graph.input}
+    fed = {str(value.name) for value in model.graph.inputs}
     names = list(dict.fromkeys(layer.data for layer in layers if layer.data not in fed))
-    with opened(model, names):
-        session = EncoderSession.of_model(model, provider, threads)
+    session = EncoderSession.of_model(model, provider, threads, outputs=names)
     convolved = {layer.data for layer in layers if layer.op == "Conv"}
     seen: dict[str, _Sums] = {}
     for start in range(0, len(images), batch):

@@ -5,15 +5,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle
 from d4c_onnx.export.parity import TOLERANCE, check_parity
 from d4c_onnx.export.trace import trace_tower
 from d4c_onnx.files import staged_folder
-from d4c_onnx.graph.files import save_graph, set_metadata
-from d4c_onnx.graph.signature import signature
+from d4c_onnx.graph.model import save_model, set_metadata, signature_of
 from d4c_onnx.manifest import Manifest, ModelInfo, Signature, TokenizerInfo
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.models.load import LoadedModel
@@ -80,11 +79,11 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
     return Bundle(target, written)
 
 
-def _write(graph: onnx.ModelProto, notes: dict[str, str], path: Path) -> Signature:
+def _write(graph: ir.Model, notes: dict[str, str], path: Path) -> Signature:
     """Write an encoder; its signature."""
     set_metadata(graph, notes)
-    save_graph(graph, path)
-    return signature(graph)
+    save_model(graph, path)
+    return signature_of(graph)
 
 
 def _describe(loaded: LoadedModel, raw: bool, tokenizer: TokenizerInfo) -> ModelInfo:

@@ -7,13 +7,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.files import strip_notes
-from d4c_onnx.graph.index import drop_unused
+from d4c_onnx.graph.model import clear_notes, drop_unused
 
 # 18 is the dynamo exporter's own floor and holds LayerNormalization; Gelu needs 20.
 BASE_OPSET, GELU_OPSET = 18, 20
@@ -21,7 +20,7 @@ BASE_OPSET, GELU_OPSET = 18, 20
 
 def trace_tower(
     tower: nn.Module, example: torch.Tensor, input_name: str, output_name: str, max_sequence: int | None = None
-) -> onnx.ModelProto:
+) -> ir.Model:
     """Export a tower with a dynamic batch, and a dynamic sequence when `max_sequence` is given.
 
     Args:
@@ -54,19 +53,21 @@ def trace_tower(
         raise GraphError(f"{type(tower).__name__}: torch cannot export it ({str(error)[:400]}).") from error
     if program is None:
         raise GraphError(f"{type(tower).__name__}: torch's exporter returned nothing.")
-    model = program.model_proto
-    strip_notes(model)
-    drop_unused(model.graph)
+    model = program.model
+    clear_notes(model)
+    drop_unused(model)
     name_dimensions(model)
     return model
 
 
-def name_dimensions(model: onnx.ModelProto) -> None:
+def name_dimensions(model: ir.Model) -> None:
     """Give the dynamic axes of inputs and outputs the names that serving stacks show: batch, sequence."""
-    for value in (*model.graph.input, *model.graph.output):
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if dim.dim_param or not dim.HasField("dim_value"):
-                dim.dim_param = ("batch", "sequence")[min(axis, 1)]
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        names = [
+            size if isinstance(size, int) else ("batch", "sequence")[min(axis, 1)]
+            for axis, size in enumerate(value.shape or ())
+        ]
+        value.shape = ir.Shape(names)
 
 
 @contextlib.contextmanager

@@ -3,24 +3,32 @@
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
-from d4c_onnx.graph.index import GraphIndex, attribute
+from d4c_onnx.graph.values import (
+    attribute,
+    dims,
+    inside,
+    is_constant,
+    is_op,
+    maker,
+    name_of,
+    only_reader,
+    readers,
+    reads,
+)
 
 WEIGHTED_OPS = ("MatMul", "Gemm", "Conv")
-# onnxruntime's own product of integers with a float result; quantised files may hold it
-INTEGER_PRODUCT = "MatMulIntegerToFloat"
-STORED_OPS = (*WEIGHTED_OPS, INTEGER_PRODUCT)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedLayer:
-    """One weighted node.
+    """One weighted node, by the names that it keeps through quantisation.
 
     Attributes:
         node: its name.
         op: MatMul, Gemm or Conv.
-        weight: the initialiser (or, in a quantised file, the value that reaches the node) of the weight.
+        weight: the initialiser of the weight.
         data: the activation input.
         output: the node's output.
         channel_axis: the weight's output-channel axis.
@@ -40,124 +48,135 @@ class WeightedLayer:
 
 @dataclass(frozen=True, slots=True)
 class LinearSource:
-    """A weighted layer and the bias added to it: what makes a value's channels."""
+    """A weighted node and the bias added to it: what makes a value's channels."""
 
-    layer: WeightedLayer
-    bias: str | None
+    node: ir.Node
+    weight: ir.Value
+    channel_axis: int
+    bias: ir.Value | None
 
 
-def weighted_layers(graph: onnx.GraphProto) -> list[WeightedLayer]:
+def weighted_layers(graph: ir.Graph) -> list[WeightedLayer]:
     """All weighted layers of a float graph in graph order.
 
     A weight is an initialiser of two or more dimensions (a Conv's of three or more).
     """
-    index = GraphIndex(graph)
-    nodes = {node.name: weight for node in graph.node if (weight := _weight_input(index, node)) is not None}
-    floats = {
-        value.name
-        for value in graph.input
-        if value.name in index.inputs and value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    }
-    after = _reach_forward(index, floats, set(nodes))
-    before = _reach_backward(index, set(index.outputs), set(nodes))
-    layers = []
-    for node in graph.node:
-        if node.name in nodes:
-            position = nodes[node.name]
-            data, weight = node.input[1 - position], node.input[position]
-            axis = _channel_axis(node, len(index.initializers[weight].dims), position)
-            layers.append(
-                WeightedLayer(
-                    node.name, node.op_type, weight, data, node.output[0], axis, node.name in after, node.name in before
-                )
-            )
-    return layers
+    weighted = {node: position for node in graph if (position := weight_position(node)) is not None}
+    floats = [value for value in graph.inputs if value.dtype == ir.DataType.FLOAT and not value.is_initializer()]
+    # who reads a value inside a branch of an If reads it for the If
+    owners = {inner: node for node in graph for inner in inside(node)}
+    after = _reach_forward(floats, weighted, owners)
+    before = _reach_backward(list(graph.outputs), weighted)
+    return [
+        WeightedLayer(
+            node.name or "",
+            node.op_type,
+            name_of(_input(node, position)),
+            name_of(_input(node, 1 - position)),
+            name_of(node.outputs[0]),
+            channel_axis(node),
+            node in after,
+            node in before,
+        )
+        for node, position in weighted.items()
+    ]
 
 
-def linear_source(index: GraphIndex, by_node: dict[str, WeightedLayer], value: str) -> LinearSource | None:
-    """The weighted layer (and its bias) that makes `value`; None where something else does."""
-    node = index.producer.get(value)
-    if node is None:
-        return None
-    if node.name in by_node and is_plain(index, by_node[node.name]):
-        bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else None
-        return LinearSource(by_node[node.name], bias or None)
-    if node.op_type != "Add":
-        return None
-    for position in (0, 1):
-        tensor = index.initializers.get(node.input[position])
-        inner = index.producer.get(node.input[1 - position])
-        if tensor is not None and len(tensor.dims) == 1 and inner is not None and inner.name in by_node:
-            layer = by_node[inner.name]
-            alone = inner.op_type == "MatMul" and index.only_consumer(inner.output[0]) is node
-            return LinearSource(layer, tensor.name) if alone and is_plain(index, layer) else None
-    return None
-
-
-def added_constant(index: GraphIndex, value: str) -> tuple[onnx.NodeProto, str] | None:
-    """The Add that alone reads `value`, and the constant of one axis that it adds; None where there is no such."""
-    add = index.only_consumer(value)
-    for name in add.input if add is not None and add.op_type == "Add" else ():
-        tensor = index.initializers.get(name)
-        if add is not None and tensor is not None and len(tensor.dims) == 1:
-            return add, name
-    return None
-
-
-def is_plain(index: GraphIndex, layer: WeightedLayer) -> bool:
-    """x W with one matrix W on the right: the last axis of what goes in and out are the channels."""
-    node = index.producer[layer.output]
-    matrix = len(index.initializers[layer.weight].dims) == 2
-    return layer.op != "Conv" and node.input[0] == layer.data and matrix and not attribute(node, "transA", 0)
-
-
-def _weight_input(index: GraphIndex, node: onnx.NodeProto) -> int | None:
-    if node.op_type not in WEIGHTED_OPS:
+def weight_position(node: ir.Node) -> int | None:
+    """Which input of a MatMul, Gemm or Conv is its constant weight; None where none is."""
+    if not is_op(node, *WEIGHTED_OPS):
         return None
     for position in (1, 0) if node.op_type == "MatMul" else (1,):
-        tensor = index.initializers.get(node.input[position])
-        if tensor is not None and len(tensor.dims) >= 2:
+        shape = dims(node.inputs[position])
+        if shape is not None and len(shape) >= 2:
             return position
     return None
 
 
-def _channel_axis(node: onnx.NodeProto, rank: int, position: int) -> int:
+def weight_of(node: ir.Node) -> ir.Value | None:
+    """The constant weight of a MatMul, Gemm or Conv; None where there is none."""
+    position = weight_position(node)
+    return None if position is None else node.inputs[position]
+
+
+def channel_axis(node: ir.Node) -> int:
+    """The output-channel axis of a weighted node's weight."""
+    position = weight_position(node)
     if node.op_type == "Conv":
         return 0
     if node.op_type == "Gemm":
         return 0 if attribute(node, "transB", 0) else 1
+    rank = len(dims(node.inputs[position or 0]) or ())
     return rank - 1 if position == 1 else rank - 2
 
 
-def _reach_forward(index: GraphIndex, start: set[str], weighted: set[str]) -> set[str]:
+def is_plain(node: ir.Node) -> bool:
+    """x W with one matrix W on the right: the last axis of what goes in and out are the channels."""
+    if weight_position(node) != 1 or node.op_type == "Conv" or attribute(node, "transA", 0):
+        return False
+    return len(dims(node.inputs[1]) or ()) == 2
+
+
+def linear_source(value: ir.Value | None) -> LinearSource | None:
+    """The plain weighted node (and its bias) that makes `value`; None where something else does."""
+    node = maker(value)
+    if node is None:
+        return None
+    if is_plain(node):
+        bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+        return LinearSource(node, _input(node, 1), channel_axis(node), bias)
+    if not is_op(node, "Add"):
+        return None
+    for position in (0, 1):
+        bias, inner = node.inputs[position], maker(node.inputs[1 - position])
+        if is_constant(bias) and len(dims(bias) or ()) == 1 and is_op(inner, "MatMul") and inner is not None:
+            alone = only_reader(inner.outputs[0]) is node and is_plain(inner)
+            return LinearSource(inner, _input(inner, 1), channel_axis(inner), bias) if alone else None
+    return None
+
+
+def added_constant(value: ir.Value) -> tuple[ir.Node, ir.Value] | None:
+    """The Add that alone reads `value`, and the constant of one axis that it adds; None where there is no such."""
+    add = only_reader(value)
+    for entry in add.inputs if add is not None and is_op(add, "Add") else ():
+        if add is not None and entry is not None and len(dims(entry) or ()) == 1:
+            return add, entry
+    return None
+
+
+def _input(node: ir.Node, position: int) -> ir.Value:
+    value = node.inputs[position]
+    assert value is not None
+    return value
+
+
+def _reach_forward(start: list[ir.Value], weighted: dict[ir.Node, int], owners: dict[ir.Node, ir.Node]) -> set[ir.Node]:
     found, queue, seen = set(), list(start), set(start)
     while queue:
-        for node in index.consumers.get(queue.pop(), []):
-            if node.name in weighted:
-                found.add(node.name)
+        for node in (owners.get(reader, reader) for reader in readers(queue.pop())):
+            if node in weighted:
+                found.add(node)
                 continue
-            if node.op_type in ("Shape", "Size"):  # the batch size is not data
+            if is_op(node, "Shape", "Size"):  # the batch size is not data
                 continue
-            for name in node.output:
-                if name not in seen:
-                    seen.add(name)
-                    queue.append(name)
+            fresh = [value for value in node.outputs if value not in seen]
+            seen.update(fresh)
+            queue.extend(fresh)
     return found
 
 
-def _reach_backward(index: GraphIndex, start: set[str], weighted: set[str]) -> set[str]:
+def _reach_backward(start: list[ir.Value], weighted: dict[ir.Node, int]) -> set[ir.Node]:
     found, queue, seen = set(), list(start), set(start)
     while queue:
-        node = index.producer.get(queue.pop())
+        node = queue.pop().producer()
         if node is None:
             continue
-        if node.name in weighted:
-            found.add(node.name)
+        if node in weighted:
+            found.add(node)
             continue
-        for name in node.input:
-            if name and name not in seen:
-                seen.add(name)
-                queue.append(name)
+        fresh = [value for value in dict.fromkeys(reads(node)) if value not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +34,16 @@ class BundleInspection:
     records: Mapping[str, EncoderRecord]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: what was found in the files."""
+        """For JSON: what was found in the files, and what the manifest says of rewrites."""
+        rewrites = {name: [asdict(entry) for entry in record.rewrites] for name, record in self.records.items()}
         return {
             "model": self.model,
             "bits": self.bits,
             "minimum_onnxruntime": self.minimum_onnxruntime,
             "weight_bits_average": self.weight_bits_average,
-            "encoders": {name: entry.as_dict() for name, entry in self.encoders.items()},
+            "encoders": {
+                name: {**entry.as_dict(), "rewrites": rewrites.get(name, [])} for name, entry in self.encoders.items()
+            },
         }
 
 
@@ -50,7 +53,7 @@ def inspect_bundle(path: str | Path) -> BundleInspection:
     Raises:
         BundleError: the folder is not a bundle, or onnxruntime cannot load a file.
     """
-    from d4c_onnx.graph.bits import average_bits
+    from d4c_onnx.graph.stored import average_bits
     from d4c_onnx.runtime.inspection import inspect_encoder
 
     bundle = open_bundle(path)

@@ -90,7 +90,7 @@ def decide(
 
     nouns = read_nouns(prompts) if prompts else None
     folder = source_folder(source, output)
-    wants_fp16 = target_of(recipe.quantization).half
+    wants_fp16 = target_of(recipe.quantization).fp16_beside
     resumed = None if overwrite else _unmeasured_bundle(folder, recipe, whole=calibration is None)
     if resumed is None:
         refuse_existing(quantized_folder(folder, recipe), overwrite)

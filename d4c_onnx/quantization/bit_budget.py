@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.bundle import Bundle
-from d4c_onnx.graph.files import load_graph
+from d4c_onnx.graph.model import load_model
 from d4c_onnx.progress import OnStep
-from d4c_onnx.quantization.budget import measure_costs, spend
 from d4c_onnx.quantization.plan import make_plan
+from d4c_onnx.quantization.sensitivity import measure_costs, spend
+from d4c_onnx.quantization.targets import target_of
 from d4c_onnx.recipe import QuantizationSection
 
 
@@ -26,7 +27,7 @@ def spend_budget(
         return {}
     costs = []
     for name, reader in readers.items():
-        model = load_graph(bundle.path / name)
-        plan = make_plan(model.graph, section)
+        model = load_model(bundle.path / name)
+        plan = make_plan(model.graph, section, reduce_range=target_of(section).reduce_range)
         costs += measure_costs(name, model, plan, reader, provider=provider, threads=threads, on_step=on_step)
     return spend(costs, section.average_bits)

@@ -9,19 +9,19 @@ import numpy as np
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
-from d4c_onnx.graph.bits import average_bits
-from d4c_onnx.graph.files import load_graph
-from d4c_onnx.graph.signature import signature
+from d4c_onnx.graph.model import load_model, signature_of
+from d4c_onnx.graph.stored import average_bits
 from d4c_onnx.manifest import Manifest, Quantization, Session
 from d4c_onnx.manifest_file import versions, write_manifest
-from d4c_onnx.quantization.deployment import target_of
-from d4c_onnx.quantization.encoder import EncoderReport
+from d4c_onnx.quantization.encoder_report import MINIMUM_ORT, EncoderReport
+from d4c_onnx.quantization.targets import target_of
 from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.golden import read_golden, write_golden
 from d4c_onnx.runtime.optimizer import OptimizerEffect
 
 # Max abs difference of an embedding between machines: other int8 kernels, other float16 ones.
 GOLDEN_TOLERANCE, FP16_GOLDEN_TOLERANCE = 0.05, 0.01
+FP16_MINIMUM_ORT = MINIMUM_ORT
 
 
 def describe_quantization(
@@ -79,7 +79,7 @@ def finish_bundle(bundle: Bundle, stage: Path, made: Quantization, *, seed: int,
         model=source.model,
         preprocess=source.preprocess,
         tokenizer=source.tokenizer,
-        io={file.name: signature(load_graph(file)) for file in files},
+        io={file.name: signature_of(load_model(file)) for file in files},
         seed=seed,
         quantization=made,
     )

@@ -7,7 +7,6 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, file_size_bytes
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.calibration.readers import D4CCalibrationDataReader, PromptCalibrationDataReader
-from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.session import EncoderSession
 
 _BATCH = 8
@@ -15,14 +14,12 @@ _BATCH = 8
 _LARGE_BYTES, _LARGE_BATCH = 2**30, 2
 
 
-def calibration_readers(
-    bundle: Bundle, dataset: CalibrationSet, section: QuantizationSection
-) -> dict[str, CalibrationDataReader]:
+def calibration_readers(bundle: Bundle, dataset: CalibrationSet) -> dict[str, CalibrationDataReader]:
     """Per encoder file its calibration data, in batches that fit in memory."""
     fixed = EncoderSession(bundle.text_encoder).fixed_length
     return {
-        IMAGE_ENCODER: D4CCalibrationDataReader(dataset, section.batch or images_at_a_time(bundle.image_encoder)),
-        TEXT_ENCODER: PromptCalibrationDataReader(dataset, section.batch or _BATCH, fixed_length=fixed),
+        IMAGE_ENCODER: D4CCalibrationDataReader(dataset, images_at_a_time(bundle.image_encoder)),
+        TEXT_ENCODER: PromptCalibrationDataReader(dataset, _BATCH, fixed_length=fixed),
     }
 
 

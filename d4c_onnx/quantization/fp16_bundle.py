@@ -3,26 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, is_bundle, open_bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.errors import BundleError, GraphError
 from d4c_onnx.files import staged_folder
-from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
+from d4c_onnx.graph.model import clear_notes, load_model, save_model
 from d4c_onnx.manifest import Quantization, Session
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.bundle_completion import (
     FP16_GOLDEN_TOLERANCE,
+    FP16_MINIMUM_ORT,
     finish_bundle,
     made_by_same_tools,
     source_files,
 )
 from d4c_onnx.quantization.calibration_batches import calibration_readers
-from d4c_onnx.quantization.deployment import compute_pooled_row_only, convert_to_half, target_of
-from d4c_onnx.quantization.folding import fold_batch_norms, skip_idle_pools
-from d4c_onnx.quantization.layout import MINIMUM_ORT
 from d4c_onnx.quantization.optimizer_check import check_optimizer
+from d4c_onnx.quantization.serving import in_float16
 from d4c_onnx.recipe import QuantizationSection
 
 _NOTE = (
@@ -57,12 +54,14 @@ def write_fp16_bundle(
     """
     with staged_folder(target) as stage:
         for name in (IMAGE_ENCODER, TEXT_ENCODER):
+            model = load_model(bundle.path / name)
+            clear_notes(model)
             try:
-                half = _half(load_graph(bundle.path / name), section)
+                half, _ = in_float16(model)
             except GraphError as error:
                 raise GraphError(f"{bundle.path / name}: {error}") from error
-            save_graph(half, stage / name, limit_bytes=0 if section.external_data else None)
-        readers = calibration_readers(bundle, dataset, section)
+            save_model(half, stage / name, limit_bytes=0 if section.external_data else None)
+        readers = calibration_readers(bundle, dataset)
         session = Session()
         effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
         made = Quantization(
@@ -70,7 +69,7 @@ def write_fp16_bundle(
             target="cuda",
             target_note=_NOTE,
             recipe=_shaped_by(section),
-            minimum_onnxruntime=MINIMUM_ORT[None],
+            minimum_onnxruntime=FP16_MINIMUM_ORT,
             accuracy_mode_only=False,
             source_files=source_files(bundle),
             session=session,
@@ -100,16 +99,4 @@ def find_fp16_bundle(bundle: Bundle, target: Path, section: QuantizationSection)
 
 def _shaped_by(section: QuantizationSection) -> dict[str, Any]:
     """What of a recipe an FP16 bundle depends on."""
-    own = {key: getattr(section, key) for key in ("pooled_row_only", "external_data")}
-    form = {key: getattr(target_of(section), key) for key in ("fused_attention", "fused_residuals")}
-    return {"quantization": own | form}
-
-
-def _half(model: onnx.ModelProto, section: QuantizationSection) -> onnx.ModelProto:
-    strip_notes(model)
-    fold_batch_norms(model)
-    skip_idle_pools(model)
-    if section.pooled_row_only:
-        compute_pooled_row_only(model)
-    half, _ = convert_to_half(model, target_of(section))
-    return half
+    return {"quantization": {"external_data": section.external_data}}

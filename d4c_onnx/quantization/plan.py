@@ -4,12 +4,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.index import GraphIndex
 from d4c_onnx.graph.layers import WeightedLayer, weighted_layers
-from d4c_onnx.quantization.deployment import target_of
+from d4c_onnx.graph.values import is_constant, is_op, name_of, readers
 from d4c_onnx.recipe import QuantizationSection
 
 # Between convolutions the integer path only holds when what stands between them is integer too.
@@ -26,7 +25,6 @@ class Plan:
         nodes: names of all nodes to quantise.
         op_types: their operator types.
         activations: float values whose ranges are needed; none where only weights are quantised.
-        probabilities: those of them that a softmax makes: their range is known, [0, 1].
         dead_rows: layer inputs whose first row along axis 1 reaches no output (the start token, once it is pinned).
     """
 
@@ -35,7 +33,6 @@ class Plan:
     nodes: tuple[str, ...]
     op_types: tuple[str, ...]
     activations: tuple[str, ...]
-    probabilities: frozenset[str] = frozenset()
     dead_rows: frozenset[str] = frozenset()
 
     def observed(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -43,11 +40,13 @@ class Plan:
         return values[:, 1:] if name in self.dead_rows else values
 
 
-def make_plan(graph: onnx.GraphProto, section: QuantizationSection, raised: Collection[str] = ()) -> Plan:
+def make_plan(
+    graph: ir.Graph, section: QuantizationSection, eight_bit_nodes: Collection[str] = (), *, reduce_range: bool = True
+) -> Plan:
     """Decide what is quantised.
 
-    The first layer and the final projection get `boundary_bits`, the `raised` nodes 8, every other weight the
-    recipe's width; 8-bit ones a grid of 7 where the target asks for a reduced range.
+    The first layer and the final projection get `boundary_bits`, the `eight_bit_nodes` 8, every other weight the
+    recipe's width; 8-bit ones a grid of 7 where their range is to be reduced.
 
     Raises:
         GraphError: the graph has no weighted layer.
@@ -56,43 +55,35 @@ def make_plan(graph: onnx.GraphProto, section: QuantizationSection, raised: Coll
     if not layers:
         raise GraphError("the graph has no MatMul, Gemm or Conv with a constant weight: nothing to quantise.")
     widest = max(section.weight_bits, section.boundary_bits)
-    reduced = target_of(section).reduce_range
     bits: dict[str, int] = {}
     for layer in layers:
         own = widest if layer.first or layer.last else section.weight_bits
-        own = 8 if layer.node in raised else own
-        own = 7 if own == 8 and reduced else own
+        own = 8 if layer.node in eight_bit_nodes else own
+        own = 7 if own == 8 and reduce_range else own
         bits[layer.weight] = max(own, bits.get(layer.weight, 0))  # a shared weight keeps the wider grid
     chosen = {layer.node for layer in layers}
     if any(layer.op == "Conv" for layer in layers):
         chosen |= _between_convolutions(graph)
-    if section.attention == "int8":
-        chosen |= {node.name for node in graph.node if node.op_type == "MatMul"}
-    nodes = [node for node in graph.node if node.name in chosen]
-    constants = {tensor.name for tensor in graph.initializer}
-    names = dict.fromkeys(
-        name for node in nodes for name in (*node.input, *node.output) if name and name not in constants
-    )
-    makers = GraphIndex(graph).producer
+    nodes = [node for node in graph if node.name in chosen]
+    values = [value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None]
+    names = dict.fromkeys(name_of(value) for value in values if not is_constant(value))
     return Plan(
         layers,
         bits,
-        tuple(node.name for node in nodes),
+        tuple(node.name or "" for node in nodes),
         tuple(sorted({node.op_type for node in nodes})),
         () if section.weights_only else tuple(names),
-        frozenset(name for name in names if name in makers and makers[name].op_type == "Softmax"),
     )
 
 
-def _between_convolutions(graph: onnx.GraphProto) -> set[str]:
+def _between_convolutions(graph: ir.Graph) -> set[str]:
     """Relu, Add and pools that can be reached from a Conv through each other only."""
-    index = GraphIndex(graph)
     reached: set[str] = set()
-    queue = [name for node in graph.node if node.op_type == "Conv" for name in node.output]
+    queue = [value for node in graph if is_op(node, "Conv") for value in node.outputs]
     while queue:
-        for node in index.consumers.get(queue.pop(), []):
-            fits = node.op_type in _BETWEEN_CONVOLUTIONS and not any(name in index.initializers for name in node.input)
+        for node in readers(queue.pop()):
+            fits = is_op(node, *_BETWEEN_CONVOLUTIONS) and not any(is_constant(value) for value in node.inputs)
             if fits and node.name not in reached:
-                reached.add(node.name)
-                queue.extend(node.output)
+                reached.add(node.name or "")
+                queue.extend(node.outputs)
     return reached

@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.calibration.readers import OneBatchReader
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.files import EXTERNAL_SUFFIX, PROTOBUF_LIMIT_BYTES, load_graph, save_graph
-from d4c_onnx.graph.index import GraphIndex, drop_unused
 from d4c_onnx.graph.layers import channels_back
-from d4c_onnx.quantization.deployment import Target
+from d4c_onnx.graph.model import EXTERNAL_SUFFIX, PROTOBUF_LIMIT_BYTES, drop_unused, load_model, save_model
+from d4c_onnx.graph.stored import INT8, stored_weight
+from d4c_onnx.graph.values import constant, dims, is_op, maker, nodes_by_name, nodes_of, readers, replace_input
 from d4c_onnx.quantization.plan import Plan
-from d4c_onnx.quantization.rounding import QuantizedWeight
+from d4c_onnx.quantization.rounding.base import QuantizedWeight
+from d4c_onnx.quantization.targets import Target
 
 # A product's output stays float: the residual stream is never rounded, and onnxruntime's kernel for it
 # (MatMulIntegerToFloat) is as fast. A convolution needs an integer output to become a QLinearConv.
 _FLOAT_OUTPUTS = ["MatMul", "Gemm"]
 
 
-def save_placed(model: onnx.ModelProto, plan: Plan, weights: Mapping[str, QuantizedWeight], path: Path) -> None:
+def save_placed(model: ir.Model, plan: Plan, weights: Mapping[str, QuantizedWeight], path: Path) -> None:
     """Write the float encoder with every weight on its grid, weights beside the graph.
 
     Args:
@@ -37,12 +38,12 @@ def save_placed(model: onnx.ModelProto, plan: Plan, weights: Mapping[str, Quanti
         weights: per initialiser.
     """
     axes = {layer.weight: layer.channel_axis for layer in plan.layers}
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    shapes = {name: dims(model.graph.initializers[name]) or () for name in axes}
 
     def placed(name: str) -> np.ndarray | None:
         return channels_back(weights[name].dequantize(), shapes[name], axes[name]) if name in axes else None
 
-    save_graph(model, path, limit_bytes=0, replaced=placed)
+    save_model(model, path, limit_bytes=0, replaced=placed)
 
 
 def quantize_file(
@@ -51,8 +52,8 @@ def quantize_file(
     weights: Mapping[str, QuantizedWeight],
     ranges: Mapping[str, QuantParams],
     reader: CalibrationDataReader,
-    form: Target,
-) -> onnx.ModelProto:
+    target: Target,
+) -> ir.Model:
     """The QDQ graph: int8 weights (4-bit ones still stored as int8), uint8 activations (int8 where they are symmetric).
 
     Args:
@@ -61,42 +62,46 @@ def quantize_file(
         weights: per initialiser.
         ranges: per activation.
         reader: onnxruntime insists on a calibration pass of its own; one sample will do, its results are overridden.
-        form: symmetric activations or not, integer biases or not.
+        target: symmetric activations or not, integer biases or not.
 
     Raises:
         GraphError: onnxruntime refused, or stored other integers than it was given.
     """
     overrides = {layer.weight: _weight_override(weights[layer.weight], layer.channel_axis) for layer in plan.layers}
     for name, params in ranges.items():
-        overrides[name] = [_activation_override(params, form.symmetric)]
-    target = source.with_name("qdq.onnx")
+        overrides[name] = [_activation_override(params, target.symmetric)]
+    written = source.with_name("qdq.onnx")
     large = source.with_name(source.name + EXTERNAL_SUFFIX).stat().st_size > PROTOBUF_LIMIT_BYTES
     try:
         with _quiet_root_logger():
             quantize_static(
                 str(source),
-                str(target),
+                str(written),
                 _one_sample(reader),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(plan.op_types),
                 nodes_to_quantize=list(plan.nodes),
                 per_channel=True,
-                activation_type=QuantType.QInt8 if form.symmetric else QuantType.QUInt8,
+                activation_type=QuantType.QInt8 if target.symmetric else QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 use_external_data_format=large,
                 extra_options={
                     "TensorQuantOverrides": overrides,
                     "OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS,
                     "WeightSymmetric": True,
-                    "ActivationSymmetric": form.symmetric,
-                    "QuantizeBias": form.quantize_bias,
+                    "ActivationSymmetric": target.symmetric,
+                    "QuantizeBias": target.quantize_bias,
                 },
             )
     except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError, KeyError) as error:
         raise GraphError(f"onnxruntime's quantize_static refused the graph ({str(error)[:300]}).") from error
-    quantized = load_graph(target)
-    if form.symmetric:
-        _drop_idle_pairs(quantized.graph)
+    quantized = load_model(written)
+    quantized.graph.sort()  # quantize_static forgets what the branches of an If read; sorted graphs stay as they are
+    if large:  # weights beside the graph are mapped now, so that they stay readable when the folder is gone
+        for name, value in quantized.graph.initializers.items():
+            value.const_value = ir.Tensor(constant(value), name=name)
+    if target.symmetric:
+        _drop_idle_pairs(quantized)
     _check_integers(quantized.graph, weights, plan)
     return quantized
 
@@ -109,7 +114,7 @@ def _one_sample(reader: CalibrationDataReader) -> CalibrationDataReader:
     return OneBatchReader(batch[:1], name)
 
 
-def _drop_idle_pairs(graph: onnx.GraphProto) -> None:
+def _drop_idle_pairs(model: ir.Model) -> None:
     """Let each Reshape and Transpose read the value before a quantiser, in place.
 
     A quantiser that otherwise only a ReduceMean reads, or nothing, is removed.
@@ -117,17 +122,16 @@ def _drop_idle_pairs(graph: onnx.GraphProto) -> None:
     It has no integer kernel behind it. Moving such an int8 pair through the Reshape, onnxruntime 1.32 makes a
     QuantizeLinear of the wrong type and refuses the file.
     """
-    index = GraphIndex(graph)
-    for node in graph.node:
-        readers = index.consumers.get(node.output[0], []) if node.op_type == "DequantizeLinear" else []
-        maker = index.producer.get(node.input[0])
-        if maker is None or maker.op_type != "QuantizeLinear":
+    for pair in nodes_of(model.graph, "DequantizeLinear"):
+        quantize, real = maker(pair.inputs[0]), pair.outputs[0]
+        if quantize is None or not is_op(quantize, "QuantizeLinear") or quantize.inputs[0] is None:
             continue
-        shaping = [reader for reader in readers if reader.op_type in ("Reshape", "Transpose", "Flatten")]
-        idle = all(reader in shaping or reader.op_type == "ReduceMean" for reader in readers)
-        for reader in readers if shaping and idle else shaping:
-            reader.input[0] = maker.input[0]
-    drop_unused(graph)
+        reading = readers(real)
+        shaping = [reader for reader in reading if is_op(reader, "Reshape", "Transpose", "Flatten")]
+        idle = all(reader in shaping or is_op(reader, "ReduceMean") for reader in reading)
+        for reader in reading if shaping and idle else shaping:
+            replace_input(reader, real, quantize.inputs[0])
+    drop_unused(model)
 
 
 def _activation_override(params: QuantParams, symmetric: bool) -> dict[str, Any]:
@@ -146,14 +150,14 @@ def _weight_override(weight: QuantizedWeight, axis: int) -> list[dict[str, Any]]
     return channels
 
 
-def _check_integers(graph: onnx.GraphProto, weights: Mapping[str, QuantizedWeight], plan: Plan) -> None:
-    index = GraphIndex(graph)
+def _check_integers(graph: ir.Graph, weights: Mapping[str, QuantizedWeight], plan: Plan) -> None:
+    nodes = nodes_by_name(graph)
     for layer in plan.layers:
-        stored = index.array(f"{layer.weight}_quantized")
-        if stored is None:
+        stored = stored_weight(nodes[layer.node])
+        if stored is None or stored.form is not INT8:
             raise GraphError(f"{layer.node}: quantize_static left the weight {layer.weight} in float.")
         expected = channels_back(weights[layer.weight].integers, stored.shape, layer.channel_axis)
-        if not np.array_equal(stored, expected):
+        if not np.array_equal(stored.unpack(), expected):
             raise GraphError(f"{layer.node}: quantize_static stored other integers than the rounding chose.")
 
 

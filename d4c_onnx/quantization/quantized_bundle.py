@@ -17,9 +17,9 @@ from d4c_onnx.quantization.bundle_completion import (
     source_files,
 )
 from d4c_onnx.quantization.calibration_batches import calibration_readers
-from d4c_onnx.quantization.deployment import target_of
 from d4c_onnx.quantization.encoder import quantize_encoder
 from d4c_onnx.quantization.optimizer_check import check_optimizer
+from d4c_onnx.quantization.targets import target_of
 from d4c_onnx.recipe import QuantizationSection
 
 
@@ -49,9 +49,9 @@ def quantize_bundle_files(
         CheckFailed: onnxruntime's optimiser changes the answers beyond the rounding of quantised activations.
         RecipeError: keys contradict the target; the bit budget is smaller than what the first and last layers take.
     """
-    readers = calibration_readers(bundle, dataset, section)
-    form = target_of(section)
-    raised = spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
+    readers = calibration_readers(bundle, dataset)
+    served = target_of(section)
+    eight_bit_nodes = spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
     with staged_folder(target) as stage:
         reports = {
             name: quantize_encoder(
@@ -59,7 +59,7 @@ def quantize_bundle_files(
                 stage / name,
                 reader,
                 section,
-                raised=raised.get(name, frozenset()),
+                eight_bit_nodes=eight_bit_nodes.get(name, frozenset()),
                 provider=provider,
                 threads=threads,
                 on_step=on_step,
@@ -67,7 +67,7 @@ def quantize_bundle_files(
             for name, reader in readers.items()
         }
         # full-range weights saturate on x86 without VNNI: their sessions need a setting, and the manifest says so
-        session = Session(config_entries={} if form.reduce_range or section.weights_only else EXACT_PRODUCTS)
+        session = Session(config_entries={} if served.reduce_range or section.weights_only else EXACT_PRODUCTS)
         effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
         made = describe_quantization(section, dataset, reports, effects, session, recipe_dump, source_files(bundle))
         tolerance = FP16_GOLDEN_TOLERANCE if section.weights_only else GOLDEN_TOLERANCE

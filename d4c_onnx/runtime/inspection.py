@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 
-from d4c_onnx.graph.bits import LayerBits, average_bits, layer_bits
-from d4c_onnx.graph.files import load_graph
-from d4c_onnx.graph.index import GraphIndex, attribute
-from d4c_onnx.graph.layers import INTEGER_PRODUCT, STORED_OPS
-from d4c_onnx.graph.signature import signature
+from d4c_onnx.graph.model import load_model, signature_of
+from d4c_onnx.graph.stored import (
+    INTEGER_PRODUCT,
+    STORED_OPS,
+    LayerBits,
+    StoredWeight,
+    average_bits,
+    layer_bits,
+    stored_weight,
+)
+from d4c_onnx.graph.values import array, is_op, maker, name_of, nodes_of, readers, walk_back
 from d4c_onnx.manifest import Signature
 from d4c_onnx.runtime.kernels import FLOAT_KERNELS, INT8_KERNELS
 from d4c_onnx.runtime.session import optimized_graph
@@ -83,139 +89,115 @@ def inspect_encoder(path: Path, entries: Mapping[str, str] | None = None) -> Ins
     Raises:
         BundleError: onnxruntime cannot load the file.
     """
-    model = load_graph(path)
-    index = GraphIndex(model.graph)
+    model = load_model(path)
     running = _Running(optimized_graph(path, entries).graph)
-    weights = {layer.node: layer for layer in layer_bits(model)}
-    layers = []
-    for node in model.graph.node:
-        if node.op_type not in STORED_OPS:
-            continue
-        stored = weights.get(node.name)
-        unpacked = stored.weight.removesuffix("_int4").removesuffix("_nibbles") if stored else None
-        kernel = running.kernel(index, node, unpacked)
-        data, weight = _quantizers(index, node, stored is not None)
-        shape = stored.shape if stored else ()
-        int8 = kernel in INT8_KERNELS
-        layers.append(
-            InspectedLayer(
-                node.name,
-                node.op_type,
-                shape,
-                stored.bits if stored else None,
-                _dtype(index, node, stored is not None, data),
-                _range(index, data),
-                _scales(index, weight or (_unpacked(index, node) if stored else None)) if stored else None,
-                kernel,
-                int8,
-                "" if int8 else _reason(data, stored, kernel),
-            )
-        )
-    weighted = [layer for layer in layers if layer.shape]
-    others = [layer for layer in layers if not layer.shape]
+    layers = [_inspect(product, running) for product in nodes_of(model.graph, *STORED_OPS)]
+    return Inspection(tuple(layers), tuple(layer_bits(model)), signature_of(model), _summary(model.graph, layers))
+
+
+def _inspect(product: ir.Node, running: "_Running") -> InspectedLayer:
+    stored = stored_weight(product)
+    kernel = running.kernel(product, stored)
+    data = _quantizer(product, stored)
+    int8 = kernel in INT8_KERNELS
+    return InspectedLayer(
+        product.name or "",
+        product.op_type,
+        stored.shape if stored else (),
+        stored.num_bits if stored else None,
+        _dtype(product, stored, data),
+        _range(data),
+        _ends(array(stored.scale)) if stored else None,
+        kernel,
+        int8,
+        "" if int8 else _reason(data, stored, kernel),
+    )
+
+
+def _summary(graph: ir.Graph, layers: list[InspectedLayer]) -> str:
+    weighted, others = [layer for layer in layers if layer.shape], [layer for layer in layers if not layer.shape]
     summary = f"{sum(layer.int8 for layer in weighted)} of {len(weighted)} weighted products in int8"
     if others:
         summary += f", {sum(layer.int8 for layer in others)} of {len(others)} attention products"
-    fused = sum(node.op_type in ("MultiHeadAttention", "Attention") for node in model.graph.node)
-    if fused:
-        summary += f", {fused} attentions in one float kernel each"
-    return Inspection(tuple(layers), tuple(weights.values()), signature(model), summary)
+    fused = sum(node.op_type in ("MultiHeadAttention", "Attention") for node in graph)
+    return f"{summary}, {fused} attentions in one float kernel each" if fused else summary
 
 
 class _Running:
     """The products of an optimised graph, found again by what a fusion leaves of the original."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        products = [node for node in graph.node if node.op_type in (*INT8_KERNELS, *FLOAT_KERNELS)]
-        self._by_output = {name: node.op_type for node in products for name in node.output}
-        self._by_input = {name: node.op_type for node in products for name in node.input if name}
+    def __init__(self, graph: ir.Graph) -> None:
+        products = [node for node in graph if node.op_type in (*INT8_KERNELS, *FLOAT_KERNELS)]
+        self._by_output = {name_of(value): node.op_type for node in products for value in node.outputs}
+        self._by_input = {name_of(value): node.op_type for node in products for value in node.inputs if value}
         # channels-last and blocked convolutions and scaled products keep the node's or its output's name with a mark
         # behind it
         self._by_name = {
-            node.name.split("_token_")[0]
+            str(node.name)
+            .split("_token_")[0]
             .split("/MatMulScale")[0]
             .removeprefix("InsertedPrecisionFreeCast_")
             .removesuffix("_nchwc"): node.op_type
             for node in products
         }
 
-    def kernel(self, index: GraphIndex, node: onnx.NodeProto, weight: str | None) -> str:
+    def kernel(self, product: ir.Node, stored: StoredWeight | None) -> str:
         """By the weight it reads, its name, or the value it makes (or the first one behind that survived)."""
-        for found in (self._by_input.get(weight) if weight else None, self._by_name.get(node.name)):
+        weight = stored.integers or stored.initializer if stored is not None else None
+        for found in (self._by_input.get(name_of(weight)) if weight else None, self._by_name.get(str(product.name))):
             if found is not None:
-                return str(found)
-        queue = [node.output[0]]
-        for name in queue:
-            found = self._by_output.get(name) or self._by_name.get(name)
+                return found
+        queue = [product.outputs[0]]
+        for value in queue:
+            found = self._by_output.get(name_of(value)) or self._by_name.get(name_of(value))
             if found is not None:
-                return str(found)
-            for reader in index.consumers.get(name, []):
-                if reader.op_type in _FUSED and len(queue) < 16:
-                    queue.extend(reader.output)
+                return found
+            for reader in readers(value):
+                if is_op(reader, *_FUSED) and len(queue) < 16:
+                    queue.extend(reader.outputs)
         return "unknown"
 
 
-def _quantizers(
-    index: GraphIndex, node: onnx.NodeProto, weighted: bool
-) -> tuple[onnx.NodeProto | None, onnx.NodeProto | None]:
-    """The DequantizeLinear in front of the activation and of the weight; None where there is none.
+@dataclass(frozen=True, slots=True)
+class _Quantizer:
+    """Scale and zero point that an activation is dequantised by."""
 
-    An integer product holds what they would: they are made up of it.
-    """
-    if node.op_type == INTEGER_PRODUCT:
-        integers, weight, scale, weight_scale, *zero = node.input[:5]
-        data = onnx.helper.make_node("DequantizeLinear", [integers, scale, *zero], [])
-        return data, onnx.helper.make_node("DequantizeLinear", [weight, weight_scale], [])
-    found: list[onnx.NodeProto | None] = []
-    for name in node.input[:2]:
-        maker = index.producer.get(name)
-        while maker is not None and maker.op_type in ("Transpose", "Reshape", "Identity"):
-            maker = index.producer.get(maker.input[0])
-        found.append(maker if maker is not None and maker.op_type == "DequantizeLinear" else None)
-    if weighted and node.op_type == "MatMul" and found[0] is not None and _is_stored(index, found[0]):
-        found.reverse()
-    return found[0], found[1]
+    scale: ir.Value | None
+    zero_point: ir.Value | None
 
 
-def _is_stored(index: GraphIndex, dequantize: onnx.NodeProto) -> bool:
-    maker = index.producer.get(dequantize.input[0])
-    return maker is None or maker.op_type in ("Cast", "Reshape")
-
-
-def _unpacked(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The Mul that gives a weight its scale, where the weight is unpacked when the file is loaded."""
-    for name in node.input[:2]:
-        maker = index.producer.get(name)
-        while maker is not None and maker.op_type == "Cast":
-            maker = index.producer.get(maker.input[0])
-        if maker is not None and maker.op_type == "Mul" and maker.input[1] in index.initializers:
-            first = index.producer.get(maker.input[0])
-            if first is not None and first.op_type == "Cast" and first.input[0] in index.initializers:
-                return maker
+def _quantizer(product: ir.Node, stored: StoredWeight | None) -> _Quantizer | None:
+    """Of the activation; None where it is multiplied in float. An integer product holds them itself."""
+    if is_op(product, INTEGER_PRODUCT):
+        return _Quantizer(product.inputs[2], product.inputs[4] if len(product.inputs) > 4 else None)
+    for value in product.inputs[:2]:
+        made = maker(walk_back(value, "Transpose", "Reshape", "Identity"))
+        if is_op(made, "DequantizeLinear") and made is not None and (stored is None or made is not stored.dequantize):
+            return _Quantizer(made.inputs[1], made.inputs[2] if len(made.inputs) > 2 else None)
     return None
 
 
-def _dtype(index: GraphIndex, node: onnx.NodeProto, weighted: bool, dequantize: onnx.NodeProto | None) -> str:
-    if dequantize is None:
-        halves = [tensor for tensor in index.initializers.values() if tensor.data_type == onnx.TensorProto.FLOAT16]
-        own = any(_is_half(index, name) for name in node.input[:2])
-        return "float16" if own or (halves and not weighted) else "float32"
-    zero = index.array(dequantize.input[2]) if len(dequantize.input) > 2 else None
+def _dtype(product: ir.Node, stored: StoredWeight | None, data: _Quantizer | None) -> str:
+    if data is None:
+        graph = product.graph
+        halves = graph is not None and any(value.dtype == ir.DataType.FLOAT16 for value in graph.initializers.values())
+        own = any(_is_half(value) for value in product.inputs[:2])
+        return "float16" if own or (halves and stored is None) else "float32"
+    zero = array(data.zero_point)
     return "uint8" if zero is None else str(zero.dtype)
 
 
-def _is_half(index: GraphIndex, name: str) -> bool:
-    tensor, maker = index.initializers.get(name), index.producer.get(name)
-    if tensor is not None:
-        return tensor.data_type == onnx.TensorProto.FLOAT16
-    return maker is not None and maker.op_type == "Cast" and attribute(maker, "to") == onnx.TensorProto.FLOAT16
+def _is_half(value: ir.Value | None) -> bool:
+    made = maker(value)
+    if made is None:
+        return value is not None and value.dtype == ir.DataType.FLOAT16
+    return is_op(made, "Cast") and made.attributes["to"].value == ir.DataType.FLOAT16
 
 
-def _range(index: GraphIndex, dequantize: onnx.NodeProto | None) -> tuple[float, float] | None:
-    if dequantize is None:
+def _range(data: _Quantizer | None) -> tuple[float, float] | None:
+    if data is None:
         return None
-    scale = index.array(dequantize.input[1])
-    zero = index.array(dequantize.input[2]) if len(dequantize.input) > 2 else np.uint8(0)
+    scale, zero = array(data.scale), np.uint8(0) if data.zero_point is None else array(data.zero_point)
     if scale is None or zero is None or scale.size != 1:
         return None
     limits = np.iinfo(zero.dtype)
@@ -223,13 +205,12 @@ def _range(index: GraphIndex, dequantize: onnx.NodeProto | None) -> tuple[float,
     return ends[0], ends[1]
 
 
-def _scales(index: GraphIndex, dequantize: onnx.NodeProto | None) -> tuple[float, float] | None:
-    scale = None if dequantize is None else index.array(dequantize.input[1])
+def _ends(scale: np.ndarray | None) -> tuple[float, float] | None:
     return None if scale is None else (float(scale.min()), float(scale.max()))
 
 
-def _reason(data: onnx.NodeProto | None, stored: LayerBits | None, kernel: str) -> str:
-    if data is None and stored is not None and stored.bits < 16:
+def _reason(data: _Quantizer | None, stored: StoredWeight | None, kernel: str) -> str:
+    if data is None and stored is not None and stored.num_bits < 16:
         return "weights only: unpacked when the file is loaded, multiplied in float"
     if data is None:
         return "in float in the file"

@@ -18,7 +18,7 @@ FLOAT_KERNELS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedCon
 
 def count_kernels(path: Path) -> dict[str, int]:
     """Matrix products of the optimised graph: `int8`, `float`, and each kernel by name."""
-    ops = Counter(node.op_type for node in optimized_graph(path).graph.node)
+    ops = Counter(node.op_type for node in optimized_graph(path).graph)
     kernels = {name: ops[name] for name in (*INT8_KERNELS, *FLOAT_KERNELS) if ops[name]}
     return {
         "int8": sum(ops[name] for name in INT8_KERNELS),

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from d4c_onnx.errors import BundleError, ModelError
 
 if TYPE_CHECKING:
-    import onnx
+    import onnx_ir as ir
 
 _IN_MEMORY_BYTES = 2**26  # weights of a graph that may be copied a few times
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
@@ -130,34 +130,32 @@ class EncoderSession:
     @classmethod
     def of_model(
         cls,
-        model: "onnx.ModelProto",
+        model: "ir.Model",
         provider: str = "cpu",
         threads: int = 0,
         literal: bool = False,
-        shared: "Sequence[onnx.TensorProto]" = (),
+        outputs: Sequence[str] | None = None,
     ) -> "EncoderSession":
         """A session of a graph in memory, of any size: the weights of a large one are read from a file, not copied.
 
         Args:
-            shared: initialisers of other models that the graph reads beside its own.
+            outputs: names of values to give out instead of the graph's own outputs.
 
         Raises:
             BundleError: onnxruntime cannot load it.
         """
-        from d4c_onnx.graph.files import save_graph, weight_bytes
+        import onnx_ir as ir
 
-        if weight_bytes(model, shared) <= _IN_MEMORY_BYTES:
-            if shared:
-                whole = type(model)()
-                whole.CopyFrom(model)
-                whole.graph.initializer.extend(shared)
-                model = whole
-            return cls(model.SerializeToString(), provider, threads, literal=literal)
-        # what onnxruntime has mapped stays readable after the file is gone
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            path = Path(folder) / "model.onnx"
-            save_graph(model, path, limit_bytes=0, shared=shared)
-            return cls(path, provider, threads, literal=literal)
+        from d4c_onnx.graph.model import save_model, weight_bytes, with_outputs
+
+        with with_outputs(model, outputs):
+            if weight_bytes(model) <= _IN_MEMORY_BYTES:
+                return cls(ir.to_proto(model).SerializeToString(), provider, threads, literal=literal)
+            # what onnxruntime has mapped stays readable after the file is gone
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                path = Path(folder) / "model.onnx"
+                save_model(model, path, limit_bytes=0)
+                return cls(path, provider, threads, literal=literal)
 
     @property
     def fixed_length(self) -> int | None:
@@ -178,15 +176,15 @@ class EncoderSession:
         return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
 
 
-def optimized_graph(path: Path, entries: Mapping[str, str] | None = None) -> Any:
-    """The graph that onnxruntime's CPU provider really runs for `path`, as an onnx ModelProto.
+def optimized_graph(path: Path | bytes, entries: Mapping[str, str] | None = None) -> "ir.Model":
+    """The graph that onnxruntime's CPU provider really runs for a file or a serialised model.
 
     Args:
         entries: session config entries that the file is served with.
     """
-    import onnx
+    import onnx_ir as ir
 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
         EncoderSession(path, "cpu", os.cpu_count() or 1, optimized_path=target, entries=entries)
-        return onnx.load(target)
+        return ir.load(target)

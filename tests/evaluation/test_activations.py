@@ -5,12 +5,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
+from graphs import parse
 
 from d4c_onnx.evaluation.activations import LayerInput, effective_rank, layer_inputs
 from d4c_onnx.evaluation.page import calibration_page
+from d4c_onnx.graph.model import save_model
 
 
 def test_effective_rank_counts_directions() -> None:
@@ -24,20 +24,13 @@ def _conv_then_linear(path: Path) -> np.ndarray:
     """Conv 1x1 (3 -> 4), mean over space, MatMul (4 -> 2). Returns the Conv's weight."""
     rng = np.random.default_rng(0)
     conv, linear = rng.normal(size=(4, 3, 1, 1)).astype(np.float32), rng.normal(size=(4, 2)).astype(np.float32)
-    nodes = [
-        helper.make_node("Conv", ["pixel_values", "conv"], ["features"], name="stem"),
-        helper.make_node("GlobalAveragePool", ["features"], ["pooled"]),
-        helper.make_node("Flatten", ["pooled"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "linear"], ["image_embeds"], name="projection"),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, ["batch", 3, 6, 5])],
-        [helper.make_tensor_value_info("image_embeds", onnx.TensorProto.FLOAT, ["batch", 2])],
-        [numpy_helper.from_array(conv, "conv"), numpy_helper.from_array(linear, "linear")],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    text = """g (float[batch, 3, 6, 5] pixel_values) => (float[batch, 2] image_embeds) {
+        [stem] features = Conv(pixel_values, conv)
+        pooled = GlobalAveragePool(features)
+        flat = Flatten(pooled)
+        [projection] image_embeds = MatMul(flat, linear)
+    }"""
+    save_model(parse(text, conv=conv, linear=linear), path)
     return conv
 
 

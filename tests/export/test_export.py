@@ -8,11 +8,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from graphs import ops
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import CheckFailed
 from d4c_onnx.export import export_fp32, parity
-from d4c_onnx.models.load import load_model
+from d4c_onnx.graph.attention import find_attentions
+from d4c_onnx.graph.model import load_model
+from d4c_onnx.graph.values import is_op, maker, nodes_of
 from d4c_onnx.runtime.session import EncoderSession
 
 
@@ -58,20 +61,23 @@ def test_io_contract(vit_bundle: Bundle) -> None:
 
 
 def test_attention_is_one_matmul_per_projection(vit_bundle: Bundle) -> None:
-    ops = [node.op_type for node in onnx.load(vit_bundle.image_encoder).graph.node]
-    assert ops.count("MatMul") == 6 * 8 + 1  # q, k, v, scores, mix, out, c_fc, c_proj; projection
-    assert "Slice" not in ops
-    assert "Split" not in ops
+    model = load_model(vit_bundle.image_encoder)
+    assert ops(model).count("MatMul") == 6 * 8 + 1  # q, k, v, scores, mix, out, c_fc, c_proj; projection
+    assert not {"Slice", "Split"} & set(ops(model))
+    found, refused = find_attentions(model.graph)
+    assert (len(found), refused) == (6, [])
+    assert {(attention.heads, attention.width, attention.mask) for attention in found} == {(4, 128, None)}
 
 
 def test_end_token_is_found_whatever_the_precision(vit_bundle: Bundle) -> None:
     """Runtimes may compute floats in bfloat16 (OpenVINO does), where the start and the end token are one number."""
-    graph = onnx.load(vit_bundle.text_encoder).graph
-    maker = {name: node for node in graph.node for name in node.output}
-    [sought] = [node.input[0] for node in graph.node if node.op_type == "ArgMax"]
-    assert maker[sought].op_type == "Cast"
-    assert maker[maker[sought].input[0]].op_type == "Equal"  # zeros and ones, compared as integers
-    assert not [node for node in graph.node if node.op_type == "Cast" and node.input[0] == "input_ids"]
+    graph = load_model(vit_bundle.text_encoder).graph
+    [sought] = [node.inputs[0] for node in nodes_of(graph, "ArgMax")]
+    cast = maker(sought)
+    assert cast is not None
+    assert is_op(cast, "Cast")
+    assert is_op(maker(cast.inputs[0]), "Equal")  # zeros and ones, compared as integers
+    assert not [node for node in nodes_of(graph, "Cast") if node.inputs[0] is graph.inputs[0]]
 
 
 def test_raw_export_is_recorded_and_not_normalised(tmp_path: Path, tiny_models: tuple[str, str]) -> None:

@@ -19,11 +19,17 @@ from d4c_onnx.runtime.optimizer import OptimizerEffect, compare_answers
 @pytest.mark.parametrize("sizes", [(1,), (8,), (8, 5), (16, 16)])
 def test_the_optimizer_is_judged_on_many_images(rng: np.random.Generator, sizes: tuple[int, ...]) -> None:
     """However few the calibration images are; on eight, chance alone once failed a bundle."""
-    seen = np.concatenate(unseen_images([rng.normal(size=(size, 3, 8, 64)).astype(np.float32) for size in sizes]))
+    images = [rng.normal(size=(size, 3, 8, 64)).astype(np.float32) for size in sizes]
+    seen = np.concatenate(unseen_images(images))
     assert len(seen) >= 32
     assert len(np.unique(seen.reshape(len(seen), -1), axis=0)) == len(seen)
-    ids = [np.ones((2, 5), np.int64)]
-    assert unseen_images(ids) is ids
+    given = np.concatenate(images).reshape(sum(sizes), -1)
+    assert not any((given == image.ravel()).all(1).any() for image in seen)  # none that the rounding was fitted to
+
+
+def test_prompts_are_judged_as_they_are() -> None:
+    [ids] = unseen_images([np.ones((2, 5), np.int64)])
+    assert np.array_equal(ids, np.ones((2, 5)))
 
 
 def _encoders(seed: int, factor: float) -> OptimizerEffect:

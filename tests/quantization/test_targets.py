@@ -1,74 +1,253 @@
-"""What a recipe asks of a target: taken, refused where it contradicts it, and said in the note."""
+"""Targets: what a recipe may ask of them, what they say of themselves, and that their files answer alike."""
 
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
+from encoders import count, inputs, material, prompts_of_eight, quantize, reasons
+from graphs import ops, run, served
 
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.quantization.deployment import TARGETS, Target, target_of
+from d4c_onnx.graph.model import load_model, opset_of
+from d4c_onnx.graph.stored import CAST, FORMS, NATIVE, NIBBLES, average_bits, layer_bits, stored_weight
+from d4c_onnx.graph.values import array, attribute, nodes_of
+from d4c_onnx.quantization import EncoderReport
+from d4c_onnx.quantization.rewrites.attention import FUSE_ATTENTION
+from d4c_onnx.quantization.rewrites.base import Rewrite
+from d4c_onnx.quantization.rewrites.pools import CONVOLVE_POOLS
+from d4c_onnx.quantization.storage.token_table import TokenTable
+from d4c_onnx.quantization.targets import TARGETS, Target, target_of
 from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.runtime.session import EncoderSession
+
+Made = Callable[..., tuple[EncoderReport, ir.Model]]
 
 
-def _form(**keys: Any) -> Target:
+def _target(**keys: Any) -> Target:
     return target_of(QuantizationSection(**keys))
 
 
+def test_recipes_know_the_targets() -> None:
+    choices = QuantizationSection.model_json_schema()["properties"]["target"]["enum"]
+    assert set(choices) == set(TARGETS)
+    layouts = QuantizationSection.model_json_schema()["properties"]["int4_layout"]["enum"]
+    assert set(layouts) - {"auto"} <= set(FORMS)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_are_made_of_rewrites_and_forms(name: str) -> None:
+    target = TARGETS[name]
+    rewrites = (*target.float_rewrites, *target.served_rewrites)
+    assert all(isinstance(rewrite, Rewrite) for rewrite in rewrites)
+    names = [rewrite.name for rewrite in rewrites]
+    assert len(set(names)) == len(names)
+    assert target.int4.num_bits == 4
+    assert target.note
+    if name != "cuda":
+        assert not target.fp16_beside
+
+
 def test_keys_overrule_the_target() -> None:
-    for key in sorted({field.name for field in fields(Target)} - {"int4_layout", "half", "note"}):
-        target = "cpu" if key == "standard_attention" else "cuda"
-        before = getattr(TARGETS[target], key)
-        chosen = "float" if key == "token_table" else not before
-        assert QuantizationSection.model_fields[key].default is None
-        assert getattr(_form(target=target, **{key: chosen}), key) == chosen != before
+    assert _target() == TARGETS["cpu"]
+    for name in ("cpu", "portable"):
+        assert _target(target=name, int4_layout="nibbles") == replace(TARGETS[name], int4=NIBBLES)
+        assert _target(target=name, int4_layout="cast") == TARGETS[name]  # what it does anyway may be said
+    for name, target in TARGETS.items():
+        for chosen in (True, False):
+            made = _target(target=name, bits="w8a8", reduce_range=chosen)
+            assert made.reduce_range == chosen
+            assert replace(made, reduce_range=target.reduce_range, note=target.note) == target
 
 
 @pytest.mark.parametrize(
-    ("key", "keys"),
+    "keys",
     [
-        ("fused_qkv", {"int4_layout": "native", "fused_qkv": True}),
-        ("fused_biases", {"target": "openvino", "bits": "w8a8", "fused_biases": True}),
-        ("convolved_pools", {"target": "tensorrt", "convolved_pools": True}),
-        ("fused_qkv", {"weight_zero_points": True, "fused_qkv": True}),
-        ("symmetric", {"target": "cuda", "bits": "w4a16", "symmetric": True}),
-        ("symmetric", {"target": "tensorrt", "symmetric": False}),
-        ("token_table", {"target": "tensorrt", "token_table": "packed"}),
-        ("fused_attention", {"target": "tensorrt", "fused_attention": True}),
-        ("fused_attention", {"target": "portable", "attention": "int8", "fused_attention": True}),
-        ("fused_residuals", {"fused_residuals": True}),
-        ("convolved_pools", {"int4_layout": "native", "convolved_pools": True}),
-        ("fused_biases", {"symmetric": True, "fused_biases": True}),
-        ("fused_biases", {"target": "tensorrt", "int4_layout": "cast", "fused_biases": True}),
-        ("standard_attention", {"fused_attention": True, "standard_attention": True}),
-        ("standard_attention", {"attention": "int8", "standard_attention": True}),
-        ("standard_attention", {"target": "cuda", "standard_attention": True}),
-        ("standard_attention", {"target": "openvino", "standard_attention": True}),
-        ("embedding_bits", {"token_table": "float", "embedding_bits": 4}),
+        {"target": "tensorrt", "int4_layout": "cast"},
+        {"target": "tensorrt", "int4_layout": "nibbles"},
+        {"target": "openvino", "int4_layout": "nibbles"},
+        {"target": "cuda", "int4_layout": "nibbles"},
     ],
 )
-def test_keys_that_contradict_the_target_are_refused(key: str, keys: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=rf"quantization\.{key}.*Leave"):
-        _form(**keys)
-    _form(**{name: value for name, value in keys.items() if name != key})
-
-
-@pytest.mark.parametrize("target", sorted(TARGETS))
-def test_what_a_target_does_anyway_may_be_said(target: str) -> None:
-    for bits in ("w4a8", "w8a8", *(["w4a16"] if target == "cuda" else [])):
-        plain = _form(target=target, bits=bits)
-        for field in fields(Target):
-            if field.name not in ("half", "note"):
-                keys = {field.name: getattr(TARGETS[target], field.name)}
-                assert _form(target=target, bits=bits, **keys) == plain
+def test_keys_that_contradict_the_target_are_refused(keys: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"quantization\.int4_layout.*Leave"):
+        _target(**keys)
+    _target(target=keys["target"])
 
 
 def test_notes_say_what_runs() -> None:
-    for key, standard in (("fused_qkv", True), ("fused_biases", False), ("fused_attention", False)):
-        assert ("standard operators only" in _form(target="portable", **{key: True}).note) == standard
-    assert _form().note == TARGETS["cpu"].note
-    for target in ("cpu", "portable", "tensorrt", "openvino"):
-        assert "4-bit layers of this file in float" in _form(target=target, int4_layout="native").note
-        assert "4-bit" not in _form(target=target, bits="w8a8").note
-    assert all(
-        "in float" in _form(**keys).note for keys in ({"symmetric": True}, {"target": "tensorrt", "bits": "w8a8"})
-    )
+    assert "standard operators only" in _target(target="portable").note
+    for name in ("cpu", "portable"):
+        assert "4-bit" not in _target(target=name).note  # their layouts run on int8 kernels
+    for name in ("tensorrt", "openvino"):
+        assert "4-bit layers of this file in float" in _target(target=name).note
+        assert "4-bit" not in _target(target=name, bits="w8a8").note
+    assert "in float" in _target(target="tensorrt", bits="w8a8").note
+    assert "unpacked to float16" in _target(target="cuda", bits="w4a16").note
+
+
+@pytest.fixture(scope="module")
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A tower of mini-vit for a target, each once: w4a8, rounded to nearest, unsmoothed."""
+    bundle, dataset = material(request, "vit")
+    folder = tmp_path_factory.mktemp("made")
+    known: dict[tuple[str, str, str], tuple[EncoderReport, ir.Model]] = {}
+
+    def make(tower: str, target: str, form: str = "") -> tuple[EncoderReport, ir.Model]:
+        key = (tower, target, form)
+        if key not in known:
+            chosen = TARGETS[target]
+            chosen = replace(chosen, int4=FORMS[form]) if form else chosen
+            keys = ("rounding=nearest", "smoothing=none")
+            path = folder / f"{len(known)}.onnx"
+            known[key] = quantize(bundle.encoders[tower], dataset, path, *keys, target=chosen)
+        return known[key]
+
+    return make
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_layouts_answer_alike(tower: str, made: Made, request: pytest.FixtureRequest) -> None:
+    bundle, _ = material(request, "vit")
+    models = {name: made(tower, "portable", name)[1] for name in ("cast", "native", "nibbles")}
+    for batch in inputs(bundle, np.random.default_rng(0))[tower]:
+        literal = {name: run(model, batch, optimize=False) for name, model in models.items()}
+        np.testing.assert_array_equal(literal["native"], literal["cast"])
+        np.testing.assert_array_equal(literal["nibbles"], literal["cast"])
+        np.testing.assert_array_equal(run(models["nibbles"], batch), run(models["cast"], batch))
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_layouts_in_the_file(tower: str, made: Made) -> None:
+    files = {name: made(tower, "portable", name) for name in ("cast", "native", "nibbles")}
+    needed = {name: report.minimum_onnxruntime for name, (report, _) in files.items()}
+    assert needed == {"cast": "1.23", "native": "1.20", "nibbles": "1.20"}
+    models = {name: model for name, (_, model) in files.items()}
+    bits = {name: [(layer.shape, layer.bits) for layer in layer_bits(model)] for name, model in models.items()}
+    assert bits["cast"] == bits["native"] == bits["nibbles"]
+    assert average_bits(layer_bits(models["nibbles"])) < 4.5
+    assert opset_of(models["nibbles"]) < 21 <= opset_of(models["cast"])
+    kinds = {name: {value.dtype for value in model.graph.initializers.values()} for name, model in models.items()}
+    assert [ir.DataType.INT4 in kinds[name] for name in ("cast", "native", "nibbles")] == [True, True, False]
+    assert ops(models["native"]).count("Cast") < ops(models["cast"]).count("Cast")
+    for name, model in models.items():
+        forms = {stored.form for node in model.graph if (stored := stored_weight(node)) is not None}
+        assert {form.name for form in forms if form is not None} == {name, "int8"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_every_target_answers_as_fp32_does(tower: str, target: str, made: Made, request: pytest.FixtureRequest) -> None:
+    bundle, dataset = material(request, "vit")
+    _, model = made(tower, target)
+    fed = np.array(dataset.held_out) if tower == "image" else prompts_of_eight(dataset)
+    exact = EncoderSession(bundle.encoders[tower]).run(fed)
+    assert (run(model, fed) * exact).sum(-1).min() > 0.9
+    assert (run(model, fed, optimize=False) * run(model, fed)).sum(-1).min() > 0.995
+
+
+@pytest.mark.parametrize("form", ["cast", "native", "nibbles"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_portable_has_standard_operators_only(tower: str, form: str, made: Made) -> None:
+    report, model = made(tower, "portable", form)
+    assert {node.domain for node in model.graph} == {""}
+    assert FUSE_ATTENTION.name not in [applied.name for applied in report.rewrites]
+
+
+@pytest.mark.parametrize(("tower", "blocks"), [("image", 6), ("text", 3)])
+def test_cpu_target_fuses_attention(tower: str, blocks: int, made: Made, request: pytest.FixtureRequest) -> None:
+    bundle, _ = material(request, "vit")
+    report, model = made(tower, "cpu")
+    running = [node for node in served(model).graph if node.op_type == "QuickGelu"]
+    assert [attribute(node, "alpha") for node in running] == [1.0] * blocks  # folded: no constant left
+    assert count(report, "attention as one operator") == ops(model).count("MultiHeadAttention") == blocks
+    assert count(report, "pooled row") == 1
+    assert count(report, "QuickGELU") == blocks
+    assert reasons(report, "attention as one operator") == []
+    for batch in inputs(bundle, np.random.default_rng(1))[tower]:
+        plain = run(made(tower, "portable")[1], batch)
+        assert (run(model, batch) * plain).sum(-1).min() > 0.999  # an activation may round to the neighbouring step
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_weights_of_products_have_no_zero_points(tower: str, made: Made) -> None:
+    """One per channel slows onnxruntime's int8 product down; compilers are given them all the same."""
+    for target, inputs_of in (("cpu", 2), ("portable", 2), ("openvino", 3), ("tensorrt", 3)):
+        _, model = made(tower, target)
+        found = [stored_weight(product) for product in nodes_of(model.graph, "MatMul")]
+        weights = [stored.dequantize for stored in found if stored is not None]
+        assert len(weights) > 10
+        assert {len(node.inputs) for node in weights if node is not None} == {inputs_of}
+
+
+@pytest.mark.parametrize(("model", "bits"), [("vit", "w8a8"), ("rn", "w8a8"), ("rn", "w4a8")])
+def test_tensorrt_files_are_symmetric(model: str, bits: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    bundle, dataset = material(request, model)
+    for path in bundle.encoders.values():
+        keys = (f"bits={bits}", "target=tensorrt", "rounding=nearest", "smoothing=none")
+        _, quantized = quantize(path, dataset, tmp_path / "q.onnx", *keys)
+        pairs = list(nodes_of(quantized.graph, "QuantizeLinear", "DequantizeLinear"))
+        assert pairs
+        for node in pairs:
+            zero = array(node.inputs[2])
+            assert zero is not None
+            assert zero.dtype.name in ("int8", "int4")  # no uint8, and no int32 biases
+            assert not zero.any()
+        # what its parser lists as not supported: integer tables, and the bit operations that unpack them
+        assert not set(ops(quantized)) & {"BitShift", "BitwiseAnd"}
+        read = [gather.inputs[0] for gather in nodes_of(quantized.graph, "Gather")]
+        assert all(value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8) for value in read if value is not None)
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("cpu", ir.DataType.UINT8),
+        ("portable", ir.DataType.UINT8),
+        ("openvino", ir.DataType.UINT8),
+        ("cuda", ir.DataType.INT4),
+        ("tensorrt", ir.DataType.FLOAT),
+    ],
+)
+def test_the_token_table_has_the_form_of_its_target(target: str, kind: ir.DataType, made: Made) -> None:
+    report, model = made("text", target)
+    [table] = [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.size >= 49408 * 32
+    ]
+    assert table.dtype == kind
+    assert report.token_table_bits == (None if TARGETS[target].token_table is TokenTable.FLOAT else 4)
+    assert made("image", target)[0].token_table_bits is None
+
+
+def test_pools_become_depthwise_convolutions(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    bundle, dataset = material(request, "rn")
+    rewrites = tuple(rewrite for rewrite in TARGETS["cpu"].served_rewrites if rewrite is not CONVOLVE_POOLS)
+    keys = ("rounding=nearest", "smoothing=none")
+    with_pools = replace(TARGETS["cpu"], served_rewrites=rewrites)
+    _, before = quantize(bundle.image_encoder, dataset, tmp_path / "pools.onnx", *keys, target=with_pools)
+    report, after = quantize(bundle.image_encoder, dataset, tmp_path / "q.onnx", *keys)
+    pools = ops(before).count("AveragePool")
+    assert pools == ops(load_model(bundle.image_encoder)).count("AveragePool") - 1  # one averages single values
+    assert "AveragePool" not in ops(after)
+    assert count(report, "depthwise") == pools
+    depthwise = [layer for layer in layer_bits(after) if layer.shape[1:] == (1, 2, 2)]
+    assert len(depthwise) == pools
+    assert {layer.bits for layer in depthwise} == {4}
+    running = ops(served(after))
+    assert "QLinearAveragePool" not in running
+    assert running.count("QLinearConv") == ops(after).count("Conv")
+    for batch in inputs(bundle, np.random.default_rng(0))["image"]:
+        one, other = (run(model, batch, optimize=False) for model in (before, after))
+        np.testing.assert_allclose(other, one, atol=2e-3)  # a mean halfway between two steps may go either way
+        assert (one * other).sum(-1).min() > 0.9999
+
+
+def test_a_target_of_other_forms_needs_no_code(made: Made) -> None:
+    """What the benchmarks do: a tuple of rewrites and a form."""
+    native, cast = (made("image", "portable", form)[1] for form in (NATIVE.name, CAST.name))
+    assert [layer.node for layer in layer_bits(native)] == [layer.node for layer in layer_bits(cast)]

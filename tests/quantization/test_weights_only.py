@@ -3,76 +3,62 @@
 from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import pytest
+from encoders import count, inputs, material, quantize, section_of
+from graphs import check, ops, parse, run, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from onnx import TensorProto, helper, numpy_helper
 
-from d4c_onnx.bundle import Bundle
-from d4c_onnx.calibration import (
-    CalibrationSet,
-    D4CCalibrationDataReader,
-    PromptCalibrationDataReader,
-    open_calibration_set,
-)
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.bits import average_bits, layer_bits
-from d4c_onnx.graph.files import load_graph, save_graph, strip_notes
-from d4c_onnx.graph.index import GraphIndex, set_initializer
 from d4c_onnx.graph.layers import channels_back
-from d4c_onnx.graph.shapes import note_shapes
-from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder, write_fp16_bundle
-from d4c_onnx.quantization.deployment import fuse_residuals
-from d4c_onnx.quantization.layout import store_scaled
-from d4c_onnx.quantization.rounding.base import QuantizedWeight
+from d4c_onnx.graph.model import load_model, save_model
+from d4c_onnx.graph.stored import average_bits, find_stored, layer_bits
+from d4c_onnx.graph.values import constant, name_of, nodes_of, set_constant
+from d4c_onnx.quantization import quantize_bundle_files, write_fp16_bundle
+from d4c_onnx.quantization.rounding import METHODS, QuantizedWeight
+from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
+from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
+from d4c_onnx.quantization.storage.weights import store_scaled
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.inspection import inspect_encoder
-from d4c_onnx.runtime.session import EncoderSession, optimized_graph
+from d4c_onnx.runtime.session import EncoderSession
 
 
 @given(
     hnp.arrays(np.int8, hnp.array_shapes(min_dims=2, max_dims=4, max_side=5), elements=st.integers(-8, 7)),
     st.integers(0, 3),
     st.sampled_from([4, 8]),
-    st.sampled_from([TensorProto.FLOAT, TensorProto.FLOAT16]),
+    st.sampled_from(["float", "float16"]),
 )
 @settings(max_examples=40, deadline=None)
-def test_stored_integers_come_back_scaled(values: np.ndarray, axis: int, bits: int, dtype: int) -> None:
+def test_stored_integers_come_back_scaled(values: np.ndarray, axis: int, bits: int, dtype: str) -> None:
     """Any axis of channels, both widths, both float types: onnxruntime reads integer times scale."""
     axis %= values.ndim
     scale = np.linspace(0.25, 1.5, values.shape[axis]).astype(np.float32)
     rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
-    kind = helper.tensor_dtype_to_np_dtype(dtype)
-    model = helper.make_model(
-        helper.make_graph(
-            [helper.make_node("Add", ["w", "x"], ["y"], name="add")],
-            "one",
-            [helper.make_tensor_value_info("x", dtype, [1])],
-            [helper.make_tensor_value_info("y", dtype, list(values.shape))],
-            [numpy_helper.from_array(np.zeros(values.shape, kind), "w")],
-        ),
-        opset_imports=[helper.make_opsetid("", 18)],
-        ir_version=8,
-    )
+    kind = np.float16 if dtype == "float16" else np.float32
+    shape = ", ".join(str(size) for size in values.shape)
+    text = f"one ({dtype}[1] x) => ({dtype}[{shape}] y) {{ [add] y = Add(w, x) }}"
+    model = parse(text, opset=18, w=np.zeros(values.shape, kind))
     store_scaled(model, {"w": (QuantizedWeight(rows, scale, bits), axis)})
-    onnx.checker.check_model(model)
-    stored = GraphIndex(model.graph).initializers["w_quantized"]
-    assert stored.data_type == (TensorProto.INT4 if bits == 4 else TensorProto.INT8)
+    check(model)
+    [add] = nodes_of(model.graph, "Add")
+    stored = find_stored(add.inputs[0])
+    assert stored is not None
+    assert stored.num_bits == bits
+    assert stored.initializer.dtype == (ir.DataType.INT4 if bits == 4 else ir.DataType.INT8)
+    assert np.array_equal(stored.unpack(), values)
     expected = channels_back(rows * scale[:, None], values.shape, axis).astype(kind)
-    assert np.array_equal(EncoderSession(model.SerializeToString()).run(np.zeros(1, kind)), expected)
+    assert np.array_equal(run(model, np.zeros(1, kind)), expected)
 
 
 @pytest.mark.parametrize("model", ["vit", pytest.param("rn", marks=pytest.mark.slow)])
 def test_a16_answers_as_fp16_does_up_to_its_weights(
     model: str, request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
-    if model == "vit":
-        data: CalibrationSet = request.getfixturevalue("vit_calibration")[1]
-    else:
-        data = open_calibration_set(request.getfixturevalue("rn_calibration"))
+    bundle, data = material(request, model)
     recipe = load_recipe(None, ["quantization.bits=w4a16", "quantization.target=cuda"])
     assert recipe.quantization.rounding_method == "gptaq"
     made = quantize_bundle_files(
@@ -90,17 +76,18 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
     }
     layers = []
     for tower, path in made.encoders.items():
-        graph = load_graph(path)
-        onnx.checker.check_model(graph)
-        layers += layer_bits(graph)
+        written = load_model(path)
+        check(written)
+        layers += layer_bits(written)
         report = made.manifest.quantization.encoders[path.name]
-        assert report["quantized_activations"] == 0
-        assert report["smoothing_alpha"] == {}
-        assert report["token_table_bits"] == (4 if tower == "text" else None)
-        assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in graph.graph.node}
+        assert report.quantized_activations == 0
+        assert report.smoothing_alpha == {}
+        assert report.token_table_bits == (4 if tower == "text" else None)
+        assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(written))
         # once loaded, nothing unpacks: what runs is a float16 file's graph
-        left = GraphIndex(optimized_graph(path).graph)
-        assert not any(name.endswith(("_quantized", "_integers")) for name in {*left.initializers, *left.producer})
+        kinds = {value.dtype for value in served(written).graph.initializers.values()}
+        assert not kinds & {ir.DataType.INT4, ir.DataType.INT8, ir.DataType.UINT8}
+        assert ir.DataType.FLOAT16 in kinds or ir.DataType.FLOAT in kinds
         exact = EncoderSession(bundle.encoders[tower]).run(feeds[tower])
         plain, whole = (EncoderSession(found.encoders[tower]).run(feeds[tower]) for found in (half, made))
         assert whole.dtype == np.float32
@@ -117,102 +104,39 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
             assert "weights only" in layer.reason
 
 
-@pytest.mark.parametrize(("model", "tower", "sums"), [("vit", "image", 12), ("vit", "text", 5), ("rn", "text", 5)])
-def test_fused_residuals_keep_the_function(
-    model: str, tower: str, sums: int, request: pytest.FixtureRequest, rng: np.random.Generator
+@pytest.mark.parametrize(("model", "tower", "attentions", "sums"), [("vit", "image", 6, 11), ("vit", "text", 3, 4)])
+def test_weights_only_files_are_fused_as_fp16_is(
+    model: str, tower: str, attentions: int, sums: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
-    changed = load_graph(bundle.encoders[tower])
-    before = sum(node.op_type == "LayerNormalization" for node in changed.graph.node)
-    note_shapes(changed)
-    assert fuse_residuals(changed) == sums
-    assert sum(node.op_type == "LayerNormalization" for node in changed.graph.node) == before - sums
-    strip_notes(changed)
-    onnx.checker.check_model(changed)
-    height, width = bundle.manifest.preprocess.size
-    batch = rng.standard_normal((3, 3, height, width), dtype=np.float32)
-    if tower == "text":
-        batch = np.array([[49406, 400, 320, 49407], [49406, 320, 49407, 0]], np.int64)
-    exact = EncoderSession(bundle.encoders[tower]).run(batch)
-    np.testing.assert_allclose(EncoderSession.of_model(changed).run(batch), exact, atol=2e-6)
-    assert fuse_residuals(changed) == 0
+    bundle, data = material(request, model)
+    keys = ("bits=w8a16", "target=cuda", "rounding=nearest")
+    report, written = quantize(bundle.encoders[tower], data, tmp_path / "q.onnx", *keys)
+    assert count(report, "attention as one operator") == ops(written).count("MultiHeadAttention") == attentions
+    # the last block's first sum is of all rows with the one row's: the two around it are not fused
+    assert count(report, "residual") == ops(written).count("SkipLayerNormalization") >= sums
+    for batch in inputs(bundle, np.random.default_rng(0))[tower]:
+        exact, got = EncoderSession(bundle.encoders[tower]).run(batch), run(written, batch)
+        assert (exact * got).sum(-1).min() > 0.999
 
 
-def _normed(nodes: list[onnx.NodeProto], shape: list[int | str]) -> onnx.ModelProto:
-    """LayerNorm of a value `sum`, made of the input x and constants."""
-    constants = {
-        "weight": np.eye(8, dtype=np.float32),
-        "position": np.ones((3, 8), np.float32),
-        "row": np.ones((1, 3, 8), np.float32),
-        "scale": np.ones(8, np.float32),
-        "bias": np.full(8, 0.5, np.float32),
-    }
-    graph = helper.make_graph(
-        [*nodes, helper.make_node("LayerNormalization", ["sum", "scale", "bias"], ["y"], name="norm")],
-        "one",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(values, name) for name, values in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    note_shapes(model)
-    return model
-
-
-def _sum_of(left: str, right: str, *before: tuple[str, list[str], str]) -> list[onnx.NodeProto]:
-    nodes = [helper.make_node(op, inputs, [output], name=output) for op, inputs, output in before]
-    return [*nodes, helper.make_node("Add", [left, right], ["sum"], name="sum")]
-
-
-PRODUCT = ("MatMul", ["x", "weight"], "product")
-
-
-@pytest.mark.parametrize(
-    ("fits", "shape", "nodes"),
-    [
-        (
-            True,
-            ["n", 3, 8],
-            _sum_of("x2", "y2", ("Neg", ["x"], "x2"), PRODUCT, ("Add", ["bias", "product"], "y2")),
-        ),
-        (True, ["n", 3, 8], _sum_of("product", "x2", ("Neg", ["x"], "x2"), PRODUCT)),
-        # no residual: a bias alone
-        (False, ["n", 3, 8], _sum_of("product", "bias", PRODUCT)),
-        # position added to tokens, a row for all of the batch, four axes: onnxruntime's operator takes none of them
-        (False, ["n", 3, 8], _sum_of("product", "rows", PRODUCT, ("Neg", ["position"], "rows"))),
-        (False, ["n", 3, 8], _sum_of("x2", "product", ("Neg", ["x"], "x2"), ("MatMul", ["row", "weight"], "product"))),
-        (False, ["n", 3, 3, 8], _sum_of("x2", "product", ("Neg", ["x"], "x2"), PRODUCT)),
-    ],
-)
-def test_only_residuals_are_fused(fits: bool, shape: list[int | str], nodes: list[onnx.NodeProto]) -> None:
-    model = _normed(nodes, shape)
-    batch = np.random.default_rng(0).standard_normal([2, *shape[1:]]).astype(np.float32)
-    exact = EncoderSession(model.SerializeToString()).run(batch)
-    assert fuse_residuals(model) == fits
-    np.testing.assert_allclose(EncoderSession(model.SerializeToString()).run(batch), exact, atol=1e-6)
-
-
-@pytest.mark.slow
 def test_adaround_knows_float_activations(
-    vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = ["bits=w4a16", "target=cuda", "rounding=adaround", "adaround_steps=3"]
-    section = load_recipe(None, [f"quantization.{key}" for key in keys]).quantization
-    reader = PromptCalibrationDataReader(vit_calibration[1])
-    report = quantize_encoder(vit_bundle.text_encoder, tmp_path / "q.onnx", reader, section, threads=1)
+    bundle, data = material(request, "vit")
+    monkeypatch.setitem(METHODS, "adaround", Reconstruction(AdaRoundSchedule(3, 0.01)))
+    keys = ("bits=w4a16", "target=cuda", "rounding=adaround")
+    report, _ = quantize(bundle.text_encoder, data, tmp_path / "q.onnx", *keys)
     assert {layer.bits for layer in report.layers} == {4, 8}
 
 
-def test_what_float16_cannot_hold_is_refused(
-    vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path: Path
-) -> None:
+def test_what_float16_cannot_hold_is_refused(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """A CPU computes float16 files in float32: only the values themselves tell."""
-    model = load_graph(vit_bundle.image_encoder)
-    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
-    bias = GraphIndex(model.graph).constant(norm.input[2])
-    set_initializer(model.graph, norm.input[2], bias + np.float32(1e6))
-    save_graph(model, tmp_path / "large.onnx")
-    section = load_recipe(None, ["quantization.bits=w4a16", "quantization.target=cuda"]).quantization
-    reader = D4CCalibrationDataReader(vit_calibration[1])
+    bundle, data = material(request, "vit")
+    model = load_model(bundle.image_encoder)
+    bias = next(nodes_of(model.graph, "LayerNormalization")).inputs[2]
+    assert bias is not None
+    set_constant(model.graph, name_of(bias), constant(bias) + np.float32(1e6))
+    save_model(model, tmp_path / "large.onnx")
+    assert section_of("bits=w4a16", "target=cuda").weights_only
     with pytest.raises(GraphError, match="float16 holds 65504"):
-        quantize_encoder(tmp_path / "large.onnx", tmp_path / "q.onnx", reader, section, threads=1)
+        quantize(tmp_path / "large.onnx", data, tmp_path / "q.onnx", "bits=w4a16", "target=cuda")

@@ -168,7 +168,7 @@ def test_set_on_disk(vit_calibration: tuple[Path, CalibrationSet], mini_vit, tin
     assert made.pixel_values.shape == (section.images, 3, 48, 48)
     assert made.held_out.shape == (section.held_out, 3, 48, 48)
     assert len(made.labels) == section.images + section.held_out
-    mean, std = (np.array(mini_vit.preprocess[name])[:, None, None] for name in ("mean", "std"))
+    mean, std = (np.array(values)[:, None, None] for values in (mini_vit.preprocess.mean, mini_vit.preprocess.std))
     pixels = np.asarray(made.pixel_values) * std + mean
     assert pixels.min() >= -1e-5
     assert pixels.max() <= 1 + 1e-5
@@ -312,18 +312,25 @@ _CHANGES: dict[str, Method | str] = {
 }
 
 
+def _ten_steps(loaded, target: Path, method: Method, *keys: str) -> CalibrationSet:
+    keys = ("images=4", "held_out=0", "batch=2", "steps=10", "precision=float32", *keys)
+    recipe = load_recipe(None, [*(f"synthesis.{item}" for item in keys), "text.prompts=4"])
+    nouns = loaded.embedded.nouns
+    return synthesize(loaded, target, recipe.synthesis, recipe.text, nouns, seed=0, method=method)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, mini_vit) -> CalibrationSet:
+    return _ten_steps(mini_vit, tmp_path_factory.mktemp("choices") / "plain", D4C)
+
+
 @pytest.mark.parametrize("name", _CHANGES)
-def test_every_choice_changes_the_images_and_they_still_learn(tmp_path: Path, name: str, mini_vit) -> None:
-    nouns, change = mini_vit.embedded.nouns, _CHANGES[name]
-
-    def run(target: str, method: Method, *extra: str) -> CalibrationSet:
-        keys = ("images=4", "held_out=0", "batch=2", "steps=10", "precision=float32", *extra)
-        recipe = load_recipe(None, [*(f"synthesis.{item}" for item in keys), "text.prompts=4"])
-        place = tmp_path / target
-        return synthesize(mini_vit, place, recipe.synthesis, recipe.text, nouns, seed=0, method=method)
-
-    plain = run("plain", D4C)
-    changed = run("changed", D4C, change) if isinstance(change, str) else run("changed", change)
+def test_every_choice_changes_the_images_and_they_still_learn(
+    tmp_path: Path, name: str, mini_vit, plain: CalibrationSet
+) -> None:
+    change = _CHANGES[name]
+    method, keys = (D4C, (change,)) if isinstance(change, str) else (change, ())
+    changed = _ten_steps(mini_vit, tmp_path / "changed", method, *keys)
     assert not np.array_equal(plain.pixel_values, changed.pixel_values)
     assert plain.manifest["key"]["id"] != changed.manifest["key"]["id"]
     assert len(changed.losses) == (1 if name == "one Adam" else 2)

@@ -1,27 +1,18 @@
 """How weights meet their grid: one interface, chosen by the recipe's `quantization.rounding`."""
 
-from collections.abc import Callable
-
-from d4c_onnx.errors import RecipeError
-from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, Rounding
+from d4c_onnx.quantization.rounding.base import QuantizedWeight, RoundedWeights, Rounding, RoundingTask
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding, GptqRounding
+from d4c_onnx.quantization.rounding.layerwise import Layerwise
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
+from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
+from d4c_onnx.quantization.rounding.schedule import PUBLISHED, SHORT
 
-_METHODS: dict[str, Callable[[float], Rounding]] = {
-    "nearest": lambda damping: NearestRounding(),
-    "gptq": GptqRounding,
-    "gptaq": GptaqRounding,
+METHODS: dict[str, Rounding] = {
+    "nearest": Layerwise(NearestRounding),
+    "gptq": Layerwise(GptqRounding),
+    "gptaq": Layerwise(GptaqRounding),
+    "adaround": Reconstruction(SHORT),
+    "adaround-published": Reconstruction(PUBLISHED),
 }
 
-__all__ = ["InputMoments", "QuantizedWeight", "Rounding", "make_rounding"]
-
-
-def make_rounding(name: str, damping: float = 0.1) -> Rounding:
-    """The method of that name.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    if name not in _METHODS:
-        raise RecipeError(f"quantization.rounding: {name} is not supported. Use one of {', '.join(sorted(_METHODS))}.")
-    return _METHODS[name](damping)
+__all__ = ["METHODS", "QuantizedWeight", "RoundedWeights", "Rounding", "RoundingTask"]

@@ -8,7 +8,7 @@ that the layers rounded so far deliver. beta falls from 20 to 2 and drives every
 of the steps the regulariser waits. The square error is summed over channels and averaged over everything else (the
 published code averages over channels and sums over tokens).
 
-The one rounding that needs gradients, and the one file of this room that imports torch.
+The one rounding that needs gradients, and the one file of this room that imports torch; it is imported when it runs.
 
 Source: AdaRound (Nagel et al., arXiv 2004.10568); the schedule is that of arXiv 2511.15411's code.
 """
@@ -16,14 +16,15 @@ Source: AdaRound (Nagel et al., arXiv 2004.10568); the schedule is that of arXiv
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.index import attribute, integer_attribute, integers_attribute
+from d4c_onnx.graph.values import attribute, integers, is_op, name_of
 from d4c_onnx.quantization.rounding.base import QuantizedWeight, grid_limits
 from d4c_onnx.quantization.rounding.nearest import search_scales
+from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
 
 _WARM_UP, _BETA = 0.2, (20.0, 2.0)
 _REGULARISER = 0.01
@@ -65,14 +66,13 @@ class SoftWeight:
 
 
 def reconstruct(
-    nodes: Sequence[onnx.NodeProto],
+    nodes: Sequence[ir.Node],
     constants: Mapping[str, np.ndarray],
     weights: Mapping[str, tuple[np.ndarray, tuple[int, ...], int, int]],
     source: tuple[str, np.ndarray],
     target: tuple[str, np.ndarray],
+    schedule: AdaRoundSchedule,
     *,
-    steps: int,
-    learning_rate: float,
     batch: int,
     seed: int,
 ) -> dict[str, QuantizedWeight]:
@@ -84,7 +84,8 @@ def reconstruct(
         weights: by initialiser: float32 rows [channels, inputs], the initialiser's shape, its channel axis, bits.
         source: the region's input: name, float32 [samples, ...].
         target: its output in float: name, float32 [samples, ...].
-        steps, learning_rate, batch: of Adam; a batch is so many samples.
+        schedule: of Adam.
+        batch: how many samples a step looks at.
         seed: of the batches.
 
     Raises:
@@ -93,20 +94,21 @@ def reconstruct(
     torch.manual_seed(seed)
     soft = {name: SoftWeight(rows, bits) for name, (rows, _, _, bits) in weights.items()}
     fixed = {name: torch.from_numpy(np.array(value)) for name, value in constants.items()}
-    optimizer = torch.optim.Adam([entry.logits for entry in soft.values()], lr=learning_rate)
+    optimizer = torch.optim.Adam([entry.logits for entry in soft.values()], lr=schedule.learning_rate)
     inputs, outputs = torch.from_numpy(source[1]), torch.from_numpy(target[1])
     channels = 1 if outputs.ndim == 4 else outputs.ndim - 1
     draw = np.random.default_rng(seed)
-    for step in range(steps):
+    for step in range(schedule.steps):
         chosen = torch.from_numpy(draw.choice(len(inputs), min(batch, len(inputs)), replace=False))
         values = {**fixed, source[0]: inputs[chosen]}
         for name, entry in soft.items():
             _, shape, axis, _ = weights[name]
             values[name] = _to_shape(entry.values(), shape, axis)
         for node in nodes:
-            values[node.output[0]] = _run(node, [values[name] if name else None for name in node.input])
+            given = [values[name_of(value)] if value is not None else None for value in node.inputs]
+            values[name_of(node.outputs[0])] = _run(node, given)
         loss = (values[target[0]] - outputs[chosen]).square().sum(channels).mean()
-        progress = (step / steps - _WARM_UP) / (1 - _WARM_UP)
+        progress = (step / schedule.steps - _WARM_UP) / (1 - _WARM_UP)
         if progress >= 0:
             beta = _BETA[1] + (_BETA[0] - _BETA[1]) * (1 - progress)
             loss = loss + _REGULARISER * sum(entry.regulariser(beta) for entry in soft.values())
@@ -121,49 +123,49 @@ def _to_shape(rows: torch.Tensor, shape: tuple[int, ...], axis: int) -> torch.Te
     return rows.reshape(moved).movedim(0, axis)
 
 
-def _run(node: onnx.NodeProto, given: list[torch.Tensor | None]) -> torch.Tensor:
+def _run(node: ir.Node, given: list[torch.Tensor | None]) -> torch.Tensor:
     """One node in torch, with gradients; rounding passes the gradient straight through."""
     x = given[0]
     assert x is not None
     rest = [value for value in given[1:] if value is not None]
-    if node.op_type == "MatMul":
+    if is_op(node, "MatMul"):
         return x @ rest[0]
-    if node.op_type == "Gemm":
+    if is_op(node, "Gemm"):
         left = x.mT if attribute(node, "transA", 0) else x
         product = left @ (rest[0].mT if attribute(node, "transB", 0) else rest[0])
         return product + rest[1] if len(rest) > 1 else product
-    if node.op_type == "Conv":
+    if is_op(node, "Conv"):
         if x.ndim != 4:
             raise GraphError(f"{node.name}: adaround rounds 2-D convolutions only. Use gptaq for this model.")
         strides, dilations = _pair(node, "strides"), _pair(node, "dilations")
         padded = F.pad(x, _pads(node))
         bias = rest[1] if len(rest) > 1 else None
-        return F.conv2d(padded, rest[0], bias, strides, 0, dilations, integer_attribute(node, "group", 1))
-    if node.op_type == "Relu":
+        return F.conv2d(padded, rest[0], bias, strides, 0, dilations, attribute(node, "group", 1))
+    if is_op(node, "Relu"):
         return x.relu()
-    if node.op_type == "Add":
+    if is_op(node, "Add"):
         return x + rest[0]
-    if node.op_type == "Clip":
+    if is_op(node, "Clip"):
         return x.clamp(rest[0], rest[1])
-    if node.op_type == "QuantizeLinear":  # as a float, so that the gradient passes
+    if is_op(node, "QuantizeLinear"):  # as a float, so that the gradient passes
         steps = x / rest[0]
         return steps + (steps.round() - steps).detach()
-    if node.op_type == "DequantizeLinear":
+    if is_op(node, "DequantizeLinear"):
         return x * rest[0]
-    if node.op_type in ("AveragePool", "MaxPool"):
-        pool = F.avg_pool2d if node.op_type == "AveragePool" else F.max_pool2d
-        low = 0.0 if node.op_type == "AveragePool" else -torch.inf
+    if is_op(node, "AveragePool", "MaxPool"):
+        pool = F.avg_pool2d if is_op(node, "AveragePool") else F.max_pool2d
+        low = 0.0 if is_op(node, "AveragePool") else -torch.inf
         kernel = _pair(node, "kernel_shape")
         return pool(F.pad(x, _pads(node), value=low), kernel, _pair(node, "strides"))
     raise GraphError(f"{node.name}: adaround cannot run {node.op_type}. Use gptaq for this model.")
 
 
-def _pair(node: onnx.NodeProto, name: str) -> tuple[int, int]:
-    first, second = integers_attribute(node, name, 2)
+def _pair(node: ir.Node, name: str) -> tuple[int, int]:
+    first, second = integers(node, name, 2)
     return first, second
 
 
-def _pads(node: onnx.NodeProto) -> list[int]:
+def _pads(node: ir.Node) -> list[int]:
     """torch's order: last axis first."""
-    top, left, bottom, right = integers_attribute(node, "pads", 4, 0)
+    top, left, bottom, right = integers(node, "pads", 4, 0)
     return [left, right, top, bottom]

@@ -1,9 +1,16 @@
 """The interface that every rounding plugs into."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import onnx_ir as ir
+from onnxruntime.quantization import CalibrationDataReader
+
+from d4c_onnx.calibration.observers import QuantParams
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +45,8 @@ class InputMoments:
     cross: np.ndarray
 
 
-class Rounding(Protocol):
-    """One method.
+class LayerRounding(Protocol):
+    """How one layer's weight meets its grid.
 
     Attributes:
         uses_data: whether `round` needs the layer's input moments.
@@ -56,6 +63,50 @@ class Rounding(Protocol):
             weight: float32 [channels, inputs], output channels first.
             num_bits: 4, 6, 7 or 8.
             moments: of the layer's input; given when `uses_data`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingTask:
+    """What there is to round, and on what data.
+
+    Attributes:
+        model: the float encoder; not to be changed.
+        plan: which weights, and how wide their grids are.
+        ranges: the grid of every activation, for x^.
+        reader: rewindable calibration data.
+        correction: what is repaired in closed form afterwards: none, bias or affine.
+        provider, threads: of the runs.
+        on_step: told `round`, how many layers, of how many.
+    """
+
+    model: ir.Model
+    plan: Plan
+    ranges: Mapping[str, QuantParams]
+    reader: CalibrationDataReader
+    correction: str = "none"
+    provider: str = "cpu"
+    threads: int = 0
+    on_step: OnStep = silent
+
+
+@dataclass(slots=True)
+class RoundedWeights:
+    """What was chosen: per weight initialiser its grid, per bias initialiser its corrected float values."""
+
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    biases: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Rounding(Protocol):
+    """A method: all weights of an encoder onto their grids. `rounding.METHODS` names them."""
+
+    def round_weights(self, task: RoundingTask) -> RoundedWeights:
+        """Round every weight of the task's plan.
+
+        Raises:
+            GraphError: the graph holds what the method cannot round.
         """
         ...
 

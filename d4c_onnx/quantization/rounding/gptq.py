@@ -28,9 +28,9 @@ class GptqRounding:
     uses_data = True
     sequential = False
 
-    def __init__(self, damping: float = 0.1) -> None:
-        """`damping`: share of the mean of G's diagonal that is added to it (GPTQ's percdamp)."""
-        self.damping = damping
+    def __init__(self, dampening: float = 0.1) -> None:
+        """`dampening`: share of the mean of G's diagonal that is added to it (GPTQ's percdamp)."""
+        self.dampening = dampening
         self._solved: tuple[InputMoments, _Solved] | None = None
 
     def round(self, weight: np.ndarray, num_bits: int, moments: InputMoments | None = None) -> QuantizedWeight:
@@ -39,7 +39,7 @@ class GptqRounding:
         # q, k and v come one after the other with the same moments: the factors are worth keeping for the next call
         if self._solved is None or self._solved[0] is not moments:
             self._solved = None  # the room of the last factors is needed for the next
-            self._solved = moments, _solve(moments, self.damping)
+            self._solved = moments, _solve(moments, self.dampening)
         solved = self._solved[1]
         target = weight.astype(np.float64) @ solved.shift
         scale = search_scales(target.astype(np.float32), num_bits, solved.importance)
@@ -64,9 +64,9 @@ class _Solved:
     factor: np.ndarray
 
 
-def _solve(moments: InputMoments, damping: float) -> _Solved:
+def _solve(moments: InputMoments, dampening: float) -> _Solved:
     inputs = len(moments.gram)
-    ridge = damping * max(float(np.trace(moments.gram)) / inputs, 1e-12)
+    ridge = dampening * max(float(np.trace(moments.gram)) / inputs, 1e-12)
     gram = _with_ridge(moments.gram, ridge)
     importance, inverse = np.diag(gram).copy(), np.linalg.inv(gram)
     del gram  # one of these matrices is 134 MB for a ViT-L

@@ -1,0 +1,220 @@
+"""A model in memory is an `onnx_ir.Model`: values know who makes and who reads them. Reading and writing it.
+
+Protobuf appears where something else wants it: `quantize_static` a file, a session bytes or a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass, RemoveUnusedNodesPass
+
+from d4c_onnx.errors import GraphError
+from d4c_onnx.manifest import Signature, TensorInfo
+
+PROTOBUF_LIMIT_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB; the margin is for the graph around the weights
+EXTERNAL_SUFFIX = ".data"
+_EXTERNAL_FROM_BYTES = 1024  # smaller constants stay in the graph, where shape inference looks for them
+_ALIGN_BYTES = 4096  # a page: what is read in place starts on one
+_SMALL = 1024  # values of a constant that may say what shape another value has
+# Operators whose meaning (not only whose types) changed between opset 17 and 23.
+_CHANGED = {"GridSample", "GroupNormalization", "DFT"}
+_IR_VERSIONS = ((23, 11), (21, 10), (0, 8))  # from which opset on, which IR version
+
+
+def load_model(path: Path) -> ir.Model:
+    """Read a model; weights beside the graph are mapped, not copied. Every node has a name of its own afterwards.
+
+    Raises:
+        GraphError: the file is not an ONNX model.
+    """
+    try:
+        model = ir.load(path)
+        NameFixPass()(model)  # plans, ranges and reports name nodes and values
+    except FileNotFoundError as error:
+        raise GraphError(f"{path}: no such file.") from error
+    except Exception as error:  # protobuf's DecodeError has no stable public name
+        raise GraphError(f"{path}: not an ONNX model ({str(error)[:200]}).") from error
+    return model
+
+
+def model_of(proto: onnx.ModelProto) -> ir.Model:
+    """A model that torch's exporter or a converter of onnxruntime hands over as protobuf."""
+    model = ir.from_proto(proto)
+    NameFixPass()(model)
+    return model
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """What a model's initialisers take."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+
+
+def save_model(
+    model: ir.Model,
+    path: Path,
+    limit_bytes: int | None = None,
+    replaced: Callable[[str], np.ndarray | None] = lambda _: None,
+) -> None:
+    """Write a model to a staged path; weights go to `<path>.data` when one file cannot hold them.
+
+    The model itself stays as it is, and weights beside the graph are written one by one: no second copy of them is made
+    in memory.
+
+    Args:
+        limit_bytes: how many bytes of weights one file may hold; none: as many as a protobuf can.
+        replaced: other values for an initialiser of that name, of its own shape and type; None leaves it.
+    """
+    limit = PROTOBUF_LIMIT_BYTES if limit_bytes is None else limit_bytes
+    external: dict[str, Any] = {}
+    if weight_bytes(model) > limit:
+        external = {"external_data": path.name + EXTERNAL_SUFFIX, "size_threshold_bytes": _EXTERNAL_FROM_BYTES - 1}
+        external |= {"alignment": _ALIGN_BYTES, "align_threshold": 0}
+    own = {value: (value.const_value, value.type, value.shape) for value in model.graph.initializers.values()}
+    for value, (tensor, _, _) in own.items():
+        if tensor is not None and replaced(tensor.name or "") is not None:
+            value.const_value = _later(tensor.name or "", tensor, replaced)
+        if not value.is_graph_input():  # or the file would note each weight's type and shape once more
+            value.type, value.shape = None, None
+    try:
+        ir.save(model, path, **external)
+    finally:
+        for value, (tensor, kind, shape) in own.items():
+            value.const_value, value.type, value.shape = tensor, kind, shape
+
+
+def _later(name: str, like: Any, replaced: Callable[[str], np.ndarray | None]) -> ir.LazyTensor:
+    """A tensor that is computed when it is written, so that all replaced ones are never in memory together."""
+
+    def make() -> ir.Tensor:
+        values = replaced(name)
+        assert values is not None
+        return ir.Tensor(np.ascontiguousarray(values), name=name)
+
+    return ir.LazyTensor(make, dtype=like.dtype, shape=like.shape, name=name, cache=False)
+
+
+def raise_opset(model: ir.Model, version: int) -> None:
+    """Relabel the default domain's opset, in place. Our operators only gained types between 17 and 23.
+
+    Raises:
+        GraphError: the graph holds an operator whose meaning changed on the way.
+    """
+    changed = sorted({node.op_type for node in model.graph.all_nodes() if node.domain in ("", "ai.onnx")} & _CHANGED)
+    if changed:
+        raise GraphError(f"cannot raise the opset to {version}: {', '.join(changed)} changed its meaning on the way.")
+    model.graph.opset_imports[""] = max(opset_of(model), version)
+    model.ir_version = max(model.ir_version, next(least for since, least in _IR_VERSIONS if version >= since))
+
+
+def opset_of(model: ir.Model) -> int:
+    """The version of the default operator set."""
+    return max((model.graph.opset_imports.get(domain) or 0 for domain in ("", "ai.onnx")), default=0)
+
+
+def set_metadata(model: ir.Model, properties: Mapping[str, str]) -> None:
+    """Replace the model's metadata_props, in sorted order."""
+    model.metadata_props.clear()
+    model.metadata_props.update({key: properties[key] for key in sorted(properties)})
+
+
+def clear_notes(model: ir.Model) -> None:
+    """Drop the exporter's stack traces, doc strings and inferred shapes: they dwarf a 4-bit mini's weights."""
+    kept = dict(model.metadata_props)
+    ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.update(kept)
+    model.functions.clear()
+    given = {*model.graph.inputs, *model.graph.outputs}
+    for value in (*given, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in given:
+                value.shape, value.type = None, None
+
+
+def drop_unused(model: ir.Model) -> bool:
+    """Remove nodes and initialisers that no output needs; whether there were any."""
+    return bool(RemoveUnusedNodesPass()(model).modified)
+
+
+def with_shapes(model: ir.Model) -> onnx.ModelProto:
+    """The model as protobuf, the type and shape of every value that ONNX can infer noted; for a model of any size.
+
+    Large constants are stood for by their shapes while they are inferred: onnx would write out the whole model, which
+    above 2 GB it cannot.
+    """
+    whole = ir.to_proto(model)
+    shell = without_weights(whole)
+    for tensor in whole.graph.initializer:
+        if prod(tensor.dims) <= _SMALL:
+            shell.graph.initializer.append(tensor)
+        else:
+            entry = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            shell.graph.input.append(entry)
+    inferred = onnx.shape_inference.infer_shapes(shell)
+    del whole.graph.value_info[:]
+    whole.graph.value_info.extend(inferred.graph.value_info)
+    return whole
+
+
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of everything but the initialisers, which are most of what a model takes in memory."""
+    shell = onnx.ModelProto()
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            _copy_field(shell, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            _copy_field(shell.graph, field.name, value)
+    return shell
+
+
+def _copy_field(target: Any, name: str, value: Any) -> None:
+    """One field of a protobuf message: a message, a scalar, or a repeated one of either."""
+    if hasattr(value, "CopyFrom"):
+        getattr(target, name).CopyFrom(value)
+    elif isinstance(value, (int, float, str, bytes)):
+        setattr(target, name, value)
+    else:
+        getattr(target, name).extend(value)
+
+
+@contextlib.contextmanager
+def with_outputs(model: ir.Model, names: Sequence[str] | None) -> Iterator[ir.Model]:
+    """The model itself with the named values for graph outputs; it gets its own back at the end.
+
+    None leaves it as it is. New outputs carry no type: onnxruntime infers it.
+    """
+    if names is None:
+        yield model
+        return
+    own = list(model.graph.outputs)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(values[name] for name in names)
+    try:
+        yield model
+    finally:
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(own)
+
+
+def signature_of(model: ir.Model) -> Signature:
+    """Inputs, outputs and opset, read from the graph."""
+    inputs, outputs = (tuple(map(_describe, values)) for values in (model.graph.inputs, model.graph.outputs))
+    return Signature(inputs, outputs, opset_of(model))
+
+
+def _describe(value: ir.Value) -> TensorInfo:
+    shape = tuple(size if isinstance(size, int) else size.value or 0 for size in value.shape or ())
+    return TensorInfo(value.name or "", value.dtype.numpy().name if value.dtype is not None else "unknown", shape)

@@ -1,0 +1,42 @@
+"""What every step of quantising one encoder is given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxruntime.quantization import CalibrationDataReader
+
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.plan import Plan, make_plan
+from d4c_onnx.quantization.targets import Target
+from d4c_onnx.recipe import QuantizationSection
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderTask:
+    """One encoder to quantise, and how.
+
+    Attributes:
+        section: widths, rounding, ranges.
+        target: of the section.
+        reader: rewindable calibration data for the encoder's input.
+        eight_bit_nodes: nodes whose weights get 8 bits whatever the recipe's width.
+        provider, threads: of the calibration runs.
+        on_step: told where it is: fold, calibrate, round, write.
+        verify: check every rewrite by running the graph before and after it.
+    """
+
+    section: QuantizationSection
+    target: Target
+    reader: CalibrationDataReader
+    eight_bit_nodes: Collection[str] = ()
+    provider: str = "cpu"
+    threads: int = 0
+    on_step: OnStep = silent
+    verify: bool = False
+
+    def plan(self, graph: ir.Graph) -> Plan:
+        """What of a graph is quantised."""
+        return make_plan(graph, self.section, self.eight_bit_nodes, reduce_range=self.target.reduce_range)

@@ -1,0 +1,51 @@
+"""All exact rewrites of the float graph, before anything is rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from d4c_onnx.calibration.readers import first_batches
+from d4c_onnx.graph.model import drop_unused
+from d4c_onnx.manifest import RewriteRecord
+from d4c_onnx.quantization.encoder_task import EncoderTask
+from d4c_onnx.quantization.plan import Plan
+from d4c_onnx.quantization.rewrites import apply_all, dead_start_rows, pin_start_token, same_answers, smooth
+
+
+@dataclass(frozen=True, slots=True)
+class RewrittenEncoder:
+    """The float graph after all exact rewrites: its plan, and what was done to it."""
+
+    plan: Plan
+    smoothed: dict[str, float]
+    rewrites: tuple[RewriteRecord, ...]
+
+
+def rewrite_exactly(model: ir.Model, task: EncoderTask) -> RewrittenEncoder:
+    """All exact rewrites of the float graph, in place; the plan is that of the rewritten graph."""
+    verify = same_answers(first_batches(task.reader, 2)) if task.verify else None
+    applied = list(apply_all(task.target.float_rewrites, model, verify))
+    plan = task.plan(model.graph)
+    plan = replace(
+        plan, dead_rows=dead_start_rows(model, plan, task.reader, provider=task.provider, threads=task.threads)
+    )
+    # float activations need no range: what smoothing takes from theirs it would add to the weights'. A start token that
+    # is an outlier is pinned all the same, because it would rule the moments that weights are rounded by.
+    smoothed: dict[str, float] = {}
+    if not task.section.weights_only:
+        symmetric = task.target.symmetric
+        smoothed = smooth(
+            model, plan, task.reader, task.section, symmetric=symmetric, provider=task.provider, threads=task.threads
+        )
+        applied.append(RewriteRecord("smoothing", len(smoothed)))
+    if plan.dead_rows:
+        pinned = pin_start_token(model, task.reader, provider=task.provider, threads=task.threads)
+        applied.append(pinned.record("start token pinned"))
+    drop_unused(model)
+    # smoothing may have put a Mul behind an activation: the layer then reads another value
+    dead = {layer.weight for layer in plan.layers if layer.data in plan.dead_rows}
+    final = task.plan(model.graph)
+    rows = frozenset(layer.data for layer in final.layers if layer.weight in dead)
+    return RewrittenEncoder(replace(final, dead_rows=rows), smoothed, tuple(applied))

@@ -1,0 +1,1 @@
+"""What the float encoder does inside, on calibration data: live values piece by piece, ranges, second moments."""

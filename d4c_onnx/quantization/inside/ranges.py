@@ -1,0 +1,101 @@
+"""Activation ranges: two passes of the float encoder over all calibration samples."""
+
+import numpy as np
+import onnx_ir as ir
+from onnxruntime.quantization import CalibrationDataReader
+
+from d4c_onnx.calibration.observers import QuantParams, RangeObserver
+from d4c_onnx.calibration.readers import first_batches
+from d4c_onnx.errors import GraphError
+from d4c_onnx.graph.values import is_constant, is_op, name_of
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.plan import Plan
+from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.runtime.session import EncoderSession
+
+
+def collect_ranges(
+    model: ir.Model,
+    plan: Plan,
+    reader: CalibrationDataReader,
+    section: QuantizationSection,
+    *,
+    symmetric: bool = False,
+    provider: str = "cpu",
+    threads: int = 0,
+    on_step: OnStep = silent,
+) -> dict[str, QuantParams]:
+    """The grid of every activation.
+
+    Args:
+        model: the float encoder.
+        plan: which activations, and what counts of them.
+        reader: rewindable.
+        section: `ranges` and the activation width.
+        symmetric: whether grids have zero point 0 in their middle.
+
+    Returns:
+        Per value name: scale, zero point, width.
+    """
+    if section.weights_only:
+        _check_float16(model, plan, reader, provider, threads)
+        return {}
+    given = {name_of(value) for value in model.graph.inputs}
+    wanted = [name for name in plan.activations if name not in given]
+    fed = [name for name in plan.activations if name in given]
+    session = EncoderSession.of_model(model, provider, threads, outputs=wanted)
+    observers = {name: RangeObserver() for name in plan.activations}
+    passes = 1 if section.ranges == "minmax" else 2
+    total = _count(reader) * passes
+    done = 0
+    for number in range(passes):
+        reader.rewind()
+        while (feed := reader.get_next()) is not None:
+            batch = next(iter(feed.values()))
+            values = session.run_all(batch)
+            for name, observer in observers.items():
+                seen = plan.observed(name, batch if name in fed else values[name])
+                if not seen.size:  # a prompt of the start token alone
+                    continue
+                observer.observe_histogram(seen) if number else observer.observe_extremes(seen)
+            done += 1
+            on_step("calibrate", done, total, {})
+    bits, headroom = section.activation_bits, section.headroom
+    if section.ranges == "minmax":
+        return {name: observer.minmax(bits, headroom, symmetric) for name, observer in observers.items()}
+    clip_weight = section.clip_weight
+    return {name: observer.mse(bits, headroom, clip_weight, symmetric) for name, observer in observers.items()}
+
+
+def _check_float16(model: ir.Model, plan: Plan, reader: CalibrationDataReader, provider: str, threads: int) -> None:
+    """Look at one sample's products, residual sums and normalised values; a CPU, in float32, never overflows.
+
+    Masks, which may hold the least float32 there is, are not looked at: the conversion confines them.
+
+    Raises:
+        GraphError: one is beyond what float16 holds.
+    """
+    norms = [node for node in model.graph if is_op(node, "LayerNormalization")]
+    around = [
+        value for node in norms for value in (node.inputs[0], node.outputs[0]) if value and not is_constant(value)
+    ]
+    names = [layer.output for layer in plan.layers] + [name_of(value) for value in around]
+    given = {name_of(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    wanted = [name for name in dict.fromkeys(names) if name not in given]
+    session = EncoderSession.of_model(model, provider, threads, outputs=wanted)
+    batch = first_batches(reader, 1)[0]
+    for name, values in session.run_all(batch[:1]).items():
+        largest = np.abs(values).max(initial=0)
+        if not largest <= np.finfo(np.float16).max:  # so that what is not a number fails, too
+            raise GraphError(
+                f"{name}: reaches {largest:.3g}, float16 holds 65504: these activations cannot stay in float16. "
+                "Use 8-bit ones (w4a8, w8a8) on a CPU."
+            )
+
+
+def _count(reader: CalibrationDataReader) -> int:
+    reader.rewind()
+    count = 0
+    while reader.get_next() is not None:
+        count += 1
+    return count

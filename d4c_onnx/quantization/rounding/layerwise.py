@@ -1,0 +1,131 @@
+"""Rounding layer by layer: all weights of an encoder, and the biases that take up the mean of what rounding changed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from d4c_onnx.graph.layers import WeightedLayer, added_constant, channels_back, channels_first
+from d4c_onnx.graph.values import array, constant, dims, is_constant, name_of, nodes_by_name, readers
+from d4c_onnx.quantization.inside.statistics import InputStatistics, StatisticsCollector
+from d4c_onnx.quantization.plan import Plan
+from d4c_onnx.quantization.rounding.base import (
+    InputMoments,
+    LayerRounding,
+    QuantizedWeight,
+    RoundedWeights,
+    RoundingTask,
+)
+from d4c_onnx.quantization.rounding.corrections import correct_affine, correct_mean
+
+
+@dataclass(frozen=True, slots=True)
+class Layerwise:
+    """A rounding of single layers, applied from the first layer to the last.
+
+    Attributes:
+        make: a fresh `LayerRounding`, which may keep factors between calls.
+    """
+
+    make: Callable[[], LayerRounding]
+
+    def round_weights(self, task: RoundingTask) -> RoundedWeights:
+        """See `Rounding`; biases are corrected in closed form where the task says so."""
+        return _Layers(task, self.make()).run()
+
+
+class _Layers:
+    """One run over all layers of a task."""
+
+    def __init__(self, task: RoundingTask, rounding: LayerRounding) -> None:
+        self._task, self._rounding = task, rounding
+        self._graph = task.model.graph
+        self._nodes = nodes_by_name(self._graph)
+        self._corrects = task.correction != "none"
+        self._result = RoundedWeights()
+
+    def run(self) -> RoundedWeights:
+        plan = self._task.plan
+        if not self._rounding.uses_data and not self._corrects:
+            for number, layer in enumerate(plan.layers):
+                self._round(layer, [])
+                self._task.on_step("round", number + 1, len(plan.layers), {})
+            return self._result
+        task = self._task
+        collector = StatisticsCollector(task.model, plan, task.ranges, task.reader, task.provider, task.threads)
+        stages = _stages(plan) if self._rounding.sequential else [list(plan.layers)]
+        for number, stage in enumerate(stages):
+            self._round_stage(stage, collector)
+            task.on_step("round", number + 1, len(stages), {})
+        return self._result
+
+    def _round_stage(self, stage: list[WeightedLayer], collector: StatisticsCollector) -> None:
+        statistics = collector.collect(stage)
+        moments: dict[tuple[str, bool], list[InputMoments]] = {}
+        weights, biases = self._result.weights, self._result.biases
+        for layer in stage:
+            found, fresh = statistics[layer.data], layer.weight not in weights
+            bias = self._bias(layer)
+            if fresh:
+                key = layer.data, self._corrects and bias is not None
+                if key not in moments:
+                    moments[key] = _moments(found, key[1])
+                self._round(layer, moments[key])
+            if self._corrects:  # a weight that two layers share has its gain from the first; biases are a layer's own
+                self._correct(layer, bias, found, fresh and self._task.correction == "affine")
+            shape = dims(self._graph.initializers[layer.weight]) or ()
+            collector.replace(
+                layer.weight, channels_back(weights[layer.weight].dequantize(), shape, layer.channel_axis)
+            )
+            if bias is not None and name_of(bias) in biases:
+                collector.replace(name_of(bias), biases[name_of(bias)])
+
+    def _round(self, layer: WeightedLayer, moments: list[InputMoments]) -> None:
+        rows, bits, rounding = self._rows(layer), self._task.plan.weight_bits[layer.weight], self._rounding
+        if not rounding.uses_data:
+            self._result.weights[layer.weight] = rounding.round(rows, bits)
+            return
+        groups = zip(np.split(rows, len(moments)), moments, strict=True)
+        parts = [rounding.round(part, bits, own) for part, own in groups]
+        self._result.weights[layer.weight] = QuantizedWeight(
+            np.concatenate([part.integers for part in parts]), np.concatenate([part.scale for part in parts]), bits
+        )
+
+    def _correct(self, layer: WeightedLayer, value: ir.Value | None, found: InputStatistics, affine: bool) -> None:
+        weights, bias, rows = self._result.weights, array(value), self._rows(layer)
+        if affine:
+            weights[layer.weight], bias = correct_affine(rows, weights[layer.weight], bias, found)
+        elif bias is not None:
+            bias = correct_mean(rows, weights[layer.weight], bias, found)
+        if value is not None and bias is not None:
+            self._result.biases[name_of(value)] = bias
+
+    def _bias(self, layer: WeightedLayer) -> ir.Value | None:
+        return bias_of(self._nodes[layer.node])
+
+    def _rows(self, layer: WeightedLayer) -> np.ndarray:
+        values = constant(self._graph.initializers[layer.weight])
+        return channels_first(np.asarray(values, np.float32), layer.channel_axis)
+
+
+def bias_of(node: ir.Node) -> ir.Value | None:
+    """The initialiser that a layer's output gets added: a Conv's or Gemm's third input, or the Add after a MatMul."""
+    if node.op_type != "MatMul":
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        return value if is_constant(value) else None
+    found = added_constant(node.outputs[0])
+    return found[1] if found is not None and len(readers(found[1])) == 1 else None
+
+
+def _stages(plan: Plan) -> list[list[WeightedLayer]]:
+    """Layers that read the same value are rounded together, in graph order."""
+    stages: dict[str, list[WeightedLayer]] = {}
+    for layer in plan.layers:
+        stages.setdefault(layer.data, []).append(layer)
+    return list(stages.values())
+
+
+def _moments(found: InputStatistics, free_mean: bool) -> list[InputMoments]:
+    """Per group; centred where a bias will take up the mean, which the weights then need not carry."""
+    return [InputMoments(gram, cross) for gram, cross in zip(*found.moments(free_mean), strict=True)]

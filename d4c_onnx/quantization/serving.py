@@ -1,0 +1,84 @@
+"""From a float graph and rounded weights to the graph that is served: QDQ, or float16 whose weights are unpacked."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from d4c_onnx.calibration.observers import QuantParams
+from d4c_onnx.calibration.readers import first_batches
+from d4c_onnx.graph.model import clear_notes
+from d4c_onnx.graph.values import set_constant
+from d4c_onnx.manifest import RewriteRecord
+from d4c_onnx.memory import release_freed
+from d4c_onnx.quantization.encoder_task import EncoderTask
+from d4c_onnx.quantization.plan import Plan
+from d4c_onnx.quantization.qdq import quantize_file, save_placed
+from d4c_onnx.quantization.rewrites import FLOAT16_AFTER, FLOAT16_BEFORE, apply_all, convert_to_float16, same_answers
+from d4c_onnx.quantization.rounding import RoundedWeights
+from d4c_onnx.quantization.storage import clip_activations, store_narrow, store_scaled, stored_of
+
+# Max abs difference of an embedding: sums of another order move some activations to the next step of their grid.
+_BETWEEN_QUANTISERS = 0.02
+
+
+def to_qdq(
+    model: ir.Model,
+    plan: Plan,
+    rounded: RoundedWeights,
+    ranges: Mapping[str, QuantParams],
+    task: EncoderTask,
+) -> tuple[ir.Model, tuple[RewriteRecord, ...]]:
+    """The QDQ graph as it is served; `model` must not be used afterwards."""
+    weights = rounded.weights
+    _place_biases(model, rounded)
+    with tempfile.TemporaryDirectory() as folder:
+        placed = Path(folder) / "float.onnx"
+        save_placed(model, plan, weights, placed)
+        for value in model.graph.initializers.values():
+            value.const_value = None  # quantize_static loads the file several times: a large encoder needs the room
+        release_freed()
+        quantized = quantize_file(placed, plan, weights, ranges, task.reader, task.target)
+    clear_notes(quantized)
+    wide = stored_of(quantized, {layer.node for layer in plan.layers if weights[layer.weight].num_bits != 4})
+    clip_activations(quantized, ranges)
+    verify = same_answers(first_batches(task.reader, 2), _BETWEEN_QUANTISERS) if task.verify else None
+    applied = apply_all(task.target.served_rewrites, quantized, verify)
+    if any(weight.num_bits == 4 for weight in weights.values()):
+        store_narrow(quantized, wide, task.target.int4)
+    return quantized, applied
+
+
+def to_float16(
+    model: ir.Model,
+    plan: Plan,
+    rounded: RoundedWeights,
+    ranges: Mapping[str, QuantParams],
+    task: EncoderTask,
+) -> tuple[ir.Model, tuple[RewriteRecord, ...]]:
+    """Weights only: the float16 graph, whose weights are unpacked when it is loaded."""
+    _place_biases(model, rounded)
+    half, applied = in_float16(model)
+    store_scaled(half, {layer.weight: (rounded.weights[layer.weight], layer.channel_axis) for layer in plan.layers})
+    return half, applied
+
+
+def _place_biases(model: ir.Model, rounded: RoundedWeights) -> None:
+    for name, values in rounded.biases.items():
+        set_constant(model.graph, name, values)
+
+
+def in_float16(model: ir.Model) -> tuple[ir.Model, tuple[RewriteRecord, ...]]:
+    """The float16 graph of a float one, as it is served; `model` must not be used afterwards.
+
+    Raises:
+        GraphError: onnxruntime's converter refused it.
+    """
+    before = apply_all(FLOAT16_BEFORE, model)
+    half = convert_to_float16(model)
+    after = apply_all(FLOAT16_AFTER, half)
+    clear_notes(half)
+    return half, (*before, *after)

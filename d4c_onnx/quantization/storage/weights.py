@@ -1,0 +1,74 @@
+"""Weights of a finished graph into the form that its target wants (`graph.stored` has the forms)."""
+
+from collections.abc import Collection, Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from d4c_onnx.graph.layers import channels_back
+from d4c_onnx.graph.model import opset_of, raise_opset
+from d4c_onnx.graph.stored import INT8, Form, convert_stored, stored_weight
+from d4c_onnx.graph.values import dims, name_of, node, prepend, set_constant
+from d4c_onnx.quantization.rounding.base import QuantizedWeight
+
+_FROM_INT4 = 21  # the opset that brought the type
+
+
+def stored_of(model: ir.Model, products: Collection[str]) -> frozenset[ir.Value]:
+    """The initialisers that the named products multiply with."""
+    found = (stored_weight(product) for product in model.graph if product.name in products)
+    return frozenset(stored.initializer for stored in found if stored is not None)
+
+
+def store_narrow(model: ir.Model, wide: Collection[ir.Value], form: Form) -> int:
+    """Store int8 weights in 4 bits, in place; returns how many initialisers.
+
+    Args:
+        wide: initialisers that keep 8 bits; all others' values lie in [-8, 7]. They are known by themselves and not by
+            who reads them: a rewrite may have given a product another name.
+        form: of 4 bits.
+    """
+    narrow = {}
+    for product in model.graph:
+        stored = stored_weight(product)
+        if stored is not None and stored.form is INT8 and stored.initializer not in wide:
+            narrow[stored.initializer] = stored
+    # what unpacks a weight is put in front of everything: the last one first, so that they come in graph order
+    for stored in reversed(narrow.values()):
+        convert_stored(model.graph, stored, form)
+    if narrow and opset_of(model) < form.opset:
+        raise_opset(model, form.opset)
+    return len(narrow)
+
+
+def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, int]]) -> None:
+    """Store float initialisers as integers that are unpacked when the file is loaded, in place.
+
+    integers -> Cast to float32 -> Mul by one scale a channel (-> Cast to float16, where the initialiser was that):
+    standard operators of constants, which onnxruntime folds. What runs is the float graph.
+
+    Args:
+        weights: per initialiser its grid, and the axis of its channels; 4-bit ones are stored in INT4.
+    """
+    graph = model.graph
+    fresh: list[ir.Node] = []
+    for name, (weight, axis) in weights.items():
+        value = graph.initializers[name]
+        shape, kept = dims(value) or (), value.dtype
+        integers = channels_back(weight.integers, shape, axis)
+        packed = integers.astype(ml_dtypes.int4) if weight.num_bits == 4 else integers
+        stored = set_constant(graph, f"{name}_quantized", packed)
+        line = [-1 if position == axis else 1 for position in range(len(shape))]
+        scale = set_constant(graph, f"{name}_scale", weight.scale.reshape(line).astype(np.float32))
+        nodes = [node("Cast", [stored], f"{name}_integers", attributes={"to": ir.DataType.FLOAT})]
+        nodes.append(node("Mul", [nodes[0].outputs[0], scale], f"{name}_scaled", name=f"{name}_dequantize"))
+        if kept not in (None, ir.DataType.FLOAT):
+            last = nodes[-1].outputs[0]
+            nodes.append(node("Cast", [last], f"{name}_real", name=f"{name}_cast", attributes={"to": kept}))
+        value.replace_all_uses_with(nodes[-1].outputs[0])
+        graph.initializers.pop(name_of(value))
+        fresh += nodes
+    prepend(graph, fresh)
+    if any(weight.num_bits == 4 for weight, _ in weights.values()):
+        raise_opset(model, _FROM_INT4)

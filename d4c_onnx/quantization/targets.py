@@ -1,0 +1,133 @@
+"""A target: what an execution provider wants of a quantised graph, as ordered rewrites and forms of storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from d4c_onnx.errors import RecipeError
+from d4c_onnx.graph.stored import CAST, FORMS, NATIVE, Form
+from d4c_onnx.quantization.rewrites import (
+    COMPUTE_POOLED_ROW,
+    CONVOLVE_POOLS,
+    DROP_IDENTITY_POOLS,
+    FOLD_BATCH_NORMS,
+    FOLD_QUICK_GELU,
+    FUSE_ATTENTION,
+    OMIT_ZERO_POINTS,
+    SEPARATE_GELU,
+    UNFOLD_PATCHES,
+    Rewrite,
+)
+from d4c_onnx.quantization.storage import TokenTable
+from d4c_onnx.recipe import QuantizationSection
+
+# Before the plan, on the float graph; exact.
+_FLOAT = (FOLD_BATCH_NORMS, DROP_IDENTITY_POOLS, FOLD_QUICK_GELU)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The form of a file for one way of serving it.
+
+    Attributes:
+        float_rewrites: of the float graph, in order, before anything is measured or rounded.
+        served_rewrites: of the QDQ graph, in order; the answers stay the same.
+        int4: how 4-bit weights lie in the file.
+        token_table: how the text encoder's does.
+        note: what to expect there.
+        symmetric: int8 activations with zero point 0 everywhere, instead of uint8 with any.
+        quantize_bias: store a convolution's bias as int32; otherwise it stays float.
+        reduce_range: 8-bit weights stay in [-64, 63]. onnxruntime's kernels for x86 without VNNI add two products of
+            uint8 and int8 in 16 bits, which full weights overflow: ViT-B/32's W8A8 image embeddings then were seven
+            times further from FP32 than the file says.
+        fp16_beside: put an FP16 bundle beside.
+    """
+
+    float_rewrites: tuple[Rewrite, ...]
+    served_rewrites: tuple[Rewrite, ...]
+    int4: Form
+    token_table: TokenTable
+    note: str
+    symmetric: bool = False
+    quantize_bias: bool = True
+    reduce_range: bool = True
+    fp16_beside: bool = False
+
+
+TARGETS = {
+    "cpu": Target(
+        float_rewrites=(*_FLOAT, UNFOLD_PATCHES),
+        served_rewrites=(COMPUTE_POOLED_ROW, SEPARATE_GELU, FUSE_ATTENTION, OMIT_ZERO_POINTS, CONVOLVE_POOLS),
+        int4=CAST,
+        token_table=TokenTable.PACKED,
+        note="int8 kernels on onnxruntime's CPU provider",
+    ),
+    "portable": Target(
+        float_rewrites=(*_FLOAT, UNFOLD_PATCHES),
+        served_rewrites=(COMPUTE_POOLED_ROW, SEPARATE_GELU, OMIT_ZERO_POINTS, CONVOLVE_POOLS),
+        int4=CAST,
+        token_table=TokenTable.PACKED,
+        note="standard operators only; int8 kernels on the CPU provider",
+    ),
+    "tensorrt": Target(
+        float_rewrites=_FLOAT,
+        served_rewrites=(COMPUTE_POOLED_ROW,),
+        int4=NATIVE,
+        token_table=TokenTable.FLOAT,
+        note="for TensorRT's own compiler",
+        symmetric=True,
+        quantize_bias=False,
+        reduce_range=False,
+    ),
+    "openvino": Target(
+        float_rewrites=_FLOAT,
+        served_rewrites=(COMPUTE_POOLED_ROW,),
+        int4=NATIVE,
+        token_table=TokenTable.PACKED,
+        note="for OpenVINO's own compiler",
+    ),
+    "cuda": Target(
+        float_rewrites=_FLOAT,
+        served_rewrites=(COMPUTE_POOLED_ROW, FUSE_ATTENTION, OMIT_ZERO_POINTS),
+        int4=CAST,
+        token_table=TokenTable.FOLDED,
+        note="the CUDA provider has no kernel for QDQ products: it dequantises and multiplies in float, slower than "
+        "FP32. Serve w4a16 there, or the FP16 bundle",
+        reduce_range=False,
+        fp16_beside=True,
+    ),
+}
+
+_UNPACKED = "weights are unpacked to float16 when the file is loaded, and run as the FP16 bundle does"
+
+
+def target_of(section: QuantizationSection) -> Target:
+    """The recipe's target, with the keys that overrule it.
+
+    Raises:
+        RecipeError: a key asks for what the target rules out.
+    """
+    target = TARGETS[section.target]
+    if section.int4_layout != "auto":
+        if target.int4 is not CAST or (section.target == "cuda" and section.int4_layout != "cast"):
+            raise RecipeError(
+                f"quantization.int4_layout: {section.int4_layout} is for onnxruntime's CPU provider; target "
+                f"{section.target} stores 4-bit weights as {target.int4.name}. Leave it out."
+            )
+        target = replace(target, int4=FORMS[section.int4_layout])
+    if section.reduce_range is not None:
+        target = replace(target, reduce_range=section.reduce_range)
+    return replace(target, note=_note(section, target))
+
+
+def _note(section: QuantizationSection, target: Target) -> str:
+    """What to expect of the form that was chosen."""
+    if section.weights_only:
+        return _UNPACKED
+    note = target.note
+    compiled = target.int4 is NATIVE and section.weight_bits == 4
+    if compiled:
+        note += "; onnxruntime's CPU provider runs 4-bit layers of this file in float"
+    if target.symmetric and not compiled:
+        note += "; on x86 onnxruntime computes in float whatever reads an int8 activation that several nodes read"
+    return note

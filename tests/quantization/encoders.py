@@ -1,0 +1,79 @@
+"""The towers of the minis, quantised as a test wants them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.calibration import (
+    CalibrationSet,
+    D4CCalibrationDataReader,
+    PromptCalibrationDataReader,
+    open_calibration_set,
+)
+from d4c_onnx.graph.model import load_model
+from d4c_onnx.quantization import EncoderReport, quantize_encoder
+from d4c_onnx.recipe import QuantizationSection, load_recipe
+
+SOT, EOT = 49406, 49407
+
+
+def material(request: pytest.FixtureRequest, mini: str) -> tuple[Bundle, CalibrationSet]:
+    """The FP32 bundle of mini-`vit` or mini-`rn`, and its calibration set."""
+    made = request.getfixturevalue(f"{mini}_calibration")
+    return request.getfixturevalue(f"{mini}_bundle"), made[1] if mini == "vit" else open_calibration_set(made)
+
+
+def section_of(*keys: str) -> QuantizationSection:
+    """`bits=w8a8` and so on, as a recipe would have them."""
+    return load_recipe(None, [f"quantization.{key}" for key in keys]).quantization
+
+
+def reader_of(tower: str, dataset: CalibrationSet) -> D4CCalibrationDataReader | PromptCalibrationDataReader:
+    """The calibration data of a tower."""
+    return D4CCalibrationDataReader(dataset) if tower == "image" else PromptCalibrationDataReader(dataset)
+
+
+def quantize(
+    source: Path, dataset: CalibrationSet, path: Path, *keys: str, **options: Any
+) -> tuple[EncoderReport, ir.Model]:
+    """One encoder file, the recipe's keys and `quantize_encoder`'s own options; the report and what was written."""
+    tower = options.pop("tower", None) or ("text" if source.name.startswith("text") else "image")
+    reader = reader_of(tower, dataset)
+    report = quantize_encoder(source, path, reader, section_of(*keys), **{"threads": 1, **options})
+    return report, load_model(path)
+
+
+def texts(lengths: list[int], rng: np.random.Generator) -> np.ndarray:
+    """Prompts whose end tokens stand at different places, padded with zeros: int64 [batch, length]."""
+    rows = np.zeros((len(lengths), max(lengths)), np.int64)
+    for row, length in zip(rows, lengths, strict=True):
+        row[:length] = [SOT, *rng.integers(300, 400, length - 2), EOT]
+    return rows
+
+
+def inputs(bundle: Bundle, rng: np.random.Generator) -> dict[str, list[np.ndarray]]:
+    """A few batches for each tower, of several sizes and lengths."""
+    height, width = bundle.manifest.preprocess.size
+    images = [rng.standard_normal((batch, 3, height, width), dtype=np.float32) for batch in (1, 3)]
+    return {"image": images, "text": [texts([5], rng), texts([4, 9, 7], rng), texts([3, 77], rng)]}
+
+
+def prompts_of_eight(dataset: CalibrationSet) -> np.ndarray:
+    """The calibration prompts of 8 tokens, int64 [batch, 8]."""
+    return np.array([row for row in dataset.input_ids if len(row) == 8], np.int64)
+
+
+def count(report: EncoderReport, name: str) -> int:
+    """How many places the rewrites changed whose names hold these words."""
+    found = [applied.count for applied in report.rewrites if name in applied.name]
+    assert found, f"no rewrite {name} among {[applied.name for applied in report.rewrites]}"
+    return sum(found)
+
+
+def reasons(report: EncoderReport, name: str) -> list[str]:
+    """Why those rewrites left places alone."""
+    return [r.reason for applied in report.rewrites if name in applied.name for r in applied.refused]
