@@ -19,10 +19,10 @@ from d4c_onnx.calibration.readers import D4CCalibrationDataReader, PromptCalibra
 from d4c_onnx.evaluation.latency import Contender, drawn_feeds, measure_latency
 from d4c_onnx.graph.model import load_model, save_model
 from d4c_onnx.quantization.encoder import quantize_encoder
-from d4c_onnx.quantization.rewrites.attention import FUSE_ATTENTION
-from d4c_onnx.quantization.rewrites.base import Rewrite, apply_all
+from d4c_onnx.quantization.rewrites.fused_attention import FUSE_ATTENTION
 from d4c_onnx.quantization.rewrites.gelu import SEPARATE_GELU
 from d4c_onnx.quantization.rewrites.pooled_row import COMPUTE_POOLED_ROW
+from d4c_onnx.quantization.rewrites.rewrite import Rewrite, apply_all
 from d4c_onnx.quantization.targets import TARGETS
 from d4c_onnx.recipe import load_recipe
 

@@ -43,7 +43,7 @@ def report_calibration_set(
     """
     from d4c_onnx.calibration.controls import noise_images
     from d4c_onnx.calibration.dataset import open_calibration_set
-    from d4c_onnx.evaluation.activations import layer_inputs
+    from d4c_onnx.evaluation.layer_inputs import layer_inputs
     from d4c_onnx.evaluation.page import calibration_page
     from d4c_onnx.runtime.preprocess import denormalize
 

@@ -29,9 +29,9 @@ from torch import nn
 
 from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import Preprocess
-from d4c_onnx.models.attention import replace_attention
 from d4c_onnx.models.catalogue import EmbeddedModel, embedded_models
 from d4c_onnx.models.compact import unpack_token_table
+from d4c_onnx.models.plain_attention import replace_attention
 from d4c_onnx.models.towers import CausalTextTower, FixedTextTower, ImageTower, text_tower
 
 _CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")

@@ -9,8 +9,8 @@ from d4c_onnx.calibration.dataset import CalibrationSet, cut_to_end, save_calibr
 from d4c_onnx.manifest_file import versions
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.runtime.preprocess import denormalize
-from d4c_onnx.synthesis.plan import Plan
 from d4c_onnx.synthesis.prompts import draw_texts
+from d4c_onnx.synthesis.task import Plan
 from d4c_onnx.synthesis.units import MadeUnit
 from d4c_onnx.vocabulary import templates
 

@@ -12,8 +12,8 @@ from d4c_onnx.synthesis.early_stop import InputStatistics
 from d4c_onnx.synthesis.guide import Guide, build_guide
 from d4c_onnx.synthesis.loop import optimize_unit
 from d4c_onnx.synthesis.param import start_images
-from d4c_onnx.synthesis.plan import Plan
 from d4c_onnx.synthesis.process_group import ProcessGroup
+from d4c_onnx.synthesis.task import Plan
 from d4c_onnx.synthesis.units import MadeUnit, Unit, UnitStore
 
 

@@ -15,8 +15,8 @@ from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import PromptSection, SynthesisSection
 from d4c_onnx.synthesis.assemble import assemble
 from d4c_onnx.synthesis.make import make_units
-from d4c_onnx.synthesis.plan import decide
 from d4c_onnx.synthesis.process_group import ProcessGroup
+from d4c_onnx.synthesis.task import decide
 from d4c_onnx.synthesis.units import open_unit_store
 
 

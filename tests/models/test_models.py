@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from d4c_onnx.errors import ModelError
-from d4c_onnx.models.attention import plain_attention, replace_attention
 from d4c_onnx.models.catalogue import embedded_models
 from d4c_onnx.models.compact import pack_token_table, unpack_token_table
 from d4c_onnx.models.load import load_model
+from d4c_onnx.models.plain_attention import plain_attention, replace_attention
 from d4c_onnx.models.tokenizer_export import write_tokenizer
 
 

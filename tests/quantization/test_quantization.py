@@ -374,7 +374,7 @@ def test_every_rewrite_is_proved_by_running(
 
 
 def test_a_rewrite_that_changes_the_answers_is_caught(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    from d4c_onnx.quantization.rewrites.base import Result, Rewrite
+    from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
     def halve(model: ir.Model) -> Result:
         norm = next(nodes_of(model.graph, "LayerNormalization"))

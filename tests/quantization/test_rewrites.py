@@ -26,9 +26,8 @@ from d4c_onnx.graph.values import (
     take_over,
     value_named,
 )
-from d4c_onnx.quantization.rewrites.attention import FUSE_ATTENTION
-from d4c_onnx.quantization.rewrites.base import Result, Rewrite, apply_all
 from d4c_onnx.quantization.rewrites.batch_norm import FOLD_BATCH_NORMS
+from d4c_onnx.quantization.rewrites.fused_attention import FUSE_ATTENTION
 from d4c_onnx.quantization.rewrites.gelu import SEPARATE_GELU
 from d4c_onnx.quantization.rewrites.identity_pools import DROP_IDENTITY_POOLS
 from d4c_onnx.quantization.rewrites.mappings import apply_scale, find_mappings
@@ -37,6 +36,7 @@ from d4c_onnx.quantization.rewrites.pooled_row import COMPUTE_POOLED_ROW
 from d4c_onnx.quantization.rewrites.pools import CONVOLVE_POOLS
 from d4c_onnx.quantization.rewrites.quick_gelu import FOLD_QUICK_GELU
 from d4c_onnx.quantization.rewrites.residuals import FUSE_RESIDUALS
+from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite, apply_all
 from d4c_onnx.quantization.rewrites.zero_points import OMIT_ZERO_POINTS
 from d4c_onnx.runtime.session import EncoderSession
 

@@ -16,9 +16,9 @@ from d4c_onnx.graph.model import load_model, opset_of
 from d4c_onnx.graph.stored import CAST, FORMS, NATIVE, NIBBLES, average_bits, layer_bits, stored_weight
 from d4c_onnx.graph.values import array, attribute, nodes_of
 from d4c_onnx.quantization import EncoderReport
-from d4c_onnx.quantization.rewrites.attention import FUSE_ATTENTION
-from d4c_onnx.quantization.rewrites.base import Rewrite
+from d4c_onnx.quantization.rewrites.fused_attention import FUSE_ATTENTION
 from d4c_onnx.quantization.rewrites.pools import CONVOLVE_POOLS
+from d4c_onnx.quantization.rewrites.rewrite import Rewrite
 from d4c_onnx.quantization.storage.token_table import TokenTable
 from d4c_onnx.quantization.targets import TARGETS, Target, target_of
 from d4c_onnx.recipe import QuantizationSection

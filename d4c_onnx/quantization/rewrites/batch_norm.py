@@ -25,7 +25,7 @@ from d4c_onnx.graph.values import (
     take_over,
 )
 from d4c_onnx.manifest import Refusal
-from d4c_onnx.quantization.rewrites.base import Result, Rewrite
+from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 
 def _fold(model: ir.Model) -> Result:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from d4c_onnx.graph.values import array, attribute, is_op, maker, name_of, nodes_of, only_reader, set_constant
 from d4c_onnx.manifest import Refusal
-from d4c_onnx.quantization.rewrites.base import Result, Rewrite
+from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 
 def _separate(model: ir.Model) -> Result:

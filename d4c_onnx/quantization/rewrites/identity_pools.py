@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from d4c_onnx.graph.values import integers, is_padded, nodes_of
 from d4c_onnx.manifest import Refusal
-from d4c_onnx.quantization.rewrites.base import Result, Rewrite
+from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 
 def _drop(model: ir.Model) -> Result:

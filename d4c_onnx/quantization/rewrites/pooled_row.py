@@ -27,7 +27,7 @@ from d4c_onnx.graph.values import (
     take_over,
 )
 from d4c_onnx.manifest import Refusal
-from d4c_onnx.quantization.rewrites.base import Result, Rewrite
+from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 # Operators that give row r of their output from row r of their inputs alone, for [batch, row, width] and constants.
 _ROW_WISE = ("Add", "Mul", "Sigmoid", "Gelu", "Erf", "Div", "Relu", "Clip", "QuantizeLinear", "DequantizeLinear")

@@ -22,7 +22,7 @@ from d4c_onnx.graph.values import (
     take_over,
 )
 from d4c_onnx.manifest import Refusal
-from d4c_onnx.quantization.rewrites.base import Result, Rewrite
+from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 # What keeps the number of channels, from a pool back to the convolution that sets it.
 _KEEPS_CHANNELS = ("Relu", "Add", "Clip", "AveragePool", "MaxPool", "QuantizeLinear", "DequantizeLinear")

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from d4c_onnx.graph.layers import weighted_layers
 from d4c_onnx.graph.values import constant, is_constant, name_of, only_reader
 from d4c_onnx.manifest import Refusal
-from d4c_onnx.quantization.rewrites.base import Result, Rewrite
 from d4c_onnx.quantization.rewrites.mappings import apply_scale, find_mappings, quick_gelu_gates
+from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 
 def _fold(model: ir.Model) -> Result:

@@ -24,7 +24,7 @@ from d4c_onnx.graph.values import (
     use_contrib,
 )
 from d4c_onnx.manifest import Refusal
-from d4c_onnx.quantization.rewrites.base import Result, Rewrite
+from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 
 def _fuse(model: ir.Model) -> Result:

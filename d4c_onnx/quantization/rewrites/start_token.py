@@ -25,7 +25,7 @@ from d4c_onnx.graph.values import maker, name_of, node, only_reader, prepend, se
 from d4c_onnx.manifest import Refusal
 from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.plan import Plan
-from d4c_onnx.quantization.rewrites.base import Result
+from d4c_onnx.quantization.rewrites.rewrite import Result
 from d4c_onnx.runtime.session import EncoderSession
 
 _WIDER = 1.25  # the start token is pinned when it widens some layer's input range by this factor

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 
 from d4c_onnx.errors import GraphError
-from d4c_onnx.quantization.rewrites.base import Verify
+from d4c_onnx.quantization.rewrites.rewrite import Verify
 from d4c_onnx.runtime.session import EncoderSession
 
 _TOLERANCE = 1e-5  # of unit vectors, in float32, whose sums may come in another order

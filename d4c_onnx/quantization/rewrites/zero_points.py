@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from d4c_onnx.graph.stored import stored_weight
 from d4c_onnx.graph.values import array, is_op, nodes_of, readers
-from d4c_onnx.quantization.rewrites.base import Result, Rewrite
+from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 
 def _omit(model: ir.Model) -> Result:

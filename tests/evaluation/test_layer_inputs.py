@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from graphs import parse
 
-from d4c_onnx.evaluation.activations import LayerInput, effective_rank, layer_inputs
+from d4c_onnx.evaluation.layer_inputs import LayerInput, effective_rank, layer_inputs
 from d4c_onnx.evaluation.page import calibration_page
 from d4c_onnx.graph.model import save_model
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from d4c_onnx.graph.attention import Attention, find_attentions, is_causal, mask_axes
 from d4c_onnx.graph.values import CONTRIB, insert_before, node, set_constant, take_over, use_contrib
 from d4c_onnx.manifest import Refusal
-from d4c_onnx.quantization.rewrites.base import Result, Rewrite
+from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 
 def _fuse(model: ir.Model) -> Result:
