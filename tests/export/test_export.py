@@ -14,8 +14,9 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import CheckFailed
 from d4c_onnx.export import export_fp32, parity
 from d4c_onnx.graph.attention import find_attentions
-from d4c_onnx.graph.model import load_model
+from d4c_onnx.graph.model import load_model as load_onnx
 from d4c_onnx.graph.values import is_op, maker, nodes_of
+from d4c_onnx.models.load import load_model
 from d4c_onnx.runtime.session import EncoderSession
 
 
@@ -61,7 +62,7 @@ def test_io_contract(vit_bundle: Bundle) -> None:
 
 
 def test_attention_is_one_matmul_per_projection(vit_bundle: Bundle) -> None:
-    model = load_model(vit_bundle.image_encoder)
+    model = load_onnx(vit_bundle.image_encoder)
     assert ops(model).count("MatMul") == 6 * 8 + 1  # q, k, v, scores, mix, out, c_fc, c_proj; projection
     assert not {"Slice", "Split"} & set(ops(model))
     found, refused = find_attentions(model.graph)
@@ -71,7 +72,7 @@ def test_attention_is_one_matmul_per_projection(vit_bundle: Bundle) -> None:
 
 def test_end_token_is_found_whatever_the_precision(vit_bundle: Bundle) -> None:
     """Runtimes may compute floats in bfloat16 (OpenVINO does), where the start and the end token are one number."""
-    graph = load_model(vit_bundle.text_encoder).graph
+    graph = load_onnx(vit_bundle.text_encoder).graph
     [sought] = [node.inputs[0] for node in nodes_of(graph, "ArgMax")]
     cast = maker(sought)
     assert cast is not None
