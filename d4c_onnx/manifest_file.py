@@ -55,6 +55,8 @@ MANIFEST = "manifest.json"
 GOLDEN_FOLDER = "golden"
 _COUNTED_IN_1 = ("pooled_row_only", "fused_attention", "fused_biases", "fused_qkv")
 _VERSIONED = ("d4c-onnx", "torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "numpy", "tokenizers")
+# A manifest names a data set that ships, never a file.
+_EMBEDDED_SETS = ("cifar10",)
 # Far above any model, and low enough that what is allocated by them fits in memory.
 _LARGEST_SIDE, _LONGEST_CONTEXT = 2**13, 2**17
 
@@ -64,7 +66,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
     Args:
         folder: a bundle's, whose other files are complete; sub-folders but `golden/` are no part of it.
-        manifest: its versions and files are made anew.
+        manifest: its files are made anew, and its versions where it has none: what wrote the files stays what it was.
 
     Returns:
         What was written, as it reads back.
@@ -78,7 +80,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         for file in sorted(found)
         if file.is_file() and file.name != MANIFEST
     }
-    content = replace(manifest, versions=versions(), files=files).as_dict()
+    content = replace(manifest, versions=manifest.versions or versions(), files=files).as_dict()
     # read first: what the reader refuses must not take the place of a manifest that is good
     read = _manifest(Node(json.loads(json.dumps(content)), folder / MANIFEST))
     write_json(folder / MANIFEST, content)
@@ -143,7 +145,7 @@ def _model(node: Node) -> ModelInfo:
         normalized=node.take("normalized", flag),
         context_length=node.take("context_length", integer(1, _LONGEST_CONTEXT)),
         end_id=node.take("end_id", nullable(_token)),
-        dataset=node.take("dataset", nullable(text)),
+        dataset=node.take("dataset", nullable(one_of(*_EMBEDDED_SETS))),
     )
 
 

@@ -42,7 +42,22 @@ def load_model(path: Path) -> ir.Model:
         raise GraphError(f"{path}: no such file.") from error
     except Exception as error:  # protobuf's DecodeError has no stable public name
         raise GraphError(f"{path}: not an ONNX model ({str(error)[:200]}).") from error
+    _check_external(model, path.parent)
     return model
+
+
+def _check_external(model: ir.Model, folder: Path) -> None:
+    """Weights beside the graph are read when they are needed; that they are there, and beside it, is seen now.
+
+    Raises:
+        GraphError: a file is missing, or lies elsewhere.
+    """
+    beside = {value.const_value for value in model.graph.initializers.values()}
+    for location in {Path(tensor.path) for tensor in beside if isinstance(tensor, ir.ExternalTensor)}:
+        if not location.resolve().is_relative_to(folder.resolve()):
+            raise GraphError(f"{location}: the graph looks for weights outside its folder {folder}. Do not use it.")
+        if not location.is_file():
+            raise GraphError(f"{location}: the weights that the graph refers to are missing. Put the file beside it.")
 
 
 def model_of(proto: onnx.ModelProto) -> ir.Model:
@@ -50,6 +65,18 @@ def model_of(proto: onnx.ModelProto) -> ir.Model:
     model = ir.from_proto(proto)
     NameFixPass()(model)
     return model
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as one protobuf, weights that lie beside the graph read into it."""
+    proto = ir.to_proto(model)
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            value = model.graph.initializers[tensor.name].const_value
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            tensor.raw_data = value.tobytes() if value is not None else b""
+    return proto
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -61,7 +88,7 @@ def save_model(
     model: ir.Model,
     path: Path,
     limit_bytes: int | None = None,
-    replaced: Callable[[str], np.ndarray | None] = lambda _: None,
+    replaced: Mapping[str, Callable[[], np.ndarray]] | None = None,
 ) -> None:
     """Write a model to a staged path; weights go to `<path>.data` when one file cannot hold them.
 
@@ -70,35 +97,34 @@ def save_model(
 
     Args:
         limit_bytes: how many bytes of weights one file may hold; none: as many as a protobuf can.
-        replaced: other values for an initialiser of that name, of its own shape and type; None leaves it.
+        replaced: by initialiser what makes other values for it, of its own shape and type.
     """
-    limit = PROTOBUF_LIMIT_BYTES if limit_bytes is None else limit_bytes
-    external: dict[str, Any] = {}
-    if weight_bytes(model) > limit:
-        external = {"external_data": path.name + EXTERNAL_SUFFIX, "size_threshold_bytes": _EXTERNAL_FROM_BYTES - 1}
-        external |= {"alignment": _ALIGN_BYTES, "align_threshold": 0}
+    beside = weight_bytes(model) > (PROTOBUF_LIMIT_BYTES if limit_bytes is None else limit_bytes)
     own = {value: (value.const_value, value.type, value.shape) for value in model.graph.initializers.values()}
     for value, (tensor, _, _) in own.items():
-        if tensor is not None and replaced(tensor.name or "") is not None:
-            value.const_value = _later(tensor.name or "", tensor, replaced)
+        make = (replaced or {}).get(value.name or "")
+        if tensor is not None and make is not None:
+            value.const_value = _later(value.name or "", tensor, make)
         if not value.is_graph_input():  # or the file would note each weight's type and shape once more
             value.type, value.shape = None, None
     try:
-        ir.save(model, path, **external)
+        if beside:
+            place = {"external_data": path.name + EXTERNAL_SUFFIX, "alignment": _ALIGN_BYTES, "align_threshold": 0}
+            ir.save(model, path, size_threshold_bytes=_EXTERNAL_FROM_BYTES - 1, **place)  # type: ignore[arg-type]
+        else:
+            path.write_bytes(to_proto(model).SerializeToString())
     finally:
         for value, (tensor, kind, shape) in own.items():
             value.const_value, value.type, value.shape = tensor, kind, shape
 
 
-def _later(name: str, like: Any, replaced: Callable[[str], np.ndarray | None]) -> ir.LazyTensor:
+def _later(name: str, like: Any, make: Callable[[], np.ndarray]) -> ir.LazyTensor:
     """A tensor that is computed when it is written, so that all replaced ones are never in memory together."""
 
-    def make() -> ir.Tensor:
-        values = replaced(name)
-        assert values is not None
-        return ir.Tensor(np.ascontiguousarray(values), name=name)
+    def made() -> ir.Tensor:
+        return ir.Tensor(np.ascontiguousarray(make()), name=name)
 
-    return ir.LazyTensor(make, dtype=like.dtype, shape=like.shape, name=name, cache=False)
+    return ir.LazyTensor(made, dtype=like.dtype, shape=like.shape, name=name, cache=False)
 
 
 def raise_opset(model: ir.Model, version: int) -> None:
@@ -153,7 +179,7 @@ def with_shapes(model: ir.Model) -> onnx.ModelProto:
     Large constants are stood for by their shapes while they are inferred: onnx would write out the whole model, which
     above 2 GB it cannot.
     """
-    whole = ir.to_proto(model)
+    whole = to_proto(model)
     shell = without_weights(whole)
     for tensor in whole.graph.initializer:
         if prod(tensor.dims) <= _SMALL:

@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.layers import WEIGHTED_OPS
 from d4c_onnx.graph.values import (
     CONTRIB,
@@ -84,13 +85,28 @@ class _Int8:
     name, num_bits, opset, minimum_onnxruntime = "int8", 8, 13, "1.20"
 
     def find(self, integers: ir.Value) -> ir.Value | None:
-        return integers if is_constant(integers) and integers.dtype in (ir.DataType.INT8, ir.DataType.UINT8) else None
+        return integers if is_constant(integers) and integers.dtype == ir.DataType.INT8 else None
 
     def unpack(self, integers: ir.Value) -> np.ndarray:
         return constant(integers)
 
     def store(self, graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
         return set_constant(graph, name, values.astype(np.int8))
+
+
+class _Uint8:
+    """As other tools store weights, with zero points in the middle; ours never do."""
+
+    name, num_bits, opset, minimum_onnxruntime = "uint8", 8, 13, "1.20"
+
+    def find(self, integers: ir.Value) -> ir.Value | None:
+        return integers if is_constant(integers) and integers.dtype == ir.DataType.UINT8 else None
+
+    def unpack(self, integers: ir.Value) -> np.ndarray:
+        return constant(integers)
+
+    def store(self, graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
+        return set_constant(graph, name, values.astype(np.uint8))
 
 
 class _Native:
@@ -165,8 +181,8 @@ class _Nibbles:
         return nodes[-1].outputs[0]
 
 
-INT8, CAST, NIBBLES, NATIVE = _Int8(), _Cast(), _Nibbles(), _Native()
-FORMS: dict[str, Form] = {form.name: form for form in (INT8, CAST, NIBBLES, NATIVE)}
+INT8, UINT8, CAST, NIBBLES, NATIVE = _Int8(), _Uint8(), _Cast(), _Nibbles(), _Native()
+FORMS: dict[str, Form] = {form.name: form for form in (INT8, UINT8, CAST, NIBBLES, NATIVE)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +208,7 @@ class StoredWeight:
     dequantize: ir.Node | None = None
 
     def unpack(self) -> np.ndarray:
-        """The integers, int8 of the weight's shape; a float weight's own values."""
+        """The integers of the weight's shape, int8 but for the form uint8; a float weight's own values."""
         if self.form is None or self.integers is None:
             return constant(self.initializer)
         return self.form.unpack(self.integers)
@@ -216,7 +232,10 @@ def find_stored(value: ir.Value | None) -> StoredWeight | None:
     value = walk_back(value, "Transpose", "Reshape", "Identity")
     if is_constant(value) and value is not None and value.dtype in _FLOATS:
         return StoredWeight(value, dims(value) or (), 16 if value.dtype != ir.DataType.FLOAT else 32)
-    made = maker(walk_back(value, "Cast"))  # a weight that is unpacked to float16 is cast to it last
+    value = walk_back(value, "Cast", "Slice")  # a weight that is unpacked to float16 is cast to it last
+    if value is not None and is_constant(value) and value.dtype in _FLOATS:
+        return StoredWeight(value, dims(value) or (), 16 if value.dtype != ir.DataType.FLOAT else 32)
+    made = maker(value)
     if made is None:
         return None
     if is_op(made, "DequantizeLinear"):
@@ -248,11 +267,19 @@ def convert_stored(graph: ir.Graph, stored: StoredWeight, form: Form) -> None:
     """Let the integers of a stored weight lie in another form, in place; every reader, and every number, stays.
 
     Zero points of a DequantizeLinear take the integers' type.
+
+    Raises:
+        GraphError: the form cannot hold the values, or they are unsigned.
     """
     value = stored.integers
     if value is None or stored.form is form:
         return
     integers, name = stored.unpack(), name_of(value)
+    narrow = form.num_bits == 4 and bool(integers.size) and (integers.min() < -8 or integers.max() > 7)
+    if narrow or UINT8 in (stored.form, form):
+        raise GraphError(
+            f"{name}: its values, {integers.dtype} up to {integers.max()}, do not fit the form {form.name}."
+        )
     uses = readers(value)
     if is_constant(value):
         graph.initializers.pop(name)

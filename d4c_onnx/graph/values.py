@@ -138,11 +138,7 @@ def is_padded(node: ir.Node) -> bool:
 
 
 def set_constant(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
-    """The initialiser of that name, made or given these values.
-
-    Raises:
-        GraphError: another value has the name.
-    """
+    """The initialiser of that name, made or given these values; no other value of the graph may have the name."""
     tensor = ir.Tensor(np.ascontiguousarray(values), name=name)
     value = graph.initializers.get(name)
     if value is None:

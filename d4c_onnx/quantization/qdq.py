@@ -5,7 +5,8 @@ those the rounding chose; every activation's scale and zero point comes from our
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ def save_placed(model: ir.Model, plan: Plan, weights: Mapping[str, QuantizedWeig
         plan: what is quantised.
         weights: per initialiser.
     """
-    axes = {layer.weight: layer.channel_axis for layer in plan.layers}
-    shapes = {name: dims(model.graph.initializers[name]) or () for name in axes}
+    made: dict[str, Callable[[], np.ndarray]] = {}
+    for layer in plan.layers:
+        shape = dims(model.graph.initializers[layer.weight]) or ()
+        made[layer.weight] = partial(_placed, weights[layer.weight], shape, layer.channel_axis)
+    save_model(model, path, limit_bytes=0, replaced=made)
 
-    def placed(name: str) -> np.ndarray | None:
-        return channels_back(weights[name].dequantize(), shapes[name], axes[name]) if name in axes else None
 
-    save_model(model, path, limit_bytes=0, replaced=placed)
+def _placed(weight: QuantizedWeight, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    return channels_back(weight.dequantize(), shape, axis)
 
 
 def quantize_file(

@@ -144,13 +144,11 @@ class EncoderSession:
         Raises:
             BundleError: onnxruntime cannot load it.
         """
-        import onnx_ir as ir
-
-        from d4c_onnx.graph.model import save_model, weight_bytes, with_outputs
+        from d4c_onnx.graph.model import save_model, to_proto, weight_bytes, with_outputs
 
         with with_outputs(model, outputs):
             if weight_bytes(model) <= _IN_MEMORY_BYTES:
-                return cls(ir.to_proto(model).SerializeToString(), provider, threads, literal=literal)
+                return cls(to_proto(model).SerializeToString(), provider, threads, literal=literal)
             # what onnxruntime has mapped stays readable after the file is gone
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 path = Path(folder) / "model.onnx"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from encoders import material, prompts_of_eight, quantize, section_of
@@ -15,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from d4c_onnx.bundle import Bundle, file_size_bytes
 from d4c_onnx.errors import BundleError, GraphError, RecipeError
-from d4c_onnx.graph.model import load_model, opset_of
+from d4c_onnx.graph.model import load_model, opset_of, save_model
 from d4c_onnx.graph.stored import CAST, INT8, average_bits, convert_stored, layer_bits, stored_weight
 from d4c_onnx.graph.values import name_of, nodes_of
 from d4c_onnx.manifest import EXACT_PRODUCTS
@@ -406,3 +407,35 @@ def test_raised_layers_of_the_last_block_keep_their_eight_bits(request: pytest.F
     images = np.array(dataset.held_out)
     exact, got = (EncoderSession(file).run(images) for file in (bundle.image_encoder, tmp_path / "q.onnx"))
     assert (exact * got).sum(1).min() > 0.99
+
+
+@pytest.mark.parametrize("keys", [("bits=w4a8",), ("bits=w4a16", "target=cuda")], ids=["qdq", "float16"])
+def test_weights_beside_the_float_graph_are_read_wherever_they_are_wanted(
+    keys: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """As in every encoder above 2 GB: the same file comes out, whatever the working directory."""
+    bundle, dataset = material(request, "vit")
+    save_model(load_model(bundle.text_encoder), tmp_path / "text_beside.onnx", limit_bytes=0)
+    assert (tmp_path / "text_beside.onnx.data").exists()
+    written = []
+    for source in (bundle.text_encoder, tmp_path / "text_beside.onnx"):
+        path = tmp_path / f"{source.stem}_quantised.onnx"
+        quantize(source, dataset, path, *keys, tower="text")
+        written.append(path.read_bytes())
+    assert written[0] == written[1]
+    (tmp_path / "text_beside.onnx.data").unlink()
+    with pytest.raises(GraphError, match="are missing"):
+        load_model(tmp_path / "text_beside.onnx")
+
+
+def test_weights_outside_the_folder_are_refused(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    bundle, _ = material(request, "vit")
+    (tmp_path / "inside").mkdir()
+    save_model(load_model(bundle.text_encoder), tmp_path / "m.onnx", limit_bytes=0)
+    proto = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = f"../{entry.value}" if entry.key == "location" else entry.value
+    (tmp_path / "inside" / "m.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(GraphError, match=r"outside|escapes|not an ONNX model"):
+        load_model(tmp_path / "inside" / "m.onnx")

@@ -272,3 +272,25 @@ def test_smoothing_judges_on_the_grid_that_will_be_served(factor: float) -> None
 
     assert not chosen(symmetric=False)
     assert set(chosen(symmetric=True)) == {"act"}
+
+
+def test_an_activation_that_a_branch_multiplies_too_is_no_mapping() -> None:
+    """The product inside the If would read what was divided, and its weight would not know."""
+    text = """one (float[n, 4] x) => (float[n, 4] y) {
+        [relu] h = Relu(x)
+        [outside] a = MatMul(h, w)
+        total = ReduceSum<keepdims = 0>(x)
+        positive = Greater(total, nought)
+        b = If (positive) <
+            then_branch = inside () => (float[n, 4] one) { [inner] one = MatMul(h, w2) },
+            else_branch = other () => (float[n, 4] two) { two = Neg(x) }
+        >
+        y = Add(a, b)
+    }"""
+    eye = np.eye(4, dtype=np.float32)
+    model = parse(text, w=eye, w2=2 * eye, nought=np.float32(0))
+    assert find_mappings(model.graph, weighted_layers(model.graph)) == []
+    assert FOLD_QUICK_GELU.apply(model).count == 0
+    plain = parse(text.replace("MatMul(h, w2)", "MatMul(x, w2)"), w=eye, w2=2 * eye, nought=np.float32(0))
+    [mapping] = find_mappings(plain.graph, weighted_layers(plain.graph))
+    assert mapping.kind == "activation"

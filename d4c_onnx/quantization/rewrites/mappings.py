@@ -30,7 +30,6 @@ from d4c_onnx.graph.layers import (
     channels_first,
     is_plain,
     linear_source,
-    weight_position,
 )
 from d4c_onnx.graph.values import (
     CONTRIB,
@@ -88,7 +87,7 @@ def find_mappings(graph: ir.Graph, layers: Sequence[WeightedLayer]) -> list[Smoo
         value = values[name]
         reading = readers(value)
         exact = not value.is_graph_output() and all(
-            weight_position(reader) == 1 and is_plain(reader) and _owned(reader.inputs[1]) for reader in reading
+            reader.name in by_node and is_plain(reader) and _owned(reader.inputs[1]) for reader in reading
         )
         made = maker(value)
         if exact and made is not None and len(list(value.uses())) == len(reading):

@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as ir
 
 from d4c_onnx.errors import GraphError
+from d4c_onnx.graph.model import to_proto
 from d4c_onnx.quantization.rewrites.rewrite import Verify
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -27,7 +28,7 @@ def same_answers(batches: Sequence[np.ndarray], tolerance: float = _TOLERANCE) -
 
     def check(name: str, before: ir.Model, after: ir.Model) -> None:
         try:
-            onnx.checker.check_model(ir.to_proto(after))
+            onnx.checker.check_model(to_proto(after))
         except onnx.checker.ValidationError as error:
             raise GraphError(f"{name}: the rewritten graph breaks ONNX's rules ({str(error)[:300]}).") from error
         old, new = (EncoderSession.of_model(model, threads=1, literal=True) for model in (before, after))

@@ -56,11 +56,11 @@ class _Layers:
         collector = StatisticsCollector(task.model, plan, task.ranges, task.reader, task.provider, task.threads)
         stages = _stages(plan) if self._rounding.sequential else [list(plan.layers)]
         for number, stage in enumerate(stages):
-            self._round_stage(stage, collector)
+            self._round_stage(stage, collector, more=number + 1 < len(stages))
             task.on_step("round", number + 1, len(stages), {})
         return self._result
 
-    def _round_stage(self, stage: list[WeightedLayer], collector: StatisticsCollector) -> None:
+    def _round_stage(self, stage: list[WeightedLayer], collector: StatisticsCollector, more: bool) -> None:
         statistics = collector.collect(stage)
         moments: dict[tuple[str, bool], list[InputMoments]] = {}
         weights, biases = self._result.weights, self._result.biases
@@ -74,6 +74,8 @@ class _Layers:
                 self._round(layer, moments[key])
             if self._corrects:  # a weight that two layers share has its gain from the first; biases are a layer's own
                 self._correct(layer, bias, found, fresh and self._task.correction == "affine")
+            if not more:  # nobody will look at the twin again
+                continue
             shape = dims(self._graph.initializers[layer.weight]) or ()
             collector.replace(
                 layer.weight, channels_back(weights[layer.weight].dequantize(), shape, layer.channel_axis)

@@ -50,6 +50,8 @@ def store_token_table(model: ir.Model, num_bits: int, form: TokenTable) -> int |
     if gather is None or gather.inputs[0] is None:
         return None
     table = gather.inputs[0]
+    if table.dtype == ir.DataType.FLOAT16:  # what unpacks looked-up rows gives float32
+        form = TokenTable.FOLDED
     rows = constant(table).astype(np.float32)
     bits = num_bits if form is TokenTable.FOLDED or rows.shape[1] % 2 == 0 else 8
     rounded = NearestRounding().round(rows, bits)
