@@ -81,45 +81,25 @@ class Form(Protocol):
         ...
 
 
-class _Int8:
-    name, num_bits, opset, minimum_onnxruntime = "int8", 8, 13, "1.20"
+@dataclass(slots=True, eq=False)
+class _Initializer:
+    """The integers as they are, in an initialiser of the form's own type."""
+
+    name: str
+    num_bits: int
+    opset: int
+    dtype: ir.DataType
+    minimum_onnxruntime: str = "1.20"
 
     def find(self, integers: ir.Value) -> ir.Value | None:
-        return integers if is_constant(integers) and integers.dtype == ir.DataType.INT8 else None
+        return integers if is_constant(integers) and integers.dtype == self.dtype else None
 
     def unpack(self, integers: ir.Value) -> np.ndarray:
-        return constant(integers)
+        values = constant(integers)
+        return values.astype(np.int8) if self.dtype == ir.DataType.INT4 else values
 
     def store(self, graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
-        return set_constant(graph, name, values.astype(np.int8))
-
-
-class _Uint8:
-    """As other tools store weights, with zero points in the middle; ours never do."""
-
-    name, num_bits, opset, minimum_onnxruntime = "uint8", 8, 13, "1.20"
-
-    def find(self, integers: ir.Value) -> ir.Value | None:
-        return integers if is_constant(integers) and integers.dtype == ir.DataType.UINT8 else None
-
-    def unpack(self, integers: ir.Value) -> np.ndarray:
-        return constant(integers)
-
-    def store(self, graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
-        return set_constant(graph, name, values.astype(np.uint8))
-
-
-class _Native:
-    name, num_bits, opset, minimum_onnxruntime = "native", 4, 21, "1.20"
-
-    def find(self, integers: ir.Value) -> ir.Value | None:
-        return integers if is_constant(integers) and integers.dtype == ir.DataType.INT4 else None
-
-    def unpack(self, integers: ir.Value) -> np.ndarray:
-        return constant(integers).astype(np.int8)
-
-    def store(self, graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
-        return set_constant(graph, name, values.astype(ml_dtypes.int4))
+        return set_constant(graph, name, values.astype(self.dtype.numpy()))
 
 
 class _Cast:
@@ -181,7 +161,11 @@ class _Nibbles:
         return nodes[-1].outputs[0]
 
 
-INT8, UINT8, CAST, NIBBLES, NATIVE = _Int8(), _Uint8(), _Cast(), _Nibbles(), _Native()
+INT8 = _Initializer("int8", 8, 13, ir.DataType.INT8)
+# as other tools store weights, with zero points in the middle; ours never do
+UINT8 = _Initializer("uint8", 8, 13, ir.DataType.UINT8)
+NATIVE = _Initializer("native", 4, 21, ir.DataType.INT4)
+CAST, NIBBLES = _Cast(), _Nibbles()
 FORMS: dict[str, Form] = {form.name: form for form in (INT8, UINT8, CAST, NIBBLES, NATIVE)}
 
 
