@@ -8,9 +8,10 @@ Each case quantises one model at one width for one target, with a small noise ca
 Recorded are, of each encoder's file: every 4- and 8-bit initialiser, every float one, what onnxruntime answers to noise
 and to the golden text, the bytes, and how many nodes of each operator there are; of the run its seconds and memory.
 `compare` prints one line a case: `same` where all of that (but time and memory) is equal to the bit, or what is not.
-Models are the embedded minis, families in miniature and two full-size architectures with random weights; a local
-open_clip config with its checkpoint beside it joins by `--checkpoint my-arch.json`. Speed is raced by
-`d4c-onnx benchmark before/MODEL before/MODEL/w4a8 after/MODEL/w4a8`.
+Both sides want the same OMP_NUM_THREADS: sums of moments in another order round some 4-bit weights the other way.
+Models are the embedded minis, families in miniature (the one with Hugging Face's text tower needs transformers) and two
+full-size architectures with random weights; a local open_clip config with its checkpoint beside it joins by
+`--checkpoint my-arch.json`. Speed is raced by `d4c-onnx benchmark before/MODEL before/MODEL/w4a8 after/MODEL/w4a8`.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import re
 import resource
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,17 @@ CALIBRATION = (
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 POOLER = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4}
+HUGGING_FACE = "HUGGING_FACE"  # stands for a folder with a model's configuration and its tokenizer
+XLM_ROBERTA = {
+    "model_type": "xlm-roberta",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 34,
+    "pad_token_id": 1,
+}
 TINY: dict[str, dict[str, Any]] = {
     "tiny-coca": {
         "embed_dim": 64,
@@ -57,6 +68,17 @@ TINY: dict[str, dict[str, Any]] = {
         "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear", "image_size": 160},
         "text_cfg": TEXT,
     },
+    "tiny-hugging-face": {
+        "embed_dim": 64,
+        "vision_cfg": VIT,
+        "text_cfg": {
+            "hf_model_name": HUGGING_FACE,
+            "hf_tokenizer_name": HUGGING_FACE,
+            "hf_proj_type": "mlp",
+            "hf_pooler_type": "mean_pooler",
+            "context_length": 32,
+        },
+    },
 }
 ALL = (
     *((bits, target) for target in ("cpu", "portable", "tensorrt", "openvino", "cuda") for bits in ("w8a8", "w4a8")),
@@ -65,10 +87,11 @@ ALL = (
     ("w8a16", "cuda"),
 )
 FEW = (("w8a8", "cpu"), ("w4a8", "cpu"), ("w4a8", "tensorrt"), ("w4a16", "cuda"))
+PORTABLE = (("w8a8", "portable"), ("w4a8", "portable"))
 CASES: dict[str, tuple[tuple[str, str], ...]] = {
     "mini-vit": ALL,
     "mini-rn": ALL,
-    **dict.fromkeys(TINY, FEW),
+    **dict.fromkeys(TINY, (*FEW, *PORTABLE)),
     "ViT-B-32": FEW[1:],
     "RN50": FEW[1:],
 }
@@ -103,10 +126,7 @@ def one(args: argparse.Namespace) -> None:
     from d4c_onnx import pipeline
     from d4c_onnx.recipe import load_recipe
 
-    with tempfile.TemporaryDirectory() as configs:
-        for name, config in TINY.items():
-            (Path(configs) / f"{name}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(Path(configs))
+    _add_tiny(args.folder / "configs")
     pretrained: str | None = "random"
     if args.checkpoint:
         open_clip.add_model_config(args.checkpoint)
@@ -124,6 +144,32 @@ def one(args: argparse.Namespace) -> None:
         "files": {path.name: _contents(path) for path in sorted(Path(report["bundle"]).glob("*.onnx"))},
     }
     print(json.dumps(found))
+
+
+def _add_tiny(folder: Path) -> None:
+    """Tell open_clip the models in miniature, with what Hugging Face's text tower reads beside its configuration."""
+    import open_clip
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    inner = folder / HUGGING_FACE
+    inner.mkdir(parents=True, exist_ok=True)
+    (inner / "config.json").write_text(json.dumps(XLM_ROBERTA))
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    letters = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    ends = [("<s>", 0), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer.save(str(inner / "tokenizer.json"))
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (inner / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32, **names})
+    )
+    for name, config in TINY.items():
+        text = {key: str(inner) if value == HUGGING_FACE else value for key, value in config["text_cfg"].items()}
+        (folder / f"{name}.json").write_text(json.dumps({**config, "text_cfg": text}))
+    open_clip.add_model_config(folder)
 
 
 def _contents(path: Path) -> dict[str, Any]:
