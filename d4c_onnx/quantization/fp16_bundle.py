@@ -19,7 +19,7 @@ from d4c_onnx.quantization.bundle_completion import (
 )
 from d4c_onnx.quantization.calibration_batches import calibration_readers
 from d4c_onnx.quantization.optimizer_check import check_optimizer
-from d4c_onnx.quantization.serving import in_float16
+from d4c_onnx.quantization.rewrites import in_float16
 from d4c_onnx.recipe import QuantizationSection
 
 _NOTE = (

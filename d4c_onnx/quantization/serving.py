@@ -17,15 +17,7 @@ from d4c_onnx.memory import release_freed
 from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.qdq import quantize_file, save_placed
-from d4c_onnx.quantization.rewrites import (
-    COMPUTE_POOLED_ROW,
-    FLOAT16_AFTER,
-    FLOAT16_BEFORE,
-    Rewrite,
-    apply_all,
-    convert_to_float16,
-    same_answers,
-)
+from d4c_onnx.quantization.rewrites import apply_all, in_float16, same_answers
 from d4c_onnx.quantization.rounding import RoundedWeights
 from d4c_onnx.quantization.storage import clip_activations, store_narrow, store_scaled, stored_of
 
@@ -69,8 +61,7 @@ def to_float16(
 ) -> tuple[ir.Model, tuple[RewriteRecord, ...]]:
     """Weights only: the float16 graph, whose weights are unpacked when it is loaded."""
     _place_biases(model, rounded)
-    # batch norms and pools were dealt with before the rounding, whose integers belong to what is there now
-    half, applied = in_float16(model, (COMPUTE_POOLED_ROW,))
+    half, applied = in_float16(model, rounded=True)
     store_scaled(half, {layer.weight: (rounded.weights[layer.weight], layer.channel_axis) for layer in plan.layers})
     return half, applied
 
@@ -78,18 +69,3 @@ def to_float16(
 def _place_biases(model: ir.Model, rounded: RoundedWeights) -> None:
     for name, values in rounded.biases.items():
         set_constant(model.graph, name, values)
-
-
-def in_float16(
-    model: ir.Model, rewrites: tuple[Rewrite, ...] = FLOAT16_BEFORE
-) -> tuple[ir.Model, tuple[RewriteRecord, ...]]:
-    """The float16 graph of a float one, as it is served; `model` must not be used afterwards.
-
-    Raises:
-        GraphError: onnxruntime's converter refused it.
-    """
-    before = apply_all(rewrites, model)
-    half = convert_to_float16(model)
-    after = apply_all(FLOAT16_AFTER, half)
-    clear_notes(half)
-    return half, (*before, *after)

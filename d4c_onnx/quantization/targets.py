@@ -7,22 +7,22 @@ from dataclasses import dataclass, replace
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.graph.stored import CAST, FORMS, NATIVE, Form
 from d4c_onnx.quantization.rewrites import (
-    COMPUTE_POOLED_ROW,
-    CONVOLVE_POOLS,
-    DROP_IDENTITY_POOLS,
-    FOLD_BATCH_NORMS,
-    FOLD_QUICK_GELU,
-    FUSE_ATTENTION,
-    OMIT_ZERO_POINTS,
-    SEPARATE_GELU,
-    UNFOLD_PATCHES,
     Rewrite,
+    batch_norm,
+    fused_attention,
+    gelu,
+    identity_pools,
+    patches,
+    pooled_row,
+    pools,
+    quick_gelu,
+    zero_points,
 )
 from d4c_onnx.quantization.storage import TokenTable
 from d4c_onnx.recipe import QuantizationSection
 
 # Before the plan, on the float graph; exact.
-_FLOAT = (FOLD_BATCH_NORMS, DROP_IDENTITY_POOLS, FOLD_QUICK_GELU)
+_FLOAT = (batch_norm.FOLD_BATCH_NORMS, identity_pools.DROP_IDENTITY_POOLS, quick_gelu.FOLD_QUICK_GELU)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +56,33 @@ class Target:
 
 TARGETS = {
     "cpu": Target(
-        float_rewrites=(*_FLOAT, UNFOLD_PATCHES),
-        served_rewrites=(COMPUTE_POOLED_ROW, SEPARATE_GELU, FUSE_ATTENTION, OMIT_ZERO_POINTS, CONVOLVE_POOLS),
+        float_rewrites=(*_FLOAT, patches.UNFOLD_PATCHES),
+        served_rewrites=(
+            pooled_row.COMPUTE_POOLED_ROW,
+            gelu.SEPARATE_GELU,
+            fused_attention.FUSE_ATTENTION,
+            zero_points.OMIT_ZERO_POINTS,
+            pools.CONVOLVE_POOLS,
+        ),
         int4=CAST,
         token_table=TokenTable.PACKED,
         note="int8 kernels on onnxruntime's CPU provider",
     ),
     "portable": Target(
-        float_rewrites=(*_FLOAT, UNFOLD_PATCHES),
-        served_rewrites=(COMPUTE_POOLED_ROW, SEPARATE_GELU, OMIT_ZERO_POINTS, CONVOLVE_POOLS),
+        float_rewrites=(*_FLOAT, patches.UNFOLD_PATCHES),
+        served_rewrites=(
+            pooled_row.COMPUTE_POOLED_ROW,
+            gelu.SEPARATE_GELU,
+            zero_points.OMIT_ZERO_POINTS,
+            pools.CONVOLVE_POOLS,
+        ),
         int4=CAST,
         token_table=TokenTable.PACKED,
         note="standard operators only; int8 kernels on the CPU provider",
     ),
     "tensorrt": Target(
         float_rewrites=_FLOAT,
-        served_rewrites=(COMPUTE_POOLED_ROW,),
+        served_rewrites=(pooled_row.COMPUTE_POOLED_ROW,),
         int4=NATIVE,
         token_table=TokenTable.FLOAT,
         note="for TensorRT's own compiler",
@@ -81,14 +92,14 @@ TARGETS = {
     ),
     "openvino": Target(
         float_rewrites=_FLOAT,
-        served_rewrites=(COMPUTE_POOLED_ROW,),
+        served_rewrites=(pooled_row.COMPUTE_POOLED_ROW,),
         int4=NATIVE,
         token_table=TokenTable.PACKED,
         note="for OpenVINO's own compiler",
     ),
     "cuda": Target(
         float_rewrites=_FLOAT,
-        served_rewrites=(COMPUTE_POOLED_ROW, FUSE_ATTENTION, OMIT_ZERO_POINTS),
+        served_rewrites=(pooled_row.COMPUTE_POOLED_ROW, fused_attention.FUSE_ATTENTION, zero_points.OMIT_ZERO_POINTS),
         int4=CAST,
         token_table=TokenTable.FOLDED,
         note="the CUDA provider has no kernel for QDQ products: it dequantises and multiplies in float, slower than "

@@ -1,4 +1,4 @@
-"""An encoder in float16: weights and products; inputs and outputs stay as they are."""
+"""An encoder in float16: weights and products; inputs and outputs stay as they are. With the rewrites around that."""
 
 import onnx
 import onnx_ir as ir
@@ -7,8 +7,36 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.layers import weighted_layers
-from d4c_onnx.graph.model import drop_unused, model_of, with_shapes
+from d4c_onnx.graph.model import clear_notes, drop_unused, model_of, with_shapes
 from d4c_onnx.graph.values import is_constant, is_op, name_of, readers, values_by_name
+from d4c_onnx.manifest import RewriteRecord
+from d4c_onnx.quantization.rewrites.batch_norm import FOLD_BATCH_NORMS
+from d4c_onnx.quantization.rewrites.fused_attention import FUSE_ATTENTION
+from d4c_onnx.quantization.rewrites.identity_pools import DROP_IDENTITY_POOLS
+from d4c_onnx.quantization.rewrites.pooled_row import COMPUTE_POOLED_ROW
+from d4c_onnx.quantization.rewrites.residuals import FUSE_RESIDUALS
+from d4c_onnx.quantization.rewrites.rewrite import apply_all
+
+# Around the conversion. Batch norms and pools of a graph whose weights are rounded were dealt with before that: the
+# integers belong to what is there now.
+_BEFORE, _BEFORE_ROUNDED = (FOLD_BATCH_NORMS, DROP_IDENTITY_POOLS, COMPUTE_POOLED_ROW), (COMPUTE_POOLED_ROW,)
+_AFTER = (FUSE_ATTENTION, FUSE_RESIDUALS)
+
+
+def in_float16(model: ir.Model, *, rounded: bool = False) -> tuple[ir.Model, tuple[RewriteRecord, ...]]:
+    """The float16 graph of a float one, as it is served; `model` must not be used afterwards.
+
+    Args:
+        rounded: its weights are on their grids already.
+
+    Raises:
+        GraphError: onnxruntime's converter refused it.
+    """
+    before = apply_all(_BEFORE_ROUNDED if rounded else _BEFORE, model)
+    half = convert_to_float16(model)
+    after = apply_all(_AFTER, half)
+    clear_notes(half)
+    return half, (*before, *after)
 
 
 def convert_to_float16(model: ir.Model) -> ir.Model:
