@@ -73,6 +73,24 @@ def test_readme_commands_exist() -> None:
     assert set(COMMANDS) <= named
 
 
+def test_every_list_of_a_keys_words_is_the_same() -> None:
+    """A recipe validates words without loading the rooms whose tables they name, and --help without loading recipes."""
+    from d4c_onnx.calibration.method import METHODS
+    from d4c_onnx.cli.quantize import command as quantize
+    from d4c_onnx.cli.synthesize import command as synthesize
+    from d4c_onnx.quantization import rounding
+    from d4c_onnx.quantization.targets import TARGETS
+    from d4c_onnx.recipe import recipe_keys
+
+    words = {key.name: key.takes.split(", ") for key in recipe_keys()}
+    assert words["quantization.target"] == list(TARGETS)
+    assert words["quantization.rounding"] == ["auto", *rounding.METHODS]
+    assert words["synthesis.method"] == [*METHODS, "noise", "pink", "real"]
+    options = {option.name: option for command in (quantize, synthesize) for option in command.params}
+    assert list(options["method"].type.choices) == words["synthesis.method"]
+    assert all(re.search(rf"\b{name}\b", options["target"].help) for name in TARGETS)
+
+
 def test_no_source_file_holds_a_machine_path() -> None:
     recipes = [file for file in ROOT.glob("recipes/*") if file.is_file()]  # importing them leaves a cache folder
     for file in [*ROOT.glob("d4c_onnx/**/*.py"), *recipes, ROOT / "README.md"]:
