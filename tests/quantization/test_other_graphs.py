@@ -1,5 +1,6 @@
 """Graphs that no exporter of ours wrote: nodes without names, If branches, attention that the finder does not know."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 from encoders import count, material, quantize, reasons, section_of
 from graphs import Feeds, check, ops, parse, run
 
+from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet
+from d4c_onnx.cli.main import group
 from d4c_onnx.graph.model import load_model, save_model
 from d4c_onnx.graph.stored import layer_bits
 from d4c_onnx.graph.values import (
@@ -26,7 +30,8 @@ from d4c_onnx.graph.values import (
     take_over,
     value_named,
 )
-from d4c_onnx.quantization import quantize_encoder
+from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
+from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -197,6 +202,31 @@ def test_branches_that_read_inside_a_block(
     assert len(reasons(report, "QuickGELU")) == 1  # the block that the branch looks into; the other five are folded
     assert count(report, "QuickGELU") == 5
     assert len(layer_bits(made)) == 38
+
+
+def test_inspect_shows_what_was_left_alone_and_why(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """All three at once: a bundle of a graph without names, with branches, and with attention of another form."""
+    bundle, dataset = material(request, "vit")
+    own = Bundle(Path(shutil.copytree(bundle.path, tmp_path / "own")), bundle.manifest)
+    model = load_model(own.image_encoder)
+    _divided(model)
+    _gated(model)
+    proto = ir.to_proto(model)
+    for entry in proto.graph.node:
+        entry.name = ""
+    onnx.save(proto, own.image_encoder)
+    recipe = load_recipe(None, [f"quantization.{key}" for key in ("bits=w8a8", "rounding=nearest", "smoothing=none")])
+    dump = recipe.model_dump()
+    made = quantize_bundle_files(own, dataset, tmp_path / "w8a8", recipe.quantization, recipe_dump=dump, threads=1)
+    assert _cosine(own.image_encoder, made.image_encoder, dataset) > 0.98
+    shown = CliRunner().invoke(group, ["inspect", str(made.path)])
+    assert shown.exit_code == 0, shown.output
+    refused = [line.strip() for line in shown.output.splitlines() if " not at " in line]
+    alone = [line for line in refused if line.startswith(ATTENTION)]
+    assert len(alone) == 6
+    assert all("what the softmax reads is no product of queries and keys" in line for line in alone)
+    assert len({line.partition(":")[0] for line in alone}) == 6  # each at a place of its own
+    assert len([line for line in refused if "QuickGELU" in line]) == 1
 
 
 CHOICE = """encoder (float[n, 16] x) => (float[n, 8] y) {
