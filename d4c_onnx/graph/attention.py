@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from d4c_onnx.graph.values import array, integers, is_op, maker, nodes_of, only_reader
+from d4c_onnx.graph.values import array, integers, is_op, maker, name_of, nodes_of, only_reader
 from d4c_onnx.manifest import Refusal
 
 _HIDDEN = -1e4  # what is added to a hidden score: its exponential is 0
@@ -63,6 +63,15 @@ def find_attentions(graph: ir.Graph) -> tuple[list[Attention], list[Refusal]]:
         else:
             refused.append(seen)
     return found, refused
+
+
+def values_mixed(graph: ir.Graph) -> dict[str, str]:
+    """Of every attention, its output's name and that of the values [batch, length, width] whose averages it holds.
+
+    Whatever the scores, the output lies between the least and the largest value of its channel; a head that looks at
+    one token alone passes that token's value through.
+    """
+    return {name_of(found.output): name_of(found.value) for found in find_attentions(graph)[0]}
 
 
 def attention_of(softmax: ir.Node) -> Attention | Refusal:

@@ -11,7 +11,14 @@ from d4c_onnx.graph.model import drop_unused
 from d4c_onnx.manifest import RewriteRecord
 from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.plan import Plan
-from d4c_onnx.quantization.rewrites import apply_all, dead_start_rows, pin_start_token, same_answers, smooth
+from d4c_onnx.quantization.rewrites import (
+    apply_all,
+    dead_start_rows,
+    pin_start_token,
+    same_answers,
+    smooth,
+    split_outliers,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +41,27 @@ def rewrite_exactly(model: ir.Model, task: EncoderTask) -> RewrittenEncoder:
     # float activations need no range: what smoothing takes from theirs it would add to the weights'. A start token that
     # is an outlier is pinned all the same, because it would rule the moments that weights are rounded by.
     smoothed: dict[str, float] = {}
+    outliers: dict[str, tuple[int, ...]] = {}
     if not task.section.weights_only:
         symmetric = task.target.symmetric
         smoothed = smooth(
             model, plan, task.reader, task.section, symmetric=symmetric, provider=task.provider, threads=task.threads
         )
         applied.append(RewriteRecord("smoothing", len(smoothed)))
+        plan = _with_dead_rows(task.plan(model.graph), plan)
+        split, outliers = split_outliers(
+            model, plan, task.reader, task.section, symmetric=symmetric, provider=task.provider, threads=task.threads
+        )
+        applied.append(split.record("outlier channels in float"))
     if plan.dead_rows:
         pinned = pin_start_token(model, task.reader, provider=task.provider, threads=task.threads)
         applied.append(pinned.record("start token pinned"))
     drop_unused(model)
-    # smoothing may have put a Mul behind an activation: the layer then reads another value
-    dead = {layer.weight for layer in plan.layers if layer.data in plan.dead_rows}
-    final = task.plan(model.graph)
-    rows = frozenset(layer.data for layer in final.layers if layer.weight in dead)
-    return RewrittenEncoder(replace(final, dead_rows=rows), smoothed, tuple(applied))
+    final = replace(_with_dead_rows(task.plan(model.graph), plan), outliers=outliers)
+    return RewrittenEncoder(final, smoothed, tuple(applied))
+
+
+def _with_dead_rows(plan: Plan, before: Plan) -> Plan:
+    """Smoothing may have put a Mul behind an activation: the layer then reads another value, dead in the same row."""
+    dead = {layer.weight for layer in before.layers if layer.data in before.dead_rows}
+    return replace(plan, dead_rows=frozenset(layer.data for layer in plan.layers if layer.weight in dead))

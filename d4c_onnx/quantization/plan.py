@@ -1,18 +1,25 @@
 """Which nodes are quantised and how many bits each weight gets: decided once, from the float graph and the recipe."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.layers import WeightedLayer, weighted_layers
-from d4c_onnx.graph.values import is_constant, is_op, name_of, readers
+from d4c_onnx.graph.values import dims, is_constant, is_op, name_of, readers
 from d4c_onnx.recipe import QuantizationSection
 
 # Between convolutions the integer path only holds when what stands between them is integer too.
 _BETWEEN_CONVOLUTIONS = ("Relu", "Add", "AveragePool", "MaxPool")
+
+NARROWEST = 8  # inputs; no integer kernel gains anything on a narrower product, which stays float
+
+# Of an encoder's weights, what a final projection may hold to stay in 16 bits. Every error of its integers is an error
+# of the embedding itself: on a CLIP of really trained weights it cost more than all other weights together.
+_SMALL_PROJECTION = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,9 @@ class Plan:
         nodes: names of all nodes to quantise.
         op_types: their operator types.
         activations: float values whose ranges are needed; none where only weights are quantised.
+        float16: weights of layers that are not quantised, by initialiser name; stored in 16 bits.
         dead_rows: layer inputs whose first row along axis 1 reaches no output (the start token, once it is pinned).
+        outliers: channels of a layer input that its integer product does not read, by the input's name.
     """
 
     layers: tuple[WeightedLayer, ...]
@@ -33,11 +42,17 @@ class Plan:
     nodes: tuple[str, ...]
     op_types: tuple[str, ...]
     activations: tuple[str, ...]
+    float16: tuple[str, ...] = ()
     dead_rows: frozenset[str] = frozenset()
+    outliers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def observed(self, name: str, values: np.ndarray) -> np.ndarray:
-        """What counts of an activation for ranges and moments: all of it, but for a dead first row."""
-        return values[:, 1:] if name in self.dead_rows else values
+        """What counts of an activation for ranges and moments: all but a dead first row; outliers as zeros."""
+        seen = values[:, 1:] if name in self.dead_rows else values
+        if name in self.outliers:
+            seen = seen.copy()
+            seen[..., list(self.outliers[name])] = 0
+        return seen
 
 
 def make_plan(
@@ -45,15 +60,18 @@ def make_plan(
 ) -> Plan:
     """Decide what is quantised.
 
-    The first layer and the final projection get `boundary_bits`, the `eight_bit_nodes` 8, every other weight the
-    recipe's width; 8-bit ones a grid of 7 where their range is to be reduced.
+    The first layer gets `boundary_bits`, and so does the final projection, unless it is small: then it stays in 16
+    bits. The `eight_bit_nodes` get 8, every other weight the recipe's width; 8-bit ones a grid of 7 where their range
+    is to be reduced.
 
     Raises:
         GraphError: the graph has no weighted layer.
     """
-    layers = tuple(weighted_layers(graph))
-    if not layers:
+    found = [layer for layer in weighted_layers(graph) if _inputs(graph, layer) >= NARROWEST]
+    if not found:
         raise GraphError("the graph has no MatMul, Gemm or Conv with a constant weight: nothing to quantise.")
+    float16 = set() if section.weights_only else _small_projections(graph, found)
+    layers = tuple(layer for layer in found if layer.weight not in float16)
     widest = max(section.weight_bits, section.boundary_bits)
     bits: dict[str, int] = {}
     for layer in layers:
@@ -73,7 +91,23 @@ def make_plan(
         tuple(node.name or "" for node in nodes),
         tuple(sorted({node.op_type for node in nodes})),
         () if section.weights_only else tuple(names),
+        tuple(sorted(float16)),
     )
+
+
+def _inputs(graph: ir.Graph, layer: WeightedLayer) -> int:
+    """How many values each output of a layer is summed from; a grouped convolution's count as those of one group."""
+    shape = dims(graph.initializers[layer.weight]) or ()
+    return NARROWEST if layer.op == "Conv" else prod(shape) // shape[layer.channel_axis]
+
+
+def _small_projections(graph: ir.Graph, layers: list[WeightedLayer]) -> set[str]:
+    """Weights of products that make the embedding, where they hold a small share of all weights."""
+    sizes = {layer.weight: prod(dims(graph.initializers[layer.weight]) or ()) for layer in layers}
+    last = {layer.weight for layer in layers if layer.last and layer.op != "Conv"}
+    others = {layer.weight for layer in layers if not (layer.last and layer.op != "Conv")}
+    small = sum(sizes[weight] for weight in last) <= _SMALL_PROJECTION * sum(sizes.values())
+    return last - others if small else set()
 
 
 def _between_convolutions(graph: ir.Graph) -> set[str]:

@@ -20,7 +20,17 @@ from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.model import EXTERNAL_SUFFIX, PROTOBUF_LIMIT_BYTES, drop_unused, load_model, save_model
 from d4c_onnx.graph.stored import INT8, stored_weight
-from d4c_onnx.graph.values import constant, dims, is_op, maker, nodes_by_name, nodes_of, readers, replace_input
+from d4c_onnx.graph.values import (
+    constant,
+    dims,
+    is_constant,
+    is_op,
+    maker,
+    nodes_by_name,
+    nodes_of,
+    readers,
+    replace_input,
+)
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.rounding.base import QuantizedWeight
 from d4c_onnx.quantization.targets import Target
@@ -105,6 +115,7 @@ def quantize_file(
             value.const_value = ir.Tensor(constant(value), name=name)
     if target.symmetric:
         _drop_idle_pairs(quantized)
+    _keep_float(quantized, plan)
     _check_integers(quantized.graph, weights, plan)
     return quantized
 
@@ -134,6 +145,26 @@ def _drop_idle_pairs(model: ir.Model) -> None:
         idle = all(reader in shaping or is_op(reader, "ReduceMean") for reader in reading)
         for reader in reading if shaping and idle else shaping:
             replace_input(reader, real, quantize.inputs[0])
+    drop_unused(model)
+
+
+def _keep_float(model: ir.Model, plan: Plan) -> None:
+    """Let whoever is not quantised read the float value in front of a quantiser, in place.
+
+    `quantize_static` gives the rounded value to every reader. Behind a post-LayerNorm (BERT) one of them is the
+    residual stream, which would be rounded at every block. A value that a quantised node makes stays: its float form
+    must have no other reader, or the node has no integer kernel.
+    """
+    quantised = set(plan.nodes)
+    for pair in nodes_of(model.graph, "DequantizeLinear"):
+        quantize = maker(pair.inputs[0])
+        source = quantize.inputs[0] if quantize is not None and is_op(quantize, "QuantizeLinear") else None
+        made = maker(source)
+        if source is None or is_constant(source) or (made is not None and made.name in quantised):
+            continue
+        for reader in readers(pair.outputs[0]):
+            if reader.name not in quantised:
+                replace_input(reader, pair.outputs[0], source)
     drop_unused(model)
 
 

@@ -19,7 +19,7 @@ from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.qdq import quantize_file, save_placed
 from d4c_onnx.quantization.rewrites import apply_all, in_float16, same_answers
 from d4c_onnx.quantization.rounding import RoundedWeights
-from d4c_onnx.quantization.storage import clip_activations, store_narrow, store_scaled, stored_of
+from d4c_onnx.quantization.storage import clip_activations, store_float16, store_narrow, store_scaled, stored_of
 
 # Max abs difference of an embedding: sums of another order move some activations to the next step of their grid.
 _BETWEEN_QUANTISERS = 0.02
@@ -47,6 +47,7 @@ def to_qdq(
     clip_activations(quantized, ranges)
     verify = same_answers(first_batches(task.reader, 2), _BETWEEN_QUANTISERS) if task.verify else None
     applied = apply_all(task.target.served_rewrites, quantized, verify)
+    store_float16(quantized, plan.float16)
     if any(weight.num_bits == 4 for weight in weights.values()):
         store_narrow(quantized, wide, task.target.int4)
     return quantized, applied

@@ -7,6 +7,7 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.calibration.observers import QuantParams, RangeObserver
 from d4c_onnx.calibration.readers import first_batches
 from d4c_onnx.errors import GraphError
+from d4c_onnx.graph.attention import values_mixed
 from d4c_onnx.graph.values import is_constant, is_op, name_of
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.plan import Plan
@@ -41,7 +42,10 @@ def collect_ranges(
         _check_float16(model, plan, reader, provider, threads)
         return {}
     given = {name_of(value) for value in model.graph.inputs}
-    wanted = [name for name in plan.activations if name not in given]
+    # On images that are not those of the calibration heads may focus where none did: the values, whose averages an
+    # attention's output is, are outputs that could have been.
+    mixed = {name: value for name, value in values_mixed(model.graph).items() if name in plan.activations}
+    wanted = [name for name in dict.fromkeys((*plan.activations, *mixed.values())) if name not in given]
     fed = [name for name in plan.activations if name in given]
     session = EncoderSession.of_model(model, provider, threads, outputs=wanted)
     observers = {name: RangeObserver() for name in plan.activations}
@@ -54,10 +58,10 @@ def collect_ranges(
             batch = next(iter(feed.values()))
             values = session.run_all(batch)
             for name, observer in observers.items():
-                seen = plan.observed(name, batch if name in fed else values[name])
-                if not seen.size:  # a prompt of the start token alone
-                    continue
-                observer.observe_histogram(seen) if number else observer.observe_extremes(seen)
+                for source in (name, mixed[name]) if name in mixed else (name,):
+                    seen = plan.observed(name, batch if source in fed else values[source])
+                    if seen.size:  # empty: a prompt of the start token alone
+                        observer.observe_histogram(seen) if number else observer.observe_extremes(seen)
             done += 1
             on_step("calibrate", done, total, {})
     bits, headroom = section.activation_bits, section.headroom

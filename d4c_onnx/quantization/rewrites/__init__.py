@@ -4,6 +4,7 @@ Given out here is what a rewrite is and what the story calls by itself; whoever 
 """
 
 from d4c_onnx.quantization.rewrites.float16 import in_float16
+from d4c_onnx.quantization.rewrites.outlier_channels import split_outliers
 from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite, Verify, apply_all
 from d4c_onnx.quantization.rewrites.smoothing import smooth
 from d4c_onnx.quantization.rewrites.start_token import dead_start_rows, pin_start_token
@@ -19,4 +20,5 @@ __all__ = [
     "pin_start_token",
     "same_answers",
     "smooth",
+    "split_outliers",
 ]

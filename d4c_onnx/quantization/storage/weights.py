@@ -9,7 +9,7 @@ import onnx_ir as ir
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.model import opset_of, raise_opset
 from d4c_onnx.graph.stored import INT8, Form, convert_stored, stored_weight
-from d4c_onnx.graph.values import dims, name_of, node, prepend, set_constant
+from d4c_onnx.graph.values import array, dims, name_of, node, prepend, set_constant
 from d4c_onnx.quantization.rounding.base import QuantizedWeight
 
 _FROM_INT4 = 21  # the opset that brought the type
@@ -40,6 +40,24 @@ def store_narrow(model: ir.Model, wide: Collection[ir.Value], form: Form) -> int
     if narrow and opset_of(model) < form.opset:
         raise_opset(model, form.opset)
     return len(narrow)
+
+
+def store_float16(model: ir.Model, names: Collection[str]) -> None:
+    """Store float32 initialisers in 16 bits, in place; a Cast that onnxruntime folds when the file is loaded.
+
+    What float16 cannot hold stays as it is.
+    """
+    graph = model.graph
+    for name in names:
+        value = graph.initializers.get(name)
+        values = array(value)
+        if value is None or values is None or not np.abs(values).max(initial=0) <= np.finfo(np.float16).max:
+            continue
+        stored = set_constant(graph, f"{name}_float16", values.astype(np.float16))
+        cast = node("Cast", [stored], f"{name}_float", name=f"{name}_cast", attributes={"to": ir.DataType.FLOAT})
+        value.replace_all_uses_with(cast.outputs[0])
+        graph.initializers.pop(name)
+        prepend(graph, [cast])
 
 
 def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, int]]) -> None:
