@@ -79,7 +79,8 @@ class TokenizerInfo:
         cleaning: what is done to a text before, and by whom.
         sot_id, eot_id, pad_id: start, end and padding; None where unknown.
         causal: whether a token sees those before it only.
-        dynamic_sequence: whether the text encoder takes any length up to the context's.
+        dynamic_sequence: whether the text encoder takes any length up to the context's, padded with `pad_id` behind.
+        why_fixed: why it takes none but the context's, where its tower could have taken any.
         has_file: False: the bundle has no tokenizer.json, because the tokenizer has no such form.
     """
 
@@ -92,6 +93,7 @@ class TokenizerInfo:
     causal: bool = False
     dynamic_sequence: bool = False
     has_file: bool = True
+    why_fixed: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -104,6 +106,7 @@ class TokenizerInfo:
             **({} if self.has_file else {"file": None}),
             "causal": self.causal,
             "dynamic_sequence": self.dynamic_sequence,
+            **({} if self.why_fixed is None else {"why_fixed": self.why_fixed}),
         }
 
 

@@ -174,6 +174,7 @@ def _tokenizer(node: Node) -> TokenizerInfo:
         causal=node.take("causal", flag),
         dynamic_sequence=node.take("dynamic_sequence", flag),
         has_file=node.take("file", nullable(text), "tokenizer.json") is not None,
+        why_fixed=node.take("why_fixed", nullable(text), None),
     )
 
 

@@ -4,7 +4,7 @@
   pixel_values.npy      float32 [N, 3, H, W], normalised: exactly what the image encoder is fed
   held_out.npy          float32 [M, 3, H, W]: never calibrated on, for label-free fidelity
   losses.json           loss terms by name, one value per pass, a list for each unit that was optimised together
-  prompts.json          texts, their input_ids cut to the end token, held-out texts, image labels
+  prompts.json          texts, their input_ids without padding, held-out texts, image labels
   contact_sheet.png     all images, for a person to look at
   manifest.json         key (model weights, recipe, seed), versions, SHA-256 of each file
 """
@@ -40,7 +40,7 @@ class CalibrationSet:
         held_out: float32 [M, 3, H, W].
         labels: the noun each image was made for, N + M entries; empty where they were made for none.
         texts: calibration prompts.
-        input_ids: one list of ids per prompt, cut to the end token (or at fixed length).
+        input_ids: one list of ids per prompt, without what the tower does not look at (or at fixed length).
         held_out_texts: further prompts.
         manifest: key, versions and seeds.
         losses: for each unit of synthesis its loss terms by name, one value per pass; empty where none fell.
@@ -123,15 +123,6 @@ def open_calibration_set(path: str | Path, verify: bool = True) -> CalibrationSe
     if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != np.float32:
         raise CalibrationError(f"{path / PIXELS}: is {pixels.dtype} {pixels.shape}, not float32 [N, 3, H, W].")
     return CalibrationSet(pixels, held_out, labels, texts, ids, held_out_texts, manifest, losses)
-
-
-def cut_to_end(input_ids: np.ndarray, end_id: int) -> tuple[tuple[int, ...], ...]:
-    """Rows cut after their first end token; rows without one stay whole. input_ids: int64 [N, context_length]."""
-    rows = []
-    for row in input_ids:
-        ends = np.flatnonzero(row == end_id)
-        rows.append(tuple(int(value) for value in (row[: ends[0] + 1] if len(ends) else row)))
-    return tuple(rows)
 
 
 def contact_sheet(images: np.ndarray, thumb: int = 96, gap: int = 4) -> Image.Image:

@@ -75,8 +75,8 @@ class D4CCalibrationDataReader(_BatchReader):
 class PromptCalibrationDataReader(_BatchReader):
     """Prompts of a calibration set, grouped by length so that no batch holds padding.
 
-    In a causal tower everything after the end token is irrelevant, yet it would be nine tenths of what the ranges see
-    (a prompt has 8 tokens, a padded row 77).
+    In a causal tower everything after the end token is irrelevant, and so is padding in one that hides it, yet it would
+    be nine tenths of what the ranges see (a prompt has 8 tokens, a padded row 77).
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class PromptCalibrationDataReader(_BatchReader):
         batch: int = 8,
         input_name: str = "input_ids",
         fixed_length: int | None = None,
+        pad_id: int = 0,
     ) -> None:
         """Read prompts.
 
@@ -92,7 +93,8 @@ class PromptCalibrationDataReader(_BatchReader):
             source: a set, its folder, or rows of token ids.
             batch: prompts per feed, at most.
             input_name: the encoder's input.
-            fixed_length: pad every row with 0 to this length, for towers without a dynamic sequence.
+            fixed_length: pad every row to this length, for towers without a dynamic sequence;
+            pad_id: with this.
 
         Raises:
             CalibrationError: the folder is not a calibration set, or there is no prompt.
@@ -103,7 +105,7 @@ class PromptCalibrationDataReader(_BatchReader):
         if not len(rows):
             raise CalibrationError("the calibration set holds no prompt. Raise text.prompts.")
         if fixed_length is not None:
-            rows = [[*row, *[0] * (fixed_length - len(row))][:fixed_length] for row in rows]
+            rows = [[*row, *[pad_id] * (fixed_length - len(row))][:fixed_length] for row in rows]
         self._rows, self._batch = sorted(rows, key=len), batch  # sorted is stable: the order is reproducible
         super().__init__(input_name)
 

@@ -208,6 +208,8 @@ def drawn_feeds(bundle: Bundle, batches: Sequence[int], sequence: int) -> dict[s
         feeds["image"][size] = rng.standard_normal((size, 3, height, width), dtype=np.float32)
         ids = rng.integers(1, max(2, min(end, 1000)), (size, length), np.int64)
         ids[:, 0], ids[:, -1] = tokenizer.sot_id or 0, end
+        if not tokenizer.causal and tokenizer.pad_id is not None:
+            ids[ids == tokenizer.pad_id] = tokenizer.pad_id + 1  # padding would be hidden
         feeds["text"][size] = ids
     return feeds
 

@@ -16,6 +16,7 @@ from d4c_onnx.graph.model import clear_notes, drop_unused
 
 # 18 is the dynamo exporter's own floor and holds LayerNormalization; Gelu needs 20.
 BASE_OPSET, GELU_OPSET = 18, 20
+_GELUS = ("GELU", "GELUTanh", "GELUActivation")  # timm's and Hugging Face's are classes of their own
 
 
 def trace_tower(
@@ -34,8 +35,7 @@ def trace_tower(
     dynamic: dict[int, object] = {0: torch.export.Dim("batch", min=1, max=65535)}
     if max_sequence is not None:
         dynamic[1] = torch.export.Dim("sequence", min=2, max=max_sequence)
-    # timm's are classes of their own
-    gelu = any(isinstance(part, nn.GELU) or type(part).__name__ in ("GELU", "GELUTanh") for part in tower.modules())
+    gelu = any(isinstance(part, nn.GELU) or type(part).__name__ in _GELUS for part in tower.modules())
     try:
         with _quiet():
             program = torch.onnx.export(

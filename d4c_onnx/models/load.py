@@ -31,8 +31,8 @@ from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.models.catalogue import EmbeddedModel, embedded_models
 from d4c_onnx.models.compact import unpack_token_table
-from d4c_onnx.models.plain_attention import replace_attention
-from d4c_onnx.models.towers import CausalTextTower, FixedTextTower, ImageTower, text_tower
+from d4c_onnx.models.plain_attention import replace_attention, replace_hugging_face
+from d4c_onnx.models.towers import CausalTextTower, ImageTower, MaskedTextTower, TextTower, text_tower
 
 _CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 _HUB = "hf-hub:"
@@ -80,12 +80,49 @@ class LoadedModel:
         return mean, std
 
     @property
+    def pad_id(self) -> int | None:
+        """What the tokenizer fills texts up with, on their right; None where it does so otherwise, or not at all."""
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        if inner is None:
+            return 0  # open_clip's own
+        plain = not getattr(self.tokenizer, "tokenizer_mode", "") and getattr(inner, "padding_side", "") == "right"
+        return getattr(inner, "pad_token_id", None) if plain else None
+
+    @property
     def dynamic_sequence(self) -> bool:
         """Whether the deployed text tower takes prompts of any length up to the context's."""
-        return text_tower(self.model).dynamic_sequence
+        return text_tower(self.model, pad_id=self.pad_id).dynamic_sequence
 
-    def deployed_towers(self, normalize: bool = True) -> tuple[ImageTower, CausalTextTower | FixedTextTower]:
+    @property
+    def causal(self) -> bool:
+        """Whether the deployed text tower's tokens see those before them only, and its end token is pooled."""
+        return text_tower(self.model, pad_id=self.pad_id).causal
+
+    def cut(self, input_ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
+        """Rows without what the text tower does not look at: what follows the end token of a causal one, or padding.
+
+        Args:
+            input_ids: int64 [N, context_length]; rows stay whole where the tower has a fixed length.
+        """
+        tower = text_tower(self.model, pad_id=self.pad_id)
+        if isinstance(tower, CausalTextTower):
+            end = tower.eos_id if tower.pool_type == "eos" else getattr(self.tokenizer, "eot_token_id", None)
+            kept = [np.flatnonzero(row == end)[:1] for row in input_ids]
+        elif tower.dynamic_sequence:
+            kept = [np.flatnonzero(row != self.pad_id)[-1:] for row in input_ids]
+        else:
+            kept = [np.zeros(0, np.int64) for _ in input_ids]
+        return tuple(
+            tuple(row[: last[0] + 1].tolist() if len(last) else row.tolist())
+            for row, last in zip(input_ids, kept, strict=True)
+        )
+
+    def deployed_towers(self, normalize: bool = True, fixed: bool = False) -> tuple[ImageTower, TextTower]:
         """Both towers in the form that is exported, frozen; the original stays as it is for the parity check.
+
+        Args:
+            normalize: divide embeddings by their L2 norm.
+            fixed: a text tower that hides padding in the form that is at its full context length all the same.
 
         What is not re-expressed has parameters of its own over the same memory: moved to another device, or trained in
         another layout, they leave the original alone, and a large model is in memory once.
@@ -96,7 +133,10 @@ class LoadedModel:
         model = copy.deepcopy(self.model, shared | {id(own): own for own in self.model.buffers()})
         replace_attention(model)
         model.requires_grad_(False)
-        return ImageTower(model, normalize).eval(), text_tower(model, normalize).eval()
+        text = text_tower(model, normalize, None if fixed else self.pad_id)
+        if isinstance(text, MaskedTextTower):
+            replace_hugging_face(text.transformer)
+        return ImageTower(model, normalize).eval(), text.eval()
 
 
 def load_model(name: str, pretrained: str | None = None, seed: int = 0) -> LoadedModel:

@@ -62,6 +62,20 @@ class PlainTimmAttention(nn.Module):
         return self.attention(x, attn_mask=attn_mask)[0]
 
 
+class PlainHuggingFaceAttention(nn.Module):
+    """Self-attention with separate projections, that of the output included; call-compatible with BERT's."""
+
+    def __init__(self, attention: PlainAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states: float32 [batch, length, width]; the mask is added, [batch, 1, length, length]."""
+        return self.attention(hidden_states, attn_mask=attention_mask)
+
+
 class PlainAttentionPool(nn.Module):
     """CLIP's ResNet attention pool with one query, the mean token: the only row that the original returns."""
 
@@ -145,3 +159,34 @@ def replace_attention(root: nn.Module) -> int:
                 setattr(parent, name, plain.train(child.training))
                 replaced += 1
     return replaced
+
+
+def replace_hugging_face(encoder: nn.Module) -> int:
+    """Swap every attention of a Hugging Face encoder that has a plain form, in place; returns how many.
+
+    Attention of another form than BERT's (T5's is relative) becomes products without a fused kernel, and stays its own.
+    """
+    root: Any = encoder
+    if hasattr(root, "set_attn_implementation"):  # transformers before 4.50
+        root.set_attn_implementation("eager")
+    replaced = 0
+    for parent in list(encoder.modules()):
+        attention, output = getattr(parent, "self", None), getattr(parent, "output", None)
+        plain = plain_hugging_face(attention, output)
+        if plain is not None and output is not None:
+            parent.add_module("self", plain.train(parent.training))
+            output.add_module("dense", nn.Identity())
+            replaced += 1
+    return replaced
+
+
+def plain_hugging_face(attention: Any, output: Any) -> PlainHuggingFaceAttention | None:
+    """Re-express BERT's, RoBERTa's or XLM-RoBERTa's attention with the output projection; None for any other."""
+    names = ("query", "key", "value")
+    projections: list[Any] = [getattr(attention, name, None) for name in names] + [getattr(output, "dense", None)]
+    known = type(attention).__name__.endswith("SelfAttention") and hasattr(attention, "num_attention_heads")
+    relative = getattr(attention, "position_embedding_type", None) not in (None, "absolute")
+    if not known or relative or not all(isinstance(entry, nn.Linear) for entry in projections):
+        return None
+    weights, biases = zip(*((entry.weight, entry.bias) for entry in projections[:3]), strict=True)
+    return PlainHuggingFaceAttention(from_projections(weights, biases, output.dense, attention.num_attention_heads))

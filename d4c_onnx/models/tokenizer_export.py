@@ -27,7 +27,7 @@ def write_tokenizer(tokenizer: Any, context_length: int, path: Path, fixed: bool
     """
     if hasattr(tokenizer, "bpe_ranks"):
         return _write_clip(tokenizer, context_length, path, fixed)
-    return _write_wrapped(tokenizer, context_length, path)
+    return _write_wrapped(tokenizer, context_length, path, fixed)
 
 
 def _write_clip(tokenizer: Any, context_length: int, path: Path, fixed: bool) -> TokenizerInfo:
@@ -58,7 +58,7 @@ def _write_clip(tokenizer: Any, context_length: int, path: Path, fixed: bool) ->
     )
 
 
-def _write_wrapped(tokenizer: Any, context_length: int, path: Path) -> TokenizerInfo:
+def _write_wrapped(tokenizer: Any, context_length: int, path: Path, fixed: bool) -> TokenizerInfo:
     inner = getattr(tokenizer, "tokenizer", None)
     fast = getattr(inner, "backend_tokenizer", None)
     info = TokenizerInfo(type(tokenizer).__name__, context_length, cleaning="the client's")
@@ -66,6 +66,7 @@ def _write_wrapped(tokenizer: Any, context_length: int, path: Path) -> Tokenizer
         return replace(info, has_file=False)
     fast.enable_truncation(context_length)
     pad = getattr(inner, "pad_token_id", 0) or 0
-    fast.enable_padding(length=context_length, pad_id=pad, pad_token=fast.id_to_token(pad))
+    length = context_length if fixed else None
+    fast.enable_padding(length=length, pad_id=pad, pad_token=fast.id_to_token(pad))
     path.write_text(fast.to_str(pretty=True), "utf-8")
     return replace(info, pad_id=pad, eot_id=getattr(inner, "eos_token_id", None))

@@ -28,7 +28,7 @@ class CausalTextTower(nn.Module):
     gives the same embedding. Pooling comes before the final LayerNorm, which works token by token: exact, and cheaper.
     """
 
-    dynamic_sequence = True
+    dynamic_sequence = causal = True
 
     def __init__(self, text: Any, pool_type: str, eos_id: int | None, normalize: bool = True) -> None:
         super().__init__()
@@ -57,10 +57,34 @@ class CausalTextTower(nn.Module):
         return F.normalize(x, dim=-1) if self.normalize else x
 
 
-class FixedTextTower(nn.Module):
-    """Any other text tower (SigLIP, Hugging Face encoders) at its fixed context length."""
+class MaskedTextTower(nn.Module):
+    """A Hugging Face encoder that hides padding; input_ids int64 [batch, sequence] -> text_embeds float32 [batch, D].
 
-    dynamic_sequence = False
+    No token attends to padding, and the pooler leaves it out: any sequence length that holds the whole text gives the
+    same embedding. The mask is added to the scores, [batch, 1, sequence, sequence]: a mask of booleans would come out
+    with a guard behind each softmax for rows that see nothing, and there are none.
+    """
+
+    dynamic_sequence, causal = True, False
+
+    def __init__(self, text: Any, normalize: bool = True) -> None:
+        super().__init__()
+        self.transformer, self.pooler, self.proj = text.transformer, text.pooler, text.proj
+        self.pad_id, self.normalize = int(text.config.pad_token_id), normalize
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        # finite and in float16's range, as in the causal mask
+        hidden = torch.eq(input_ids, self.pad_id).float() * -10000.0
+        hidden = hidden[:, None, :].expand(-1, input_ids.shape[1], -1).unsqueeze(1)
+        out = self.transformer(input_ids=input_ids, attention_mask=hidden)
+        embeds: torch.Tensor = self.proj(self.pooler(out, torch.ne(input_ids, self.pad_id).long()))
+        return F.normalize(embeds, dim=-1) if self.normalize else embeds
+
+
+class FixedTextTower(nn.Module):
+    """Any other text tower (SigLIP's looks at its padding) at its fixed context length."""
+
+    dynamic_sequence = causal = False
 
     def __init__(self, model: Any, normalize: bool = True) -> None:
         super().__init__()
@@ -71,8 +95,17 @@ class FixedTextTower(nn.Module):
         return F.normalize(embeds, dim=-1) if self.normalize else embeds
 
 
-def text_tower(model: Any, normalize: bool = True) -> CausalTextTower | FixedTextTower:
-    """The deployable text tower of an open_clip model: dynamic in its sequence where that is exact."""
+TextTower = CausalTextTower | MaskedTextTower | FixedTextTower
+
+_MASKED_POOLERS = ("MeanPooler", "ClsPooler", "ClsLastHiddenStatePooler")  # open_clip's maximum is one over padding
+
+
+def text_tower(model: Any, normalize: bool = True, pad_id: int | None = None) -> TextTower:
+    """The deployable text tower of an open_clip model: dynamic in its sequence where that is exact.
+
+    Args:
+        pad_id: what the tokenizer fills texts up with, on their right; a tower that hides another id is fixed.
+    """
     text = getattr(model, "text", model)
     pool_type = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
     eos_id = getattr(text, "eos_id", None) if text is not model else getattr(model, "text_eos_id", None)
@@ -80,4 +113,8 @@ def text_tower(model: Any, normalize: bool = True) -> CausalTextTower | FixedTex
     plain = getattr(text, "cls_emb", None) is None and not getattr(text, "use_pad_mask", False)
     if causal and plain and pool_type in ("argmax", "eos"):
         return CausalTextTower(text, pool_type, eos_id, normalize)
+    config, pooler = getattr(text, "config", None), getattr(text, "pooler", None)
+    masked = type(text).__name__ == "HFTextEncoder" and type(pooler).__name__ in _MASKED_POOLERS
+    if masked and pad_id is not None and getattr(config, "pad_token_id", None) == pad_id:
+        return MaskedTextTower(text, normalize)
     return FixedTextTower(model, normalize)

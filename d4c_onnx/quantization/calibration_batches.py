@@ -16,10 +16,10 @@ _LARGE_BYTES, _LARGE_BATCH = 2**30, 2
 
 def calibration_readers(bundle: Bundle, dataset: CalibrationSet) -> dict[str, CalibrationDataReader]:
     """Per encoder file its calibration data, in batches that fit in memory."""
-    fixed = EncoderSession(bundle.text_encoder).fixed_length
+    fixed, pad = EncoderSession(bundle.text_encoder).fixed_length, bundle.manifest.tokenizer.pad_id or 0
     return {
         IMAGE_ENCODER: D4CCalibrationDataReader(dataset, images_at_a_time(bundle.image_encoder)),
-        TEXT_ENCODER: PromptCalibrationDataReader(dataset, _BATCH, fixed_length=fixed),
+        TEXT_ENCODER: PromptCalibrationDataReader(dataset, _BATCH, fixed_length=fixed, pad_id=pad),
     }
 
 

@@ -9,7 +9,7 @@ from d4c_onnx.errors import BundleError
 
 
 class TextTokenizer:
-    """CLIP's tokenizer from a bundle's tokenizer.json."""
+    """The tokenizer of a bundle, from its tokenizer.json."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -20,6 +20,7 @@ class TextTokenizer:
         """Token ids, truncated to the context length.
 
         Returns:
-            int64 [len(texts), longest of them]; [len(texts), context length] where the text encoder takes no other.
+            int64 [len(texts), longest of them], the others padded; [len(texts), context length] where the text
+            encoder takes no other.
         """
         return np.array([encoding.ids for encoding in self._tokenizer.encode_batch(texts)], np.int64)

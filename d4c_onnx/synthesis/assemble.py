@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from d4c_onnx.calibration.controls import noise_images
-from d4c_onnx.calibration.dataset import CalibrationSet, cut_to_end, save_calibration_set
+from d4c_onnx.calibration.dataset import CalibrationSet, save_calibration_set
 from d4c_onnx.manifest_file import versions
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.runtime.preprocess import denormalize
@@ -44,18 +44,9 @@ def assemble(
         held_out=pixels[numbers >= plan.section.images],
         labels=tuple(plan.nouns[label] for label in plan.labels[numbers]) if guided else (),
         texts=tuple(texts),
-        input_ids=_token_rows(loaded, texts),
+        input_ids=loaded.cut(loaded.tokenize(texts)),
         held_out_texts=tuple(held_out_texts),
         losses=tuple(one.losses for one in made),
         manifest={"model": loaded.name, "key": plan.key, "compute": plan.compute, "versions": versions()},
     )
     return save_calibration_set(target, content, denormalize(pixels, loaded.preprocess))
-
-
-def _token_rows(loaded: LoadedModel, texts: list[str]) -> tuple[tuple[int, ...], ...]:
-    """input_ids of each text: cut to the end token where the text tower takes any length, else as long as it wants."""
-    ids = loaded.tokenize(texts)
-    end = getattr(loaded.tokenizer, "eot_token_id", None)
-    if loaded.dynamic_sequence and end is not None:
-        return cut_to_end(ids, end)
-    return tuple(tuple(row) for row in ids.tolist())

@@ -12,7 +12,6 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet, D4CCalibrationDataReader, PromptCalibrationDataReader
-from d4c_onnx.calibration.dataset import cut_to_end
 from d4c_onnx.calibration.observers import RangeObserver, quant_params
 from d4c_onnx.errors import CalibrationError
 from d4c_onnx.runtime.session import EncoderSession
@@ -48,6 +47,8 @@ def test_prompt_batches_hold_no_padding_and_lose_nothing(rows: list[list[int]], 
 def test_fixed_length_pads() -> None:
     (batch,) = _drain(PromptCalibrationDataReader([[1, 2], [3]], 8, fixed_length=4))
     assert batch.tolist() == [[1, 2, 0, 0], [3, 0, 0, 0]]
+    (batch,) = _drain(PromptCalibrationDataReader([[0, 2], [3]], 8, fixed_length=3, pad_id=1))
+    assert batch.tolist() == [[0, 2, 1], [3, 1, 1]]
 
 
 def test_empty_sets_are_refused() -> None:
@@ -55,10 +56,6 @@ def test_empty_sets_are_refused() -> None:
         PromptCalibrationDataReader([])
     with pytest.raises(CalibrationError, match="not a complete"):
         D4CCalibrationDataReader("/nowhere")
-
-
-def test_cut_to_end() -> None:
-    assert cut_to_end(np.array([[1, 5, 9, 0], [1, 9, 9, 9], [1, 2, 3, 4]]), 9) == ((1, 5, 9), (1, 9), (1, 2, 3, 4))
 
 
 def test_readers_serve_plain_quantize_static(

@@ -196,6 +196,12 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model("ViT-S-32", "random")
 
 
+def test_prompts_are_cut_to_the_end_token(mini_vit) -> None:
+    end = mini_vit.tokenizer.eot_token_id
+    rows = np.array([[1, 5, end, 0], [1, end, end, end], [1, 2, 3, 4]])
+    assert mini_vit.cut(rows) == ((1, 5, end), (1, end), (1, 2, 3, 4))
+
+
 def test_texts_are_as_long_as_tower_and_tokenizer_both_take(mini_vit) -> None:
     """XLM-RoBERTa has 514 positions; open_clip's tokenizer for it cuts at 77."""
     long = copy.copy(mini_vit.model)
