@@ -93,8 +93,14 @@ class SynthesisSection(_Section):
 class PromptSection(_Section):
     """Which texts calibrate the text tower."""
 
-    prompts: int = Field(512, ge=1, le=1_000_000, description="calibration prompts, at most nouns x templates")
-    held_out: int = Field(128, ge=0, le=1_000_000, description="further prompts for fidelity")
+    prompts: int = Field(768, ge=1, le=1_000_000, description="calibration prompts; fewer where nouns are few")
+    random_words: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of them whose noun is random tokens of the model's own tokenizer: words that no list has",
+    )
+    held_out: int = Field(128, ge=0, le=1_000_000, description="further prompts for fidelity, all with nouns")
 
 
 class QuantizationSection(_Section):

@@ -11,9 +11,9 @@ from typing import Any
 from d4c_onnx.calibration.method import METHODS, Method
 from d4c_onnx.recipe import PromptSection, SynthesisSection
 
-# Raise it when the same ask makes other images, such as when the optimisation itself changes: sets and half-done work
-# of an earlier release are then not taken for this one's. A method's constants are part of the key anyway.
-_GENERATOR = 2
+# Raise it when the same ask makes other images or texts, such as when the optimisation itself changes: sets and
+# half-done work of an earlier release are then not taken for this one's. A method's constants are in the key anyway.
+_GENERATOR = 3
 
 
 def calibration_key(

@@ -8,6 +8,7 @@ from d4c_onnx.calibration.controls import noise_images
 from d4c_onnx.calibration.dataset import CalibrationSet, save_calibration_set
 from d4c_onnx.manifest_file import versions
 from d4c_onnx.models.load import LoadedModel
+from d4c_onnx.models.random_phrases import random_phrases
 from d4c_onnx.runtime.preprocess import denormalize
 from d4c_onnx.synthesis.prompts import draw_texts
 from d4c_onnx.synthesis.task import Plan
@@ -38,7 +39,11 @@ def assemble(
     else:
         pixels = noise_images(plan.section.method, (plan.total, 3, *loaded.preprocess.size), plan.seed)
     guided = plan.method is not None and plan.method.loss == "d4c"  # the others are made for no noun
-    texts, held_out_texts = draw_texts(plan.nouns, templates(), plan.text.prompts, plan.text.held_out, plan.seed)
+    random = round(plan.text.prompts * plan.text.random_words)
+    phrases = random_phrases(loaded.tokenizer, random, np.random.default_rng([plan.seed, 4]))
+    texts, held_out_texts = draw_texts(
+        plan.nouns, templates(), plan.text.prompts, plan.text.held_out, plan.seed, phrases
+    )
     content = CalibrationSet(
         pixel_values=pixels[numbers < plan.section.images],
         held_out=pixels[numbers >= plan.section.images],

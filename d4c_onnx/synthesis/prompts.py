@@ -1,5 +1,7 @@
 """Which noun each image is made for, and which texts calibrate the text tower."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -17,15 +19,30 @@ def draw_labels(count: int, classes: int, how: str, seed: int) -> np.ndarray:
 
 
 def draw_texts(
-    nouns: tuple[str, ...], templates: tuple[str, ...], count: int, held_out: int, seed: int
+    nouns: tuple[str, ...],
+    templates: tuple[str, ...],
+    count: int,
+    held_out: int,
+    seed: int,
+    phrases: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
     """Calibration prompts and held-out prompts: a random order of every noun in every template, cut apart.
 
-    Fewer come back when nouns x templates is less than count + held_out; at least one always calibrates.
+    Fewer come back when there are fewer nouns x templates; at least one always calibrates. Held-out prompts are what a
+    client asks for, so they have nouns only.
+
+    Args:
+        count: calibration prompts, those with phrases included.
+        held_out: held-out prompts.
+        phrases: stand for a noun in as many of the calibration prompts, in the same share of them where nouns are few.
     """
     every = [template.format(noun) for template in templates for noun in nouns]
+    wanted = count - len(phrases)
     order = np.random.default_rng([seed, 2]).permutation(len(every))
-    spare = min(held_out, len(every) // 5) if len(every) < count + held_out else held_out
+    spare = min(held_out, len(every) // 5) if len(every) < wanted + held_out else held_out
     texts = [every[index] for index in order]
-    used = min(count, len(texts) - spare)
-    return texts[:used], texts[used : used + spare]
+    used = min(wanted, len(texts) - spare)
+    fitting = phrases if used == wanted else phrases[: used * len(phrases) // wanted]
+    places = np.random.default_rng([seed, 3]).integers(0, len(templates), len(fitting))
+    others = [templates[place].format(phrase) for place, phrase in zip(places, fitting, strict=True)]
+    return texts[:used] + others, texts[used : used + spare]

@@ -24,6 +24,7 @@ from d4c_onnx.export import export_fp32, fp32_bundle
 from d4c_onnx.graph.attention import find_attentions
 from d4c_onnx.graph.model import load_model as load_onnx
 from d4c_onnx.models.load import LoadedModel, load_model
+from d4c_onnx.models.random_phrases import random_phrases
 from d4c_onnx.quantization.rewrites.fused_attention import FUSE_ATTENTION
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.golden import read_golden
@@ -132,6 +133,13 @@ def test_a_tower_that_hides_another_id_is_fixed(loaded: LoadedModel) -> None:
         other = dataclasses.replace(loaded, tokenizer=tokenizer)
         assert not other.dynamic_sequence
         assert {len(row) for row in other.cut(other.tokenize(TEXTS))} == {32}
+
+
+def test_random_phrases_come_from_its_tokenizer(loaded: LoadedModel) -> None:
+    phrases = random_phrases(loaded.tokenizer, 20, np.random.default_rng(0))
+    assert len(phrases) == 20
+    special = [loaded.tokenizer.tokenizer.unk_token_id, loaded.pad_id]
+    assert not set(special) & {token for row in loaded.cut(loaded.tokenize(phrases)) for token in row}
 
 
 def test_quantised_on_prompts_without_padding(tmp_path: Path, loaded: LoadedModel) -> None:

@@ -22,6 +22,7 @@ from d4c_onnx.models.catalogue import embedded_models
 from d4c_onnx.models.compact import pack_token_table, unpack_token_table
 from d4c_onnx.models.load import load_model
 from d4c_onnx.models.plain_attention import plain_attention, replace_attention
+from d4c_onnx.models.random_phrases import random_phrases
 from d4c_onnx.models.tokenizer_export import write_tokenizer
 
 
@@ -200,6 +201,17 @@ def test_prompts_are_cut_to_the_end_token(mini_vit) -> None:
     end = mini_vit.tokenizer.eot_token_id
     rows = np.array([[1, 5, end, 0], [1, end, end, end], [1, 2, 3, 4]])
     assert mini_vit.cut(rows) == ((1, 5, end), (1, end), (1, 2, 3, 4))
+
+
+def test_random_phrases_are_text_of_ordinary_tokens(mini_vit) -> None:
+    phrases, again = (random_phrases(mini_vit.tokenizer, 200, np.random.default_rng(1)) for _ in range(2))
+    assert len(phrases) == 200
+    assert phrases == again != random_phrases(mini_vit.tokenizer, 200, np.random.default_rng(2))
+    ids = mini_vit.cut(mini_vit.tokenize(phrases))
+    sot, eot = mini_vit.tokenizer.all_special_ids
+    assert all(row[0] == sot and row[-1] == eot and not {sot, eot} & set(row[1:-1]) for row in ids)
+    assert len({token for row in ids for token in row}) > 300
+    assert random_phrases(object(), 3, np.random.default_rng(0)) == []
 
 
 def test_texts_are_as_long_as_tower_and_tokenizer_both_take(mini_vit) -> None:
