@@ -23,12 +23,26 @@ _SMALL_PROJECTION = 0.02
 
 
 @dataclass(frozen=True, slots=True)
+class InputGroups:
+    """Neighbouring inputs of a channel that share a multiplier.
+
+    Attributes:
+        size: how many, at least 2; the weight's inputs are a multiple of it.
+        largest: multiplier, 8 to 15.
+    """
+
+    size: int
+    largest: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What `quantize_static` is asked to do.
 
     Attributes:
         layers: the weighted layers, in graph order.
         weight_bits: width of the grid, by initialiser name: 4, 6, 8, or 7 for an 8-bit weight of reduced range.
+        groups: of a weight's inputs, by initialiser name; all others have one scale a channel.
         nodes: names of all nodes to quantise.
         op_types: their operator types.
         activations: float values whose ranges are needed; none where only weights are quantised.
@@ -45,6 +59,7 @@ class Plan:
     float16: tuple[str, ...] = ()
     dead_rows: frozenset[str] = frozenset()
     outliers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    groups: Mapping[str, InputGroups] = field(default_factory=dict)
 
     def observed(self, name: str, values: np.ndarray) -> np.ndarray:
         """What counts of an activation for ranges and moments: all but a dead first row; outliers as zeros."""

@@ -32,7 +32,7 @@ class LayerCost:
     encoder: str
     node: str
     elements: int
-    bits: int
+    bits: float
     error: float
 
 
@@ -59,13 +59,15 @@ def measure_costs(
     costs = []
     for number, layer in enumerate(plan.layers):
         values, bits = constant(model.graph.initializers[layer.weight]), plan.weight_bits[layer.weight]
-        error = 0.0
-        if stored_bits(bits) < 8:
-            rounded = nearest.round(channels_first(values, layer.channel_axis), bits).dequantize()
-            set_constant(trial.graph, layer.weight, channels_back(rounded, values.shape, layer.channel_axis))
+        groups, error = plan.groups.get(layer.weight), 0.0
+        width = stored_bits(bits, groups)
+        if width < 8:
+            rounded = nearest.round(channels_first(values, layer.channel_axis), bits, groups=groups)
+            real = channels_back(rounded.dequantize(), values.shape, layer.channel_axis)
+            set_constant(trial.graph, layer.weight, real)
             error = float(np.square(embeds(trial) - exact).mean())
             set_constant(trial.graph, layer.weight, values)
-        costs.append(LayerCost(encoder, layer.node, int(values.size), stored_bits(bits), error))
+        costs.append(LayerCost(encoder, layer.node, int(values.size), width, error))
         on_step("sensitivity", number + 1, len(plan.layers), {})
     return costs
 

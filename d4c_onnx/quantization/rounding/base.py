@@ -10,7 +10,7 @@ from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.quantization.plan import Plan
+from d4c_onnx.quantization.plan import InputGroups, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +19,27 @@ class QuantizedWeight:
 
     Attributes:
         integers: int8 [channels, inputs], each in [-2**(num_bits-1), 2**(num_bits-1) - 1].
-        scale: float32 [channels], positive; real = integer * scale.
+        scale: float32 [channels], positive; real = product * scale.
         num_bits: width of the grid; 4 bits are stored in 4, wider grids in 8.
+        multipliers: uint8 [channels, groups], 1 to 15, of as many inputs each; None without groups.
     """
 
     integers: np.ndarray
     scale: np.ndarray
     num_bits: int
+    multipliers: np.ndarray | None = None
+
+    @property
+    def products(self) -> np.ndarray:
+        """int8 [channels, inputs]: what kernels multiply, each integer times its group's multiplier."""
+        if self.multipliers is None:
+            return self.integers
+        each = np.repeat(self.multipliers.astype(np.int8), self.integers.shape[1] // self.multipliers.shape[1], axis=1)
+        return self.integers * each  # at most 8 * 15 in magnitude
 
     def dequantize(self) -> np.ndarray:
         """float32 [channels, inputs]."""
-        return self.integers.astype(np.float32) * self.scale[:, None]
+        return self.products.astype(np.float32) * self.scale[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +66,20 @@ class LayerRounding(Protocol):
     uses_data: bool
     sequential: bool
 
-    def round(self, weight: np.ndarray, num_bits: int, moments: InputMoments | None = None) -> QuantizedWeight:
+    def round(
+        self,
+        weight: np.ndarray,
+        num_bits: int,
+        moments: InputMoments | None = None,
+        groups: InputGroups | None = None,
+    ) -> QuantizedWeight:
         """Round a weight.
 
         Args:
             weight: float32 [channels, inputs], output channels first.
             num_bits: 4, 6, 7 or 8.
             moments: of the layer's input; given when `uses_data`.
+            groups: of inputs that share a multiplier, at 4 bits; none: one scale a channel.
         """
         ...
 
@@ -116,6 +133,8 @@ def grid_limits(num_bits: int) -> tuple[int, int]:
     return -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
 
 
-def stored_bits(num_bits: int) -> int:
-    """What a weight of that grid takes in the file."""
+def stored_bits(num_bits: int, groups: InputGroups | None = None) -> float:
+    """What a weight of that grid takes in the file, its share of a multiplier of 4 bits included."""
+    if groups is not None:
+        return 4 + 4 / groups.size
     return 4 if num_bits == 4 else 8

@@ -8,6 +8,10 @@ so the best float weight is T, and rounding it is GPTQ's problem with the Hessia
 of falling G_jj (act-order); the error of a column, divided by its pivot in the Cholesky factor of G^-1, is taken out of
 the columns that are not yet rounded.
 
+Groups of inputs that share a multiplier stay as they lie ("static groups"), whatever the order: their steps are chosen
+before, on T, where an input counts as much as 1 / (G^-1)_jj, the error that its rounding leaves once the other columns
+have repaired what they can.
+
 Source: GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1, act-order); the asymmetric target follows GPTAQ (Li et al.,
 arXiv 2504.02692), here in closed form before the rounding instead of column by column.
 """
@@ -16,7 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d4c_onnx.quantization.plan import InputGroups
 from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, grid_limits
+from d4c_onnx.quantization.rounding.groups import search_groups, spread
 from d4c_onnx.quantization.rounding.nearest import search_scales
 
 _BLOCK = 128  # columns repaired one by one before the rest is repaired in one product
@@ -33,7 +39,13 @@ class GptqRounding:
         self.dampening = dampening
         self._solved: tuple[InputMoments, _Solved] | None = None
 
-    def round(self, weight: np.ndarray, num_bits: int, moments: InputMoments | None = None) -> QuantizedWeight:
+    def round(
+        self,
+        weight: np.ndarray,
+        num_bits: int,
+        moments: InputMoments | None = None,
+        groups: InputGroups | None = None,
+    ) -> QuantizedWeight:
         """See `Rounding.round`."""
         assert moments is not None
         # q, k and v come one after the other with the same moments: the factors are worth keeping for the next call
@@ -42,10 +54,17 @@ class GptqRounding:
             self._solved = moments, _solve(moments, self.dampening)
         solved = self._solved[1]
         target = weight.astype(np.float64) @ solved.shift
-        scale = search_scales(target.astype(np.float32), num_bits, solved.importance)
+        wanted = target.astype(np.float32)
+        if groups is None:
+            scale, multipliers = search_scales(wanted, num_bits, solved.importance), None
+            steps = np.broadcast_to(scale[:, None], weight.shape)
+        else:
+            single = search_scales(wanted, num_bits, solved.pivots)
+            scale, multipliers = search_groups(wanted, groups, single, solved.pivots)
+            steps = spread(scale, multipliers, weight.shape[1])[:, solved.order]
         integers = np.empty(weight.shape, np.int8)
-        integers[:, solved.order] = _repair(target[:, solved.order], solved.factor, scale.astype(np.float64), num_bits)
-        return QuantizedWeight(integers, scale, num_bits)
+        integers[:, solved.order] = _repair(target[:, solved.order], solved.factor, steps, num_bits)
+        return QuantizedWeight(integers, scale, num_bits, multipliers)
 
 
 class GptaqRounding(GptqRounding):
@@ -56,10 +75,11 @@ class GptaqRounding(GptqRounding):
 
 @dataclass(frozen=True, slots=True)
 class _Solved:
-    """What all weights that read one input share: C G^-1, diag(G), the act-order, and the factor of G^-1."""
+    """What all weights that read one input share: C G^-1, diag(G), 1 / diag(G^-1), act-order, the factor of G^-1."""
 
     shift: np.ndarray
     importance: np.ndarray
+    pivots: np.ndarray
     order: np.ndarray
     factor: np.ndarray
 
@@ -73,8 +93,9 @@ def _solve(moments: InputMoments, dampening: float) -> _Solved:
     order = np.argsort(-np.diag(moments.gram), kind="stable")
     # the same ridge on C: with no quantisation error (C = G) the target is W itself
     shift = _with_ridge(moments.cross, ridge) @ inverse
+    pivots = 1 / np.maximum(np.diag(inverse), 1e-30)
     inverse = inverse[np.ix_(order, order)]
-    return _Solved(shift, importance, order, factor=np.linalg.cholesky(inverse).T)  # upper triangular
+    return _Solved(shift, importance, pivots, order, factor=np.linalg.cholesky(inverse).T)  # upper triangular
 
 
 def _with_ridge(matrix: np.ndarray, ridge: float) -> np.ndarray:
@@ -83,8 +104,14 @@ def _with_ridge(matrix: np.ndarray, ridge: float) -> np.ndarray:
     return added
 
 
-def _repair(target: np.ndarray, factor: np.ndarray, scale: np.ndarray, num_bits: int) -> np.ndarray:
-    """int8 [channels, inputs]; `target` float64 in act-order, `factor` upper Cholesky factor of the inverse Gram."""
+def _repair(target: np.ndarray, factor: np.ndarray, steps: np.ndarray, num_bits: int) -> np.ndarray:
+    """int8 [channels, inputs]; all in act-order.
+
+    Args:
+        target: float64 [channels, inputs].
+        factor: float64 [inputs, inputs], upper Cholesky factor of the inverse Gram.
+        steps: float32 [channels, inputs], the distance of neighbours on the grid.
+    """
     low, high = grid_limits(num_bits)
     target = target.copy()
     integers = np.empty(target.shape, np.int8)
@@ -92,6 +119,7 @@ def _repair(target: np.ndarray, factor: np.ndarray, scale: np.ndarray, num_bits:
         stop = min(start + _BLOCK, target.shape[1])
         errors = np.empty((len(target), stop - start))
         for column in range(start, stop):
+            scale = steps[:, column].astype(np.float64)
             rounded = np.clip(np.rint(target[:, column] / scale), low, high)
             integers[:, column] = rounded
             error = (target[:, column] - rounded * scale) / factor[column, column]

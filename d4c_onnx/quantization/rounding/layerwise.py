@@ -84,12 +84,15 @@ class _Layers:
                 collector.replace(name_of(bias), biases[name_of(bias)])
 
     def _round(self, layer: WeightedLayer, moments: list[InputMoments]) -> None:
-        rows, bits, rounding = self._rows(layer), self._task.plan.weight_bits[layer.weight], self._rounding
-        if not rounding.uses_data:
-            self._result.weights[layer.weight] = rounding.round(rows, bits)
+        rows, plan, rounding = self._rows(layer), self._task.plan, self._rounding
+        bits, groups = plan.weight_bits[layer.weight], plan.groups.get(layer.weight)
+        if not rounding.uses_data or len(moments) == 1:
+            own = moments[0] if rounding.uses_data else None
+            self._result.weights[layer.weight] = rounding.round(rows, bits, own, groups)
             return
-        groups = zip(np.split(rows, len(moments)), moments, strict=True)
-        parts = [rounding.round(part, bits, own) for part, own in groups]
+        # a convolution in groups: each has an input, and moments, of its own
+        split = zip(np.split(rows, len(moments)), moments, strict=True)
+        parts = [rounding.round(part, bits, own) for part, own in split]
         self._result.weights[layer.weight] = QuantizedWeight(
             np.concatenate([part.integers for part in parts]), np.concatenate([part.scale for part in parts]), bits
         )

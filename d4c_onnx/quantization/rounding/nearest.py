@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from d4c_onnx.quantization.plan import InputGroups
 from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, grid_limits
+from d4c_onnx.quantization.rounding.groups import search_groups, spread
 
 # Fractions of max|w| that may become the grid's top. Above 1 the grid's lone lowest level (-8 beside +7) pays off.
 _FRACTIONS = {
@@ -20,16 +22,30 @@ class NearestRounding:
     uses_data = False
     sequential = False
 
-    def round(self, weight: np.ndarray, num_bits: int, moments: InputMoments | None = None) -> QuantizedWeight:
+    def round(
+        self,
+        weight: np.ndarray,
+        num_bits: int,
+        moments: InputMoments | None = None,
+        groups: InputGroups | None = None,
+    ) -> QuantizedWeight:
         """See `Rounding.round`."""
+        if groups is not None:
+            scale, multipliers = search_groups(weight, groups, search_scales(weight, num_bits))
+            steps = spread(scale, multipliers, weight.shape[1])
+            return QuantizedWeight(round_to_grid(weight, steps, num_bits), scale, num_bits, multipliers)
         scale = search_scales(weight, num_bits)
         return QuantizedWeight(round_to_grid(weight, scale, num_bits), scale, num_bits)
 
 
 def round_to_grid(weight: np.ndarray, scale: np.ndarray, num_bits: int) -> np.ndarray:
-    """int8 [channels, inputs]: nearest integers (ties to even), clipped to the grid."""
+    """int8 [channels, inputs]: nearest integers (ties to even), clipped to the grid.
+
+    Args:
+        scale: float32 [channels], or one for each weight, [channels, inputs].
+    """
     low, high = grid_limits(num_bits)
-    return np.clip(np.rint(weight / scale[:, None]), low, high).astype(np.int8)
+    return np.clip(np.rint(weight / scale.reshape(len(scale), -1)), low, high).astype(np.int8)
 
 
 def search_scales(weight: np.ndarray, num_bits: int, importance: np.ndarray | None = None) -> np.ndarray:
