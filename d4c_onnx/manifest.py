@@ -160,7 +160,7 @@ class LayerRecord:
     """A layer with a stored weight: its operator, bits a weight, and how many weights."""
 
     op: str
-    bits: int
+    bits: float
     weights: int
 
 

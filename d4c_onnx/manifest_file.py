@@ -271,7 +271,15 @@ def _refusal(node: Node) -> Refusal:
 
 
 def _layer(node: Node) -> LayerRecord:
-    return LayerRecord(node.take("op", text), node.take("bits", integer(1, 64)), node.take("weights", integer(0)))
+    return LayerRecord(node.take("op", text), node.take("bits", _width), node.take("weights", integer(0)))
+
+
+def _width(node: Node) -> float:
+    """Bits a weight; its share of a multiplier is a fraction of one."""
+    width = number(node)
+    if not 1 <= width <= 64:
+        raise node.wrong("a number from 1 to 64")
+    return int(width) if width.is_integer() else width
 
 
 def _accuracy(node: Node) -> Accuracy:

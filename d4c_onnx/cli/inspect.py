@@ -64,7 +64,7 @@ def _row(layer: InspectedLayer) -> list[str]:
         layer.node,
         layer.op,
         "x".join(str(size) for size in layer.shape) or "-",
-        str(layer.bits or "-"),
+        f"{layer.bits:g}" if layer.bits else "-",
         layer.activation,
         f"{ends[0]:.3g} .. {ends[1]:.3g}" if ends else "-",
         f"{scales[0]:.2g} .. {scales[1]:.2g}" if scales else "-",

@@ -27,7 +27,7 @@ class InputGroups:
     """Neighbouring inputs of a channel that share a multiplier.
 
     Attributes:
-        size: how many, at least 2; the weight's inputs are a multiple of it.
+        size: how many, an even number; the weight's inputs are a multiple of it.
         largest: multiplier, 8 to 15.
     """
 

@@ -35,7 +35,7 @@ class InspectedLayer:
     Attributes:
         node, op: as in the file.
         shape: of the stored weight; empty for the product of two activations.
-        bits: per stored weight; None without one.
+        bits: per stored weight, its share of a multiplier included; None without one.
         activation: uint8, int8, float16 or float32: what is multiplied.
         activation_range: the real values at the ends of the activation's grid; None in float.
         weight_scales: least and largest scale of the weight's channels; None where it is stored in float.
@@ -47,7 +47,7 @@ class InspectedLayer:
     node: str
     op: str
     shape: tuple[int, ...]
-    bits: int | None
+    bits: float | None
     activation: str
     activation_range: tuple[float, float] | None
     weight_scales: tuple[float, float] | None

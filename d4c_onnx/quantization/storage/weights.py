@@ -8,8 +8,9 @@ import onnx_ir as ir
 
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.model import opset_of, raise_opset
-from d4c_onnx.graph.stored import INT8, Form, convert_stored, stored_weight
-from d4c_onnx.graph.values import array, dims, name_of, node, prepend, set_constant
+from d4c_onnx.graph.packing import Grouped
+from d4c_onnx.graph.stored import CAST, INT8, Form, convert_stored, stored_weight
+from d4c_onnx.graph.values import array, dims, maker, name_of, node, prepend, set_constant
 from d4c_onnx.quantization.rounding.base import QuantizedWeight
 
 _FROM_INT4 = 21  # the opset that brought the type
@@ -21,13 +22,39 @@ def stored_of(model: ir.Model, products: Collection[str]) -> frozenset[ir.Value]
     return frozenset(stored.initializer for stored in found if stored is not None)
 
 
-def store_narrow(model: ir.Model, wide: Collection[ir.Value], form: Form) -> int:
+def grouped_of(
+    model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, int]]
+) -> dict[ir.Value, tuple[QuantizedWeight, int]]:
+    """By initialiser, the weights with multipliers that products multiply with.
+
+    Args:
+        weights: per product its weight, and the axis of its channels.
+    """
+    found = {}
+    for product in model.graph:
+        weight = weights.get(product.name or "")
+        stored = stored_weight(product) if weight is not None and weight[0].multipliers is not None else None
+        if weight is not None and stored is not None:
+            found[stored.initializer] = weight
+    return found
+
+
+def store_narrow(
+    model: ir.Model,
+    wide: Collection[ir.Value],
+    form: Form,
+    grouped: Mapping[ir.Value, tuple[QuantizedWeight, int]] | None = None,
+) -> int:
     """Store int8 weights in 4 bits, in place; returns how many initialisers.
 
     Args:
         wide: initialisers that keep 8 bits; all others' values lie in [-8, 7]. They are known by themselves and not by
             who reads them: a rewrite may have given a product another name.
         form: of 4 bits.
+        grouped: initialisers that hold products of 4-bit integers and multipliers: the weight, its channels' axis.
+
+    Raises:
+        GraphError: a weight is neither wide nor grouped, and does not fit 4 bits.
     """
     narrow = {}
     for product in model.graph:
@@ -36,7 +63,8 @@ def store_narrow(model: ir.Model, wide: Collection[ir.Value], form: Form) -> int
             narrow[stored.initializer] = stored
     # what unpacks a weight is put in front of everything: the last one first, so that they come in graph order
     for stored in reversed(narrow.values()):
-        convert_stored(model.graph, stored, form)
+        weight = (grouped or {}).get(stored.initializer)
+        convert_stored(model.graph, stored, form, None if weight is None else _groups(*weight, stored.shape))
     if narrow and opset_of(model) < form.opset:
         raise_opset(model, form.opset)
     return len(narrow)
@@ -60,11 +88,19 @@ def store_float16(model: ir.Model, names: Collection[str]) -> None:
         prepend(graph, [cast])
 
 
+def _groups(weight: QuantizedWeight, axis: int, shape: tuple[int, ...]) -> Grouped | None:
+    """The weight as forms store it; None without multipliers."""
+    if weight.multipliers is None:
+        return None
+    return Grouped(channels_back(weight.integers, shape, axis), weight.multipliers, axis)
+
+
 def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, int]]) -> None:
     """Store float initialisers as integers that are unpacked when the file is loaded, in place.
 
     integers -> Cast to float32 -> Mul by one scale a channel (-> Cast to float16, where the initialiser was that):
-    standard operators of constants, which onnxruntime folds. What runs is the float graph.
+    standard operators of constants, which onnxruntime folds. What runs is the float graph. Where groups share
+    multipliers the integers are products, in the form `cast`.
 
     Args:
         weights: per initialiser its grid, and the axis of its channels; 4-bit ones are stored in INT4.
@@ -74,9 +110,13 @@ def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, i
     for name, (weight, axis) in weights.items():
         value = graph.initializers[name]
         shape, kept = dims(value) or (), value.dtype
-        integers = channels_back(weight.integers, shape, axis)
-        packed = integers.astype(ml_dtypes.int4) if weight.num_bits == 4 else integers
-        stored = set_constant(graph, f"{name}_quantized", packed)
+        groups = _groups(weight, axis, shape)
+        if groups is None:
+            integers = channels_back(weight.integers, shape, axis)
+            packed = integers.astype(ml_dtypes.int4) if weight.num_bits == 4 else integers
+            stored = set_constant(graph, f"{name}_quantized", packed)
+        else:
+            stored = CAST.store_groups(graph, f"{name}_quantized", groups)
         line = [-1 if position == axis else 1 for position in range(len(shape))]
         scale = set_constant(graph, f"{name}_scale", weight.scale.reshape(line).astype(np.float32))
         nodes = [node("Cast", [stored], f"{name}_integers", attributes={"to": ir.DataType.FLOAT})]
@@ -86,7 +126,11 @@ def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, i
             nodes.append(node("Cast", [last], f"{name}_real", name=f"{name}_cast", attributes={"to": kept}))
         value.replace_all_uses_with(nodes[-1].outputs[0])
         graph.initializers.pop(name_of(value))
-        fresh += nodes
+        made = maker(stored)
+        if made is None:
+            fresh += nodes
+        else:
+            graph.insert_after(made, nodes)
     prepend(graph, fresh)
     if any(weight.num_bits == 4 for weight, _ in weights.values()):
         raise_opset(model, _FROM_INT4)
