@@ -133,6 +133,11 @@ class QuantizationSection(_Section):
     average_bits: float | None = Field(
         None, ge=4, le=8, description="spend this many bits per weight: the layers that gain most get 8"
     )
+    group: Literal[0, 16, 32, 64, 128] = Field(
+        0,
+        description="input channels of a 4-bit matrix that share a small integer multiplier of the channel's scale, "
+        "another 4 bits; 0, and adaround, tensorrt and openvino anyway: one scale a channel",
+    )
     boundary_bits: Literal[4, 6, 8] = Field(8, description="weight bits of the first layer and the final projection")
     ranges: Literal["mse", "mse-plain", "minmax"] = Field(
         "mse",
@@ -223,6 +228,11 @@ class QuantizationSection(_Section):
         if self.rounding != "auto":
             return self.rounding
         return "gptaq" if self.weight_bits == 4 and self.activation_bits >= 8 else "nearest"
+
+    @property
+    def group_size(self) -> int:
+        """`group`, where the rounding knows groups; 0: none."""
+        return 0 if self.rounding_method.startswith("adaround") else self.group
 
     @property
     def headroom(self) -> float:

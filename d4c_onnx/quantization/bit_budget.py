@@ -25,9 +25,9 @@ def spend_budget(
     """Per encoder file the nodes that `average_bits` raises to 8 bits: one budget for both encoders."""
     if section.average_bits is None:
         return {}
-    costs = []
+    costs, target = [], target_of(section)
     for name, reader in readers.items():
         model = load_model(bundle.path / name)
-        plan = make_plan(model.graph, section, reduce_range=target_of(section).reduce_range)
+        plan = make_plan(model.graph, section, reduce_range=target.reduce_range, grouped=target.grouped)
         costs += measure_costs(name, model, plan, reader, provider=provider, threads=threads, on_step=on_step)
     return spend(costs, section.average_bits)

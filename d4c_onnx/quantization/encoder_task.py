@@ -39,4 +39,7 @@ class EncoderTask:
 
     def plan(self, graph: ir.Graph) -> Plan:
         """What of a graph is quantised."""
-        return make_plan(graph, self.section, self.eight_bit_nodes, reduce_range=self.target.reduce_range)
+        target = self.target
+        return make_plan(
+            graph, self.section, self.eight_bit_nodes, reduce_range=target.reduce_range, grouped=target.grouped
+        )

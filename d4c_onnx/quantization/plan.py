@@ -22,6 +22,10 @@ NARROWEST = 8  # inputs; no integer kernel gains anything on a narrower product,
 _SMALL_PROJECTION = 0.02
 
 
+# Multipliers are stored in 4 bits; with weights of reduced range, -8 times the largest one is -64.
+_LARGEST, _LARGEST_REDUCED = 15, 8
+
+
 @dataclass(frozen=True, slots=True)
 class InputGroups:
     """Neighbouring inputs of a channel that share a multiplier.
@@ -71,13 +75,22 @@ class Plan:
 
 
 def make_plan(
-    graph: ir.Graph, section: QuantizationSection, eight_bit_nodes: Collection[str] = (), *, reduce_range: bool = True
+    graph: ir.Graph,
+    section: QuantizationSection,
+    eight_bit_nodes: Collection[str] = (),
+    *,
+    reduce_range: bool = True,
+    grouped: bool = True,
 ) -> Plan:
     """Decide what is quantised.
 
     The first layer gets `boundary_bits`, and so does the final projection, unless it is small: then it stays in 16
     bits. The `eight_bit_nodes` get 8, every other weight the recipe's width; 8-bit ones a grid of 7 where their range
     is to be reduced.
+
+    Args:
+        reduce_range: whether 8-bit weights, and products of groups, stay in [-64, 63].
+        grouped: whether the target can store groups of inputs, should the recipe ask for them.
 
     Raises:
         GraphError: the graph has no weighted layer.
@@ -107,6 +120,7 @@ def make_plan(
         tuple(sorted({node.op_type for node in nodes})),
         () if section.weights_only else tuple(names),
         tuple(sorted(float16)),
+        groups=_groups(graph, layers, bits, section.group_size if grouped else 0, reduce_range),
     )
 
 
@@ -123,6 +137,19 @@ def _small_projections(graph: ir.Graph, layers: list[WeightedLayer]) -> set[str]
     others = {layer.weight for layer in layers if not (layer.last and layer.op != "Conv")}
     small = sum(sizes[weight] for weight in last) <= _SMALL_PROJECTION * sum(sizes.values())
     return last - others if small else set()
+
+
+def _groups(
+    graph: ir.Graph, layers: tuple[WeightedLayer, ...], bits: Mapping[str, int], size: int, reduce_range: bool
+) -> dict[str, InputGroups]:
+    """Of 4-bit matrices whose inputs fall into groups of that size without a rest; size 0: none."""
+    found = {}
+    for layer in layers if size else ():
+        shape = dims(graph.initializers[layer.weight]) or ()
+        matrix = layer.op != "Conv" and len(shape) == 2
+        if matrix and bits[layer.weight] == 4 and shape[1 - layer.channel_axis] % size == 0:
+            found[layer.weight] = InputGroups(size, _LARGEST_REDUCED if reduce_range else _LARGEST)
+    return found
 
 
 def _between_convolutions(graph: ir.Graph) -> set[str]:

@@ -53,6 +53,11 @@ class Target:
     reduce_range: bool = True
     fp16_beside: bool = False
 
+    @property
+    def grouped(self) -> bool:
+        """Whether 4-bit weights may have multipliers of groups."""
+        return self.int4.grouped
+
 
 TARGETS = {
     "cpu": Target(
@@ -136,6 +141,8 @@ def _note(section: QuantizationSection, target: Target) -> str:
     if section.weights_only:
         return _UNPACKED
     note = target.note
+    if section.group_size and section.weight_bits == 4 and not target.grouped:
+        note += "; 4-bit weights have one scale a channel there, and no groups"
     compiled = target.int4 is NATIVE and section.weight_bits == 4
     if compiled:
         note += "; onnxruntime's CPU provider runs 4-bit layers of this file in float"

@@ -1,15 +1,37 @@
 """Weights in groups: a small integer a group, a float scale a channel, products on the channel's int8 grid."""
 
+from pathlib import Path
+
 import numpy as np
+import onnx_ir as ir
 import pytest
+from encoders import material, prompts_of_eight, quantize, section_of
+from graphs import check, parse, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d4c_onnx.quantization.plan import InputGroups
+from d4c_onnx.graph.layers import channels_back
+from d4c_onnx.graph.model import load_model
+from d4c_onnx.graph.stored import (
+    CAST,
+    FORMS,
+    INT8,
+    average_bits,
+    convert_stored,
+    find_stored,
+    layer_bits,
+    stored_weight,
+)
+from d4c_onnx.graph.values import nodes_of
+from d4c_onnx.quantization.plan import InputGroups, make_plan
 from d4c_onnx.quantization.rounding import QuantizedWeight
 from d4c_onnx.quantization.rounding.base import InputMoments, LayerRounding, stored_bits
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding, GptqRounding
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
+from d4c_onnx.quantization.storage.weights import store_scaled
+from d4c_onnx.quantization.targets import target_of
+from d4c_onnx.runtime.inspection import inspect_encoder
+from d4c_onnx.runtime.session import EncoderSession
 
 GROUPS = st.builds(InputGroups, st.sampled_from([2, 16, 32]), st.sampled_from([8, 15]))
 LIMITS = {8: (-64, 56), 15: (-120, 105)}
@@ -116,3 +138,137 @@ def test_a_weight_on_a_grid_of_groups_comes_back() -> None:
 def test_multipliers_are_counted() -> None:
     assert stored_bits(4, InputGroups(32, 8)) == 4.125
     assert (stored_bits(4), stored_bits(6), stored_bits(7), stored_bits(8)) == (4, 8, 8, 8)
+
+
+def _stored(model: ir.Model) -> list:
+    return [stored for node in model.graph if (stored := stored_weight(node)) is not None]
+
+
+@pytest.mark.parametrize(
+    ("tower", "keys"),
+    [
+        ("image", ("rounding=nearest",)),
+        ("text", ("rounding=nearest", "target=portable")),
+        ("image", ("rounding=nearest", "int4_layout=nibbles", "reduce_range=false")),
+        pytest.param("image", ("rounding=gptq",), marks=pytest.mark.slow),
+        pytest.param("text", ("rounding=gptaq", "correction=affine"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_in_groups_runs_and_answers_exactly_like_its_int8_twin(
+    tower: str, keys: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    bundle, dataset = material(request, "vit")
+    report, made = quantize(bundle.encoders[tower], dataset, tmp_path / "q.onnx", "group=32", *keys)
+    check(made)
+    form = FORMS["nibbles" if "int4_layout=nibbles" in keys else "cast"]
+    assert report.minimum_onnxruntime == form.minimum_onnxruntime
+    grouped = [stored for stored in _stored(made) if stored.form is form]
+    assert len(grouped) >= (36 if tower == "image" else 18)
+    assert {stored.num_bits for stored in grouped} == {4.125}
+    assert report.layers == tuple(layer_bits(load_model(tmp_path / "q.onnx")))
+    assert 4.125 <= average_bits(report.layers) < 4.6
+    record = report.record()
+    assert {4.125, 8} >= {layer.bits for layer in record.layers.values()} > {4.125}
+    for stored in grouped:
+        groups = stored.form.groups(stored.integers)
+        largest, limits = (15, LIMITS[15]) if "reduce_range=false" in keys else (8, LIMITS[8])
+        assert 1 <= groups.multipliers.min() <= groups.multipliers.max() <= largest
+        assert limits[0] <= stored.unpack().min() <= stored.unpack().max() <= limits[1]
+    inspection = inspect_encoder(tmp_path / "q.onnx")
+    weighted = [layer for layer in inspection.layers if layer.shape]
+    assert {layer.kernel for layer in weighted} == {"MatMulIntegerToFloat"}
+    assert {layer.bits for layer in weighted} == {4.125, 8}
+    twin = made.clone()
+    for node in list(twin.graph):
+        stored = stored_weight(node)
+        if stored is not None and stored.form is form:
+            convert_stored(twin.graph, stored, INT8)
+    assert {stored.form for stored in _stored(twin)} == {INT8}
+    fed = np.array(dataset.pixel_values) if tower == "image" else prompts_of_eight(dataset)
+    assert np.array_equal(EncoderSession(tmp_path / "q.onnx", threads=1).run(fed), run(twin, fed))
+
+
+def test_groups_bring_embeddings_nearer_to_float(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    bundle, dataset = material(request, "vit")
+    fed = np.array(dataset.pixel_values)
+    exact, cosines = EncoderSession(bundle.image_encoder).run(fed), []
+    for size in (0, 16):
+        quantize(bundle.image_encoder, dataset, tmp_path / f"{size}.onnx", "rounding=nearest", f"group={size}")
+        cosines.append(float((EncoderSession(tmp_path / f"{size}.onnx").run(fed) * exact).sum(1).mean()))
+    assert cosines[1] > cosines[0]
+
+
+def test_which_weights_get_groups(request: pytest.FixtureRequest) -> None:
+    graph = load_model(material(request, "vit")[0].image_encoder).graph
+    plan = make_plan(graph, section_of("group=32"))
+    assert set(plan.groups) == {name for name, bits in plan.weight_bits.items() if bits == 4}
+    assert set(plan.groups.values()) == {InputGroups(32, 8)}
+    full = make_plan(graph, section_of("group=32"), reduce_range=False)
+    assert set(full.groups.values()) == {InputGroups(32, 15)}
+    assert not make_plan(graph, section_of()).groups
+    assert not make_plan(graph, section_of("group=32", "bits=w8a8")).groups
+    assert not make_plan(graph, section_of("group=32", "rounding=adaround")).groups
+    assert not make_plan(graph, section_of("group=32"), grouped=False).groups
+    convolutions = load_model(material(request, "rn")[0].image_encoder).graph
+    layers = {layer.weight: layer.op for layer in make_plan(convolutions, section_of()).layers}
+    assert "Conv" not in {layers[name] for name in make_plan(convolutions, section_of("group=16")).groups}
+
+
+def test_inputs_that_leave_a_rest_get_one_scale_a_channel() -> None:
+    text = """mlp (float[n, 48] x) => (float[n, 8] y) {
+        a = MatMul(x, first)
+        b = Gemm<transB = 1>(a, second)
+        y = MatMul(b, third)
+    }"""
+    shapes = {"first": (48, 96), "second": (40, 96), "third": (40, 8)}
+    model = parse(text, **{name: np.ones(shape) for name, shape in shapes.items()})
+    plan = make_plan(model.graph, section_of("group=32", "boundary_bits=4"))
+    assert set(plan.groups) == {"second"}
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_compilers_get_one_scale_a_channel(target: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    section = section_of("group=32", f"target={target}")
+    assert "no groups" in target_of(section).note
+    assert "no groups" not in target_of(section_of(f"target={target}")).note
+    bundle, dataset = material(request, "vit")
+    keys = ("rounding=nearest", f"target={target}")
+    made = [
+        quantize(bundle.image_encoder, dataset, tmp_path / f"{size}.onnx", *keys, f"group={size}") for size in (0, 32)
+    ]
+    assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "32.onnx").read_bytes()
+    assert {layer.bits for layer in made[1][0].layers} == {4, 8}
+
+
+@given(seed=st.integers(0, 99), axis=st.sampled_from([0, 1]), dtype=st.sampled_from(["float", "float16"]))
+@settings(max_examples=20, deadline=None)
+def test_groups_come_back_scaled_where_only_weights_are_quantised(seed: int, axis: int, dtype: str) -> None:
+    kind = np.float16 if dtype == "float16" else np.float32
+    rows = np.random.default_rng(seed).standard_normal((6, 32)).astype(np.float32)
+    rounded = NearestRounding().round(rows, 4, groups=InputGroups(16, 15))
+    shape = (6, 32) if axis == 0 else (32, 6)
+    text = f"one ({dtype}[1] x) => ({dtype}[{shape[0]}, {shape[1]}] y) {{ [add] y = Add(w, x) }}"
+    model = parse(text, opset=18, w=np.zeros(shape, kind))
+    store_scaled(model, {"w": (rounded, axis)})
+    check(model)
+    [add] = nodes_of(model.graph, "Add")
+    stored = find_stored(add.inputs[0])
+    assert stored is not None
+    assert stored.form is CAST
+    assert stored.num_bits == 4.25
+    assert np.array_equal(stored.unpack(), channels_back(rounded.products, shape, axis))
+    expected = channels_back(rounded.dequantize(), shape, axis).astype(kind)
+    assert np.array_equal(run(model, np.zeros(1, kind)), expected)
+
+
+def test_a_file_of_weights_in_groups_alone_answers_as_its_weights_say(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    bundle, dataset = material(request, "vit")
+    keys = ("bits=w4a16", "target=cuda", "rounding=nearest", "group=32")
+    report, made = quantize(bundle.image_encoder, dataset, tmp_path / "q.onnx", *keys)
+    check(made)
+    assert {layer.bits for layer in report.layers} == {4.125, 8}
+    fed = np.array(dataset.pixel_values)
+    exact, got = (EncoderSession(path).run(fed) for path in (bundle.image_encoder, tmp_path / "q.onnx"))
+    assert float((exact * got).sum(1).min()) > 0.98
