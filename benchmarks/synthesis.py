@@ -55,6 +55,7 @@ class Row:
     models: tuple[str, ...] = MODELS
 
 
+UNGUIDED = ("noise", "pink", "leaves", "real")  # they ask no model
 VIT, RN = MODELS[:1], MODELS[1:]
 ROWS = {
     "default": Row(),
@@ -62,6 +63,7 @@ ROWS = {
     "published": Row("paper"),
     "noise": Row(keys="method=noise"),
     "pink": Row(keys="method=pink"),
+    "leaves": Row(keys="method=leaves"),
     "real": Row(keys="method=real"),
     "bns": Row(keys="method=bns", models=RN),
     "pse": Row(keys="method=pse", models=VIT),
@@ -230,7 +232,7 @@ def picture(results: dict[str, dict], path: Path) -> None:
             if owner != model or seconds is None or name not in ROWS:
                 continue
             values = [100 - row[BITS[0]]["agreement"] for row in rows]
-            color = "tab:red" if name == "default" else "tab:green" if name in ("real", "noise", "pink") else "tab:blue"
+            color = "tab:red" if name == "default" else "tab:green" if name in UNGUIDED else "tab:blue"
             panel.plot(max(1.0, seconds), np.mean(values), "o", color=color, ms=5)
             panel.vlines(max(1.0, seconds), min(values), max(values), color=color, alpha=0.35, lw=1)
             if name != "default" and usual and _alike(rows, usual):

@@ -39,11 +39,11 @@ class _Section(BaseModel):
 class SynthesisSection(_Section):
     """How calibration images come into being; the constants of each method are values (`calibration.method`)."""
 
-    method: Literal["d4c", "d4c-published", "bns", "pse", "noise", "pink", "real"] = Field(
+    method: Literal["d4c", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"] = Field(
         "d4c",
         description="d4c: optimised images; d4c-published: with the published switches, quirks included; bns, pse: "
-        "published baselines, BatchNorm statistics (ResNets) and patch similarity entropy (ViTs); controls: noise, "
-        "N(0, 1) pixels; pink, 1/f noise; real, images from `source`",
+        "published baselines, BatchNorm statistics (ResNets) and patch similarity entropy (ViTs); which ask no model: "
+        "noise, N(0, 1) pixels; pink, 1/f noise; leaves, random textured shapes; real, images from `source`",
     )
     source: str | None = Field(
         None,

@@ -93,7 +93,7 @@ PUBLISHED = Method(
     labels="random",  # (quirk) some nouns come up often and some never
 )
 
-# `synthesis.method` -> how it optimises; the controls (noise, pink, real) optimise nothing
+# `synthesis.method` -> how it optimises; the others (noise, pink, leaves, real) optimise nothing
 METHODS: dict[str, Method] = {
     "d4c": D4C,
     "d4c-published": PUBLISHED,

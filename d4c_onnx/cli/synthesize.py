@@ -16,8 +16,8 @@ from d4c_onnx.cli import options, show
 @options.prompts_option
 @click.option(
     "--method",
-    type=click.Choice(["d4c", "d4c-published", "bns", "pse", "noise", "pink", "real"]),
-    help="How images come into being; noise, pink and real are controls.  [recipe: d4c]",
+    type=click.Choice(["d4c", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"]),
+    help="How images come into being; noise, pink, leaves and real ask no model.  [recipe: d4c]",
 )
 @click.option(
     "--source",

@@ -6,10 +6,11 @@ import numpy as np
 
 from d4c_onnx.calibration.controls import noise_images
 from d4c_onnx.calibration.dataset import CalibrationSet, save_calibration_set
+from d4c_onnx.calibration.dead_leaves import dead_leaves
 from d4c_onnx.manifest_file import versions
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.models.random_phrases import random_phrases
-from d4c_onnx.runtime.preprocess import denormalize
+from d4c_onnx.runtime.preprocess import denormalize, normalize
 from d4c_onnx.synthesis.prompts import draw_texts
 from d4c_onnx.synthesis.task import Plan
 from d4c_onnx.synthesis.units import MadeUnit
@@ -36,6 +37,8 @@ def assemble(
         pixels = np.concatenate([one.images for one in made])
     elif given is not None:
         pixels = given
+    elif plan.section.method == "leaves":
+        pixels = normalize(dead_leaves(plan.total, loaded.preprocess.size, plan.seed), loaded.preprocess)
     else:
         pixels = noise_images(plan.section.method, (plan.total, 3, *loaded.preprocess.size), plan.seed)
     guided = plan.method is not None and plan.method.loss == "d4c"  # the others are made for no noun

@@ -85,7 +85,7 @@ def test_every_list_of_a_keys_words_is_the_same() -> None:
     words = {key.name: key.takes.split(", ") for key in recipe_keys()}
     assert words["quantization.target"] == list(TARGETS)
     assert words["quantization.rounding"] == ["auto", *rounding.METHODS]
-    assert words["synthesis.method"] == [*METHODS, "noise", "pink", "real"]
+    assert words["synthesis.method"] == [*METHODS, "noise", "pink", "leaves", "real"]
     options = {option.name: option for command in (quantize, synthesize) for option in command.params}
     assert list(options["method"].type.choices) == words["synthesis.method"]
     assert all(re.search(rf"\b{name}\b", options["target"].help) for name in TARGETS)

@@ -16,10 +16,12 @@ from PIL import Image
 
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.calibration.dataset import open_calibration_set
+from d4c_onnx.calibration.dead_leaves import dead_leaves
 from d4c_onnx.calibration.method import D4C, PUBLISHED, Method
 from d4c_onnx.errors import CalibrationError, RecipeError
 from d4c_onnx.files import sha256
 from d4c_onnx.recipe import Recipe, load_recipe
+from d4c_onnx.runtime.preprocess import denormalize
 from d4c_onnx.synthesis import ProcessGroup, synthesize
 from d4c_onnx.synthesis.objectives import Seen, build_objective, guidance, structure, total_variation
 from d4c_onnx.synthesis.param import fourier_scale, start_images
@@ -248,7 +250,7 @@ def test_interrupted_run_resumes_to_the_same_files(
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("method", ["d4c", "d4c-published"])
+@pytest.mark.parametrize("method", ["d4c", "d4c-published", "leaves"])
 def test_what_is_held_out_changes_no_calibration_image(tmp_path: Path, mini_vit, method: str) -> None:
     """Neither through a batch that is not full, nor through an Adam for all: `paper` may hold images out."""
     made = []
@@ -262,13 +264,26 @@ def test_what_is_held_out_changes_no_calibration_image(tmp_path: Path, mini_vit,
     np.testing.assert_array_equal(without.pixel_values, with_held_out.pixel_values)
 
 
-def test_seed_decides_the_files(tmp_path: Path, mini_vit) -> None:
+@pytest.mark.parametrize("method", ["noise", "leaves"])
+def test_seed_decides_the_files(tmp_path: Path, mini_vit, method: str) -> None:
     recipe = load_recipe(
-        None, ["synthesis.method=noise", "synthesis.images=2", "synthesis.held_out=1", "text.prompts=4"]
+        None, [f"synthesis.method={method}", "synthesis.images=2", "synthesis.held_out=1", "text.prompts=4"]
     )
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         synthesize(mini_vit, tmp_path / name, recipe.synthesis, recipe.text, mini_vit.embedded.nouns, seed=seed)
     assert _hashes(tmp_path / "a") == _hashes(tmp_path / "b") != _hashes(tmp_path / "c")
+
+
+def test_leaves_are_pictures_in_the_models_own_space(tmp_path: Path, mini_vit) -> None:
+    recipe = load_recipe(
+        None, ["synthesis.method=leaves", "synthesis.images=2", "synthesis.held_out=1", "text.prompts=4"]
+    )
+    made = synthesize(mini_vit, tmp_path / "set", recipe.synthesis, recipe.text, mini_vit.embedded.nouns, seed=5)
+    pictures = dead_leaves(3, mini_vit.preprocess.size, 5)
+    shown = denormalize(np.concatenate([made.pixel_values, made.held_out]), mini_vit.preprocess)
+    np.testing.assert_allclose(shown, pictures, atol=1e-6)
+    assert made.labels == ()
+    assert made.losses == ()
 
 
 def test_images_carry_their_class(vit_calibration: tuple[Path, CalibrationSet], mini_vit) -> None:
