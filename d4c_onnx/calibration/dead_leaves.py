@@ -89,14 +89,15 @@ _SHAPES = (
 )
 
 
-def dead_leaves(count: int, size: tuple[int, int], seed: int) -> np.ndarray:
+def dead_leaves(count: int, size: tuple[int, int], seed: int, first: int = 0) -> np.ndarray:
     """Pictures, float32 [count, 3, H, W] in 0..1; a picture depends on seed and number, not on how many there are.
 
     Args:
         size: height and width in pixels.
+        first: number of the first picture.
     """
     images = np.empty((count, 3, *size), np.float32)
-    for number, image in enumerate(images):
+    for number, image in enumerate(images, first):
         image[:] = _picture(np.random.default_rng([seed, 7, number]), *size)
     return images
 

@@ -15,6 +15,7 @@ from d4c_onnx.errors import RecipeError
 Loss = Literal["d4c", "bns", "pse"]
 Parametrization = Literal["fourier", "pixel"]
 Labels = Literal["stratified", "random"]
+Start = Literal["noise", "leaves"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Method:
             that know nothing of each other let a run resume, share its work and stop early.
         labels: how nouns are dealt to images. random: drawn with replacement, as published. stratified: each equally
             often, whatever the seed.
+        start: what images are before the first step. noise: N(0, 1) for pixel, as published, calmer for fourier.
+            leaves: pictures of random shapes (`dead_leaves`).
 
     Raises:
         RecipeError: a value is out of its range.
@@ -60,12 +63,14 @@ class Method:
     background_noise: float = 0.1
     shared_optimizer: bool = False
     labels: Labels = "stratified"
+    start: Start = "noise"
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("loss", get_args(Loss)),
             ("image", get_args(Parametrization)),
             ("labels", get_args(Labels)),
+            ("start", get_args(Start)),
         ):
             if getattr(self, name) not in choices:
                 raise RecipeError(f"Method.{name}: {getattr(self, name)!r} is none of {', '.join(choices)}.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from d4c_onnx.calibration.dead_leaves import dead_leaves
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.progress import OnStep
 from d4c_onnx.synthesis.early_stop import InputStatistics
@@ -67,12 +68,18 @@ class _Maker:
             generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + unit.number)
             mean, std = (value.to(plan.device) for value in self.loaded.normalization())
             shape = (len(unit), 3, *self.loaded.preprocess.size)
-            start = start_images(self.guide.method.image, shape, mean, std, generator)
+            start = start_images(self.guide.method.image, shape, mean, std, generator, self._pictures(unit))
             labels = torch.from_numpy(plan.labels[unit.start : unit.stop]).to(plan.device)
             checkpoint, report = self.store.checkpoint(unit), self._reporter(unit, skipped)
             images, losses = optimize_unit(start, labels, self.guide, plan.section, generator, checkpoint, report)
             self.store.save(unit, images.numpy(), losses)
         return self.store.load(unit)
+
+    def _pictures(self, unit: Unit) -> torch.Tensor | None:
+        """What the unit's images start from, float32 [N, 3, H, W] in 0..1, where that is not noise."""
+        if self.guide.method.start == "noise":
+            return None
+        return torch.from_numpy(dead_leaves(len(unit), self.loaded.preprocess.size, self.plan.seed, unit.start))
 
     def _reporter(self, unit: Unit, skipped: int) -> Callable[[int, dict[str, float]], None]:
         """Progress in images times steps; shown are the finished images, image steps a second, and the loss terms."""

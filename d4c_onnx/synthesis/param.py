@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 _START = 0.3  # sigma of the logits; 1 would start at the contrast of the published N(0, I)
+_CONTRAST = 0.9  # of pictures to start from: a sigmoid does not reach 0 and 1, and hardly moves beside them
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +27,21 @@ class Images:
 
 
 def start_images(
-    kind: str, shape: tuple[int, int, int, int], mean: torch.Tensor, std: torch.Tensor, generator: torch.Generator
+    kind: str,
+    shape: tuple[int, int, int, int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    generator: torch.Generator,
+    pictures: torch.Tensor | None = None,
 ) -> Images:
-    """Fresh images.
+    """Fresh images: noise, unless `pictures` are given.
 
     Args:
         kind: `fourier` or `pixel`.
         shape: [B, 3, H, W].
         mean, std: float32 [3, 1, 1], the model's normalisation; also names the device.
         generator: CPU generator; its draws do not depend on the device.
+        pictures: float32 [B, 3, H, W] in 0..1, what to start from.
     """
 
     def noise(*size: int) -> torch.Tensor:
@@ -42,14 +49,18 @@ def start_images(
 
     count, channels, height, width = shape
     if kind == "pixel":
-        return Images(noise(*shape), lambda values: values)
+        start = noise(*shape) if pictures is None else (pictures.to(mean.device) - mean) / std
+        return Images(start, lambda values: values)
     scale = fourier_scale(height, width).to(mean.device)
 
     def render(values: torch.Tensor) -> torch.Tensor:
         spectrum = torch.view_as_complex(values.contiguous()) * scale
         return (torch.sigmoid(torch.fft.irfft2(spectrum, s=(height, width), norm="ortho")) - mean) / std
 
-    return Images(_START * noise(count, channels, height, width // 2 + 1, 2), render)
+    if pictures is None:
+        return Images(_START * noise(count, channels, height, width // 2 + 1, 2), render)
+    logits = torch.logit(0.5 + _CONTRAST * (pictures.to(mean.device) - 0.5))
+    return Images(torch.view_as_real(torch.fft.rfft2(logits, norm="ortho") / scale).contiguous(), render)
 
 
 def fourier_scale(height: int, width: int) -> torch.Tensor:

@@ -330,6 +330,17 @@ def test_fourier_images_stay_inside_whatever_the_optimiser_does() -> None:
     assert torch.allclose(part, images.render(images.values)[1:], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["fourier", "pixel"])
+@pytest.mark.parametrize("size", [(25, 48), (32, 31)])
+def test_images_can_start_as_pictures(kind: str, size: tuple[int, int]) -> None:
+    """Pixels exactly; Fourier images with nine tenths of the contrast, since a sigmoid never reaches 0 and 1."""
+    pictures = torch.from_numpy(dead_leaves(2, size, 0))
+    images = start_images(kind, (2, 3, *size), MEAN, STD, torch.Generator(), pictures)
+    shown = images.render(images.values) * STD + MEAN
+    expected = 0.5 + 0.9 * (pictures - 0.5) if kind == "fourier" else pictures
+    assert torch.allclose(shown, expected, atol=1e-4)
+
+
 @given(st.integers(4, 40), st.integers(4, 40))
 @settings(max_examples=25, deadline=None)
 def test_fourier_coefficients_of_unit_variance_render_unit_variance(height: int, width: int) -> None:
@@ -352,6 +363,7 @@ _CHANGES: dict[str, Method | str] = {
     "background noise": replace(D4C, background_noise=0.5),
     "learning rate": replace(D4C, learning_rate=0.2),
     "one Adam": replace(D4C, shared_optimizer=True),
+    "start": replace(D4C, start="leaves"),
     "precision": "precision=bfloat16",
     "coarse": "coarse=1.0",
 }
