@@ -7,8 +7,8 @@ from d4c_onnx.quantization.storage.weights import grouped_of, store_float16, sto
 __all__ = [
     "TokenTable",
     "clip_activations",
-    "store_float16",
     "grouped_of",
+    "store_float16",
     "store_narrow",
     "store_scaled",
     "store_token_table",
