@@ -62,9 +62,11 @@ def inputs(bundle: Bundle, rng: np.random.Generator) -> dict[str, list[np.ndarra
     return {"image": images, "text": [texts([5], rng), texts([4, 9, 7], rng), texts([3, 77], rng)]}
 
 
-def prompts_of_eight(dataset: CalibrationSet) -> np.ndarray:
-    """The calibration prompts of 8 tokens, int64 [batch, 8]."""
-    return np.array([row for row in dataset.input_ids if len(row) == 8], np.int64)
+def prompts_of_one_length(dataset: CalibrationSet) -> np.ndarray:
+    """The calibration prompts of the commonest length, int64 [batch, length]."""
+    lengths = [len(row) for row in dataset.input_ids]
+    common = max(set(lengths), key=lengths.count)
+    return np.array([row for row in dataset.input_ids if len(row) == common], np.int64)
 
 
 def count(report: EncoderReport, name: str) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from encoders import material, prompts_of_eight, quantize, section_of
+from encoders import material, prompts_of_one_length, quantize, section_of
 from graphs import check, parse, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -168,14 +168,14 @@ def test_a_file_in_groups_runs_and_answers_exactly_like_its_int8_twin(
     assert report.layers == tuple(layer_bits(load_model(tmp_path / "q.onnx")))
     assert 4.125 <= average_bits(report.layers) < 4.6
     record = report.record()
-    assert {4.125, 8} >= {layer.bits for layer in record.layers.values()} > {4.125}
+    assert 4.125 in {layer.bits for layer in record.layers.values()} <= {4.125, 8, 16, 32}
     for stored in grouped:
         groups = stored.form.groups(stored.integers)
         largest, limits = (15, LIMITS[15]) if "reduce_range=false" in keys else (8, LIMITS[8])
         assert 1 <= groups.multipliers.min() <= groups.multipliers.max() <= largest
         assert limits[0] <= stored.unpack().min() <= stored.unpack().max() <= limits[1]
     inspection = inspect_encoder(tmp_path / "q.onnx")
-    weighted = [layer for layer in inspection.layers if layer.shape]
+    weighted = [layer for layer in inspection.layers if layer.shape and layer.bits <= 8]  # the rest stays float
     assert {layer.kernel for layer in weighted} == {"MatMulIntegerToFloat"}
     assert {layer.bits for layer in weighted} == {4.125, 8}
     twin = made.clone()
@@ -183,8 +183,8 @@ def test_a_file_in_groups_runs_and_answers_exactly_like_its_int8_twin(
         stored = stored_weight(node)
         if stored is not None and stored.form is form:
             convert_stored(twin.graph, stored, INT8)
-    assert {stored.form for stored in _stored(twin)} == {INT8}
-    fed = np.array(dataset.pixel_values) if tower == "image" else prompts_of_eight(dataset)
+    assert {stored.form for stored in _stored(twin)} <= {INT8, None}  # none: stays float
+    fed = np.array(dataset.pixel_values) if tower == "image" else prompts_of_one_length(dataset)
     assert np.array_equal(EncoderSession(tmp_path / "q.onnx", threads=1).run(fed), run(twin, fed))
 
 
@@ -237,7 +237,7 @@ def test_compilers_get_one_scale_a_channel(target: str, tmp_path: Path, request:
         quantize(bundle.image_encoder, dataset, tmp_path / f"{size}.onnx", *keys, f"group={size}") for size in (0, 32)
     ]
     assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "32.onnx").read_bytes()
-    assert {layer.bits for layer in made[1][0].layers} == {4, 8}
+    assert {layer.bits for layer in made[1][0].layers} == {4, 8, 16}
 
 
 @given(seed=st.integers(0, 99), axis=st.sampled_from([0, 1]), dtype=st.sampled_from(["float", "float16"]))

@@ -67,7 +67,7 @@ def test_nodes_without_names(request: pytest.FixtureRequest, tmp_path: Path) -> 
     one, other = (EncoderSession(tmp_path / f"{name}_q.onnx", threads=1).run(images) for name in ("unnamed", "named"))
     assert np.array_equal(one, other)
     layers = inspect_encoder(tmp_path / "unnamed_q.onnx").layers
-    assert [layer.node for layer in layers if not layer.int8] == []
+    assert [layer.bits for layer in layers if layer.shape and not layer.int8] == [16]  # the final projection
     assert all(entry.name for entry in made.graph)
 
 
@@ -142,7 +142,7 @@ def test_attention_that_is_not_known(
     assert report.record().rewrites == report.rewrites
     inspected = inspect_encoder(tmp_path / "q.onnx")
     if target == "cpu":
-        assert inspected.summary.startswith("38 of 38 weighted products in int8")
+        assert inspected.summary.startswith("37 of 38 weighted products in int8")
 
 
 def _gated(model: ir.Model) -> None:

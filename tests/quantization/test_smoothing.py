@@ -21,6 +21,7 @@ from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rewrites import smoothing
 from d4c_onnx.quantization.rewrites.mappings import SmoothingMapping, apply_scale, find_mappings
 from d4c_onnx.quantization.rewrites.quick_gelu import FOLD_QUICK_GELU
+from d4c_onnx.quantization.rewrites.rewrite import Result
 from d4c_onnx.quantization.rewrites.stress import inflate
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -130,8 +131,10 @@ def test_gelu_takes_its_scale_from_a_mul_and_keeps_it_there() -> None:
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("factor", [pytest.param(30, marks=pytest.mark.slow), 100])
 def test_stress_variants_collapse_without_and_hold_with_smoothing(
-    factor: int, tower: str, tmp_path: Path, request: pytest.FixtureRequest
+    factor: int, tower: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # outlier channels that leave the integers would hold them up, too
+    monkeypatch.setattr("d4c_onnx.quantization.exact.split_outliers", lambda *_, **__: (Result(), {}))
     bundle, dataset = material(request, "vit")
     path, stressed = bundle.encoders[tower], tmp_path / f"{tower}_stressed.onnx"
     save_model(inflate(load_model(path), factor), stressed)
@@ -254,7 +257,7 @@ def test_what_smoothing_remembers_of_a_batch_is_small(monkeypatch: pytest.Monkey
     assert max(alive) <= 2  # of 12: those of the batch at hand
 
 
-@pytest.mark.parametrize("factor", [3, 4])
+@pytest.mark.parametrize("factor", [6, 7])
 def test_smoothing_judges_on_the_grid_that_will_be_served(factor: float) -> None:
     """The same rows, two grids, two decisions. Not a rule of which one smooths more: these outliers were chosen so that
     the gain lies on either side of the threshold.

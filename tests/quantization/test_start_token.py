@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from encoders import material, prompts_of_eight, quantize, reader_of, section_of
+from encoders import material, prompts_of_one_length, quantize, reader_of, section_of
 from graphs import Feeds, check, parse, run
 
 from d4c_onnx.graph.layers import weighted_layers
@@ -13,6 +13,7 @@ from d4c_onnx.graph.model import load_model, save_model
 from d4c_onnx.graph.values import constant, name_of, set_constant
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rewrites.mappings import find_mappings
+from d4c_onnx.quantization.rewrites.rewrite import Result
 from d4c_onnx.quantization.rewrites.start_token import dead_start_rows, pin_start_token
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -48,7 +49,7 @@ def test_pinning_the_start_token_is_exact_and_makes_its_row_dead(request: pytest
     assert result.count == 2 * 3  # keys and values of three blocks
     assert not result.refused
     check(pinned)
-    ids = prompts_of_eight(dataset)
+    ids = prompts_of_one_length(dataset)
     other = ids.copy()
     other[:, 0] = 7
     assert np.abs(run(pinned, ids) - run(model, ids)).max() <= 1e-5
@@ -69,7 +70,7 @@ def test_start_token_is_pinned_where_it_is_an_outlier_only(request: pytest.Fixtu
     pictures = reader_of("image", dataset)
     assert not dead_start_rows(images, make_plan(images.graph, SECTION), pictures)
     assert pin_start_token(images, pictures).count == 0
-    mixed = prompts_of_eight(dataset)
+    mixed = prompts_of_one_length(dataset)
     mixed[::2, 0] = 5  # prompts that begin otherwise: nothing is constant, nothing is pinned
     feeds = Feeds([mixed], "input_ids")
     assert not dead_start_rows(outlying, plan, feeds)
@@ -99,9 +100,11 @@ def test_pinning_saves_the_answers_of_an_encoder_with_an_outlying_start_token(
     bundle, dataset = material(request, "vit")
     source = tmp_path / "text_outlying.onnx"
     save_model(_outlying_start(bundle.text_encoder), source)
-    ids = prompts_of_eight(dataset)
+    ids = prompts_of_one_length(dataset)
     expected = EncoderSession(source).run(ids)
     errors = {}
+    # outlier channels that leave the integers would save it, too
+    monkeypatch.setattr("d4c_onnx.quantization.exact.split_outliers", lambda *_, **__: (Result(), {}))
     for mode in ("pinned", "kept"):
         if mode == "kept":
             monkeypatch.setattr("d4c_onnx.quantization.exact.dead_start_rows", lambda *_, **__: frozenset())

@@ -41,7 +41,7 @@ from d4c_onnx.quantization.rewrites.rewrite import Result
 from d4c_onnx.recipe import QuantizationSection
 
 _COUNTS = (1, 2, 4)  # channels that may leave a product
-_THRESHOLD = 0.4  # what of the error may remain where channels leave; each further step has to gain as much again
+_THRESHOLD = 0.25  # what of the error may remain where channels leave; each further step has to gain as much again
 _ROWS = 2048  # rows that an activation is judged by
 _BATCH_ROWS = 64  # of each batch
 

@@ -110,6 +110,9 @@ class _PooledRow:
 
     def _make(self, value: ir.Value) -> ir.Value:
         made = maker(value)
+        if made is not None and _picks_channels(made):
+            assert made.inputs[0] is not None
+            return self._clone(made, {0: self._select(made.inputs[0])})
         if value in self._whole:
             if made is not None and is_op(made, "DequantizeLinear"):  # select integers: the pair must stay a pair
                 return self._clone(made, {0: self._cut(made.inputs[0])})
@@ -211,6 +214,11 @@ def _is_weight(value: ir.Value | None) -> bool:
             return False
         value = made.inputs[0]
     return True
+
+
+def _picks_channels(entry: ir.Node) -> bool:
+    """The same channels of every row: the outliers that a product leaves to another."""
+    return is_op(entry, "Gather") and attribute(entry, "axis", 0) in (-1, 2) and is_constant(entry.inputs[1])
 
 
 def _has_rows(value: ir.Value) -> bool:
