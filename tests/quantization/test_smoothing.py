@@ -257,7 +257,7 @@ def test_what_smoothing_remembers_of_a_batch_is_small(monkeypatch: pytest.Monkey
     assert max(alive) <= 2  # of 12: those of the batch at hand
 
 
-@pytest.mark.parametrize("factor", [6, 7])
+@pytest.mark.parametrize("factor", [7, 7.1])
 def test_smoothing_judges_on_the_grid_that_will_be_served(factor: float) -> None:
     """The same rows, two grids, two decisions. Not a rule of which one smooths more: these outliers were chosen so that
     the gain lies on either side of the threshold.
