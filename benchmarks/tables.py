@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from results import ResultFile
 
-from d4c_onnx.recipe import recipe_keys as keys_of_recipes
+from d4c_onnx.recipe_keys import recipe_keys as keys_of_recipes
 
 _PEERS = ("quantize_dynamic", "quantize_static", "MatMulNBits")  # onnxruntime's own tools in `d4c-onnx benchmark`
 _MEMORY = {"load ms": "load_ms", "RAM MB": "loaded_bytes", "in use MB": "held_bytes", "peak MB": "peak_bytes"}

@@ -14,7 +14,12 @@ def noise_images(method: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     if method == "noise":
         return white
     height, width = shape[2:]
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = np.inf  # no mean
-    pink = np.fft.irfft2(np.fft.rfft2(white) / frequency, s=(height, width))
+    pink = np.fft.irfft2(np.fft.rfft2(white) / frequencies(height, width), s=(height, width))
     return (pink / pink.std((2, 3), keepdims=True)).astype(np.float32)
+
+
+def frequencies(height: int, width: int) -> np.ndarray:
+    """Of every coefficient of `rfft2`, in cycles a pixel, float64 [H, W // 2 + 1]; the mean's counts as infinite."""
+    found = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    found[0, 0] = np.inf
+    return found

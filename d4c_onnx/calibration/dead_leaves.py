@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d4c_onnx.calibration.controls import frequencies
+
 _SMALLEST, _LARGEST = 1 / 50, 1 / 2.2  # radii, as shares of the image's shorter side
 _COVER = 4.0  # summed area of all leaves, in images: exp(-4) of the pixels show what lies behind them all
 _LEAF_AREA = 2.35  # mean over the shapes below, in squared radii
@@ -150,8 +152,7 @@ def _draw_surfaces(rng: np.random.Generator, leaves: _Leaves) -> _Surfaces:
 
 def _draw_fields(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Noise whose amplitude falls with a power of the frequency: float32 [_FIELDS, H, W] of unit variance."""
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = np.inf  # no mean
+    frequency = frequencies(height, width)
     power = rng.uniform(0.6, 1.8, (_FIELDS, 1, 1))
     spectrum = rng.standard_normal((_FIELDS, *frequency.shape, 2), dtype=np.float32).view(np.complex64)[..., 0]
     fields = np.fft.irfft2(spectrum * (frequency**-power).astype(np.float32), s=(height, width))

@@ -27,6 +27,11 @@ class QuantParams:
         top = 2**self.num_bits - 1
         return (0 - self.zero_point) * self.scale, (top - self.zero_point) * self.scale
 
+    def round(self, values: np.ndarray) -> np.ndarray:
+        """The nearest values on the grid (ties to even); what lies outside is clipped to its ends."""
+        integers = np.clip(np.rint(values / self.scale) + self.zero_point, 0, 2**self.num_bits - 1)
+        return np.asarray((integers - self.zero_point) * self.scale)
+
 
 def quant_params(low: float, high: float, num_bits: int, symmetric: bool = False) -> QuantParams:
     """The unsigned affine grid that covers [low, high] and holds an exact zero.

@@ -10,7 +10,7 @@ from d4c_onnx.cli import options, show
 @options.output_modes
 def command(pattern: str, as_json: bool, quiet: bool) -> None:
     """Print every recipe key with its default and what it does; PATTERN keeps keys that contain it."""
-    from d4c_onnx.recipe import recipe_keys
+    from d4c_onnx.recipe_keys import recipe_keys
 
     keys = [key for key in recipe_keys() if pattern.lower() in key.name.lower()]
     if as_json:

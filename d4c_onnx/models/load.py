@@ -89,14 +89,18 @@ class LoadedModel:
         return getattr(inner, "pad_token_id", None) if plain else None
 
     @property
+    def _text_tower(self) -> TextTower:
+        return text_tower(self.model, pad_id=self.pad_id)
+
+    @property
     def dynamic_sequence(self) -> bool:
         """Whether the deployed text tower takes prompts of any length up to the context's."""
-        return text_tower(self.model, pad_id=self.pad_id).dynamic_sequence
+        return self._text_tower.dynamic_sequence
 
     @property
     def causal(self) -> bool:
         """Whether the deployed text tower's tokens see those before them only, and its end token is pooled."""
-        return text_tower(self.model, pad_id=self.pad_id).causal
+        return self._text_tower.causal
 
     def cut(self, input_ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
         """Rows without what the text tower does not look at: what follows the end token of a causal one, or padding.
@@ -104,7 +108,7 @@ class LoadedModel:
         Args:
             input_ids: int64 [N, context_length]; rows stay whole where the tower has a fixed length.
         """
-        tower = text_tower(self.model, pad_id=self.pad_id)
+        tower = self._text_tower
         if isinstance(tower, CausalTextTower):
             end = tower.eos_id if tower.pool_type == "eos" else getattr(self.tokenizer, "eot_token_id", None)
             kept = [np.flatnonzero(row == end)[:1] for row in input_ids]

@@ -37,4 +37,4 @@ def spend_budget(
         # what stays in 16 bits is paid for first
         sizes = {weight: prod(dims(model.graph.initializers[weight]) or ()) for weight in plan.float16}
         costs += [LayerCost(name, weight, size, 16, 0.0) for weight, size in sizes.items()]
-    return spend(costs, section.average_bits - _RESERVE)
+    return spend(costs, section.average_bits, _RESERVE)

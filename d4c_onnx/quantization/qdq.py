@@ -17,9 +17,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.calibration.readers import OneBatchReader
 from d4c_onnx.errors import GraphError
+from d4c_onnx.graph.forms import INT8
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.model import EXTERNAL_SUFFIX, PROTOBUF_LIMIT_BYTES, drop_unused, load_model, save_model
-from d4c_onnx.graph.stored import INT8, stored_weight
+from d4c_onnx.graph.stored import stored_weight
 from d4c_onnx.graph.values import (
     constant,
     dims,

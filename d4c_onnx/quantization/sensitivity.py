@@ -72,14 +72,17 @@ def measure_costs(
     return costs
 
 
-def spend(costs: Sequence[LayerCost], average_bits: float) -> Mapping[str, frozenset[str]]:
+def spend(costs: Sequence[LayerCost], average_bits: float, reserve: float = 0.0) -> Mapping[str, frozenset[str]]:
     """The nodes that get 8 bits, per encoder.
+
+    Args:
+        reserve: of `average_bits`, what is left for weights that no cost names.
 
     Raises:
         RecipeError: even without buying anything the average is higher.
     """
     weights = sum(cost.elements for cost in costs)
-    left = average_bits * weights - sum(cost.elements * cost.bits for cost in costs)
+    left = (average_bits - reserve) * weights - sum(cost.elements * cost.bits for cost in costs)
     if left < 0:
         least = average_bits - left / weights
         raise RecipeError(

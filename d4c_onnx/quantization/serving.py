@@ -19,14 +19,7 @@ from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.qdq import quantize_file, save_placed
 from d4c_onnx.quantization.rewrites import apply_all, in_float16, same_answers
 from d4c_onnx.quantization.rounding import RoundedWeights
-from d4c_onnx.quantization.storage import (
-    clip_activations,
-    grouped_of,
-    store_float16,
-    store_narrow,
-    store_scaled,
-    stored_of,
-)
+from d4c_onnx.quantization.storage import clip_activations, store_float16, store_narrow, store_scaled, stored_of
 
 # Max abs difference of an embedding: sums of another order move some activations to the next step of their grid.
 _BETWEEN_QUANTISERS = 0.02
@@ -50,14 +43,15 @@ def to_qdq(
         release_freed()
         quantized = quantize_file(placed, plan, weights, ranges, task.reader, task.target)
     clear_notes(quantized)
-    wide = stored_of(quantized, {layer.node for layer in plan.layers if weights[layer.weight].num_bits != 4})
-    grouped = grouped_of(quantized, {layer.node: (weights[layer.weight], layer.channel_axis) for layer in plan.layers})
+    # known by themselves from here on: rewrites give products other names
+    stored = stored_of(quantized, {layer.node for layer in plan.layers})
+    held = {stored[layer.node]: (weights[layer.weight], layer.channel_axis) for layer in plan.layers}
     clip_activations(quantized, ranges)
     verify = same_answers(first_batches(task.reader, 2), _BETWEEN_QUANTISERS) if task.verify else None
     applied = apply_all(task.target.served_rewrites, quantized, verify)
     store_float16(quantized, plan.float16)
     if any(weight.num_bits == 4 for weight in weights.values()):
-        store_narrow(quantized, wide, task.target.int4, grouped)
+        store_narrow(quantized, held, task.target.int4)
     return quantized, applied
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.graph.stored import CAST, FORMS, NATIVE, Form
+from d4c_onnx.graph.forms import CAST, FORMS, NATIVE, Form
 from d4c_onnx.quantization.rewrites import (
     Rewrite,
     batch_norm,

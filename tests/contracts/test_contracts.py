@@ -80,7 +80,7 @@ def test_every_list_of_a_keys_words_is_the_same() -> None:
     from d4c_onnx.cli.synthesize import command as synthesize
     from d4c_onnx.quantization import rounding
     from d4c_onnx.quantization.targets import TARGETS
-    from d4c_onnx.recipe import recipe_keys
+    from d4c_onnx.recipe_keys import recipe_keys
 
     words = {key.name: key.takes.split(", ") for key in recipe_keys()}
     assert words["quantization.target"] == list(TARGETS)

@@ -10,18 +10,10 @@ from graphs import check, parse, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d4c_onnx.graph.forms import CAST, FORMS, INT8
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.model import load_model
-from d4c_onnx.graph.stored import (
-    CAST,
-    FORMS,
-    INT8,
-    average_bits,
-    convert_stored,
-    find_stored,
-    layer_bits,
-    stored_weight,
-)
+from d4c_onnx.graph.stored import average_bits, convert_stored, find_stored, layer_bits, stored_weight
 from d4c_onnx.graph.values import nodes_of
 from d4c_onnx.quantization.plan import InputGroups, make_plan
 from d4c_onnx.quantization.rounding import QuantizedWeight

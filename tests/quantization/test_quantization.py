@@ -16,8 +16,9 @@ from hypothesis.extra import numpy as hnp
 
 from d4c_onnx.bundle import Bundle, file_size_bytes
 from d4c_onnx.errors import BundleError, GraphError, RecipeError
+from d4c_onnx.graph.forms import CAST, INT8
 from d4c_onnx.graph.model import load_model, opset_of, save_model
-from d4c_onnx.graph.stored import CAST, INT8, average_bits, convert_stored, layer_bits, stored_weight
+from d4c_onnx.graph.stored import average_bits, convert_stored, layer_bits, stored_weight
 from d4c_onnx.graph.values import name_of, nodes_of
 from d4c_onnx.manifest import EXACT_PRODUCTS
 from d4c_onnx.quantization import quantize_bundle_files

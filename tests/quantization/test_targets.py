@@ -12,8 +12,9 @@ from encoders import count, inputs, material, prompts_of_one_length, quantize, r
 from graphs import ops, run, served
 
 from d4c_onnx.errors import RecipeError
+from d4c_onnx.graph.forms import CAST, FORMS, NATIVE, NIBBLES
 from d4c_onnx.graph.model import load_model, opset_of
-from d4c_onnx.graph.stored import CAST, FORMS, NATIVE, NIBBLES, average_bits, layer_bits, stored_weight
+from d4c_onnx.graph.stored import average_bits, layer_bits, stored_weight
 from d4c_onnx.graph.values import array, attribute, nodes_of
 from d4c_onnx.quantization import EncoderReport
 from d4c_onnx.quantization.rewrites.fused_attention import FUSE_ATTENTION

@@ -6,7 +6,7 @@ and inside its MLPs. A grid that reaches them leaves the others a handful of lev
 
     W x = W' x + W[:, S] x[S],      W' = W with the columns S set to zero,
 
-where S are at most `_MOST` channels. The integer product keeps its shape; its activation may saturate in S, because
+where S are a few channels (`_COUNTS`). The integer product keeps its shape; its activation may saturate in S, because
 nothing multiplies it there, and so its range and its moments leave S out (`Plan.observed`). The second product has |S|
 inputs and stays float.
 
@@ -27,10 +27,12 @@ from d4c_onnx.calibration.observers import RangeObserver
 from d4c_onnx.graph.layers import added_constant, is_plain
 from d4c_onnx.graph.values import (
     constant,
+    is_op,
     name_of,
     node,
     nodes_by_name,
     only_reader,
+    readers,
     replace_input,
     set_constant,
 )
@@ -91,29 +93,30 @@ def _places(graph: ir.Graph, plan: Plan) -> tuple[dict[str, list[ir.Node]], tupl
             places.setdefault(layer.data, []).append(nodes[layer.node])
     refused = []
     for name, products in list(places.items()):
-        if not all(is_plain(product) and _owns_weight(product) and not _is_output(product) for product in products):
+        if not all(_splits(product) for product in products):
             del places[name]
-            if not any(product.op_type == "Conv" for product in products):
+            if not any(is_op(product, "Conv") for product in products):
                 refused.append(Refusal(name, "a product that reads it is not x W with a weight of its own"))
     return places, tuple(refused)
 
 
-def _owns_weight(product: ir.Node) -> bool:
-    weight = product.inputs[1]
-    return weight is not None and only_reader(weight) is product and product.op_type == "MatMul"
+def _splits(product: ir.Node) -> bool:
+    """x W with a weight of its own, whose sum is no output of the graph: that would have to keep its name."""
+    weight, total = product.inputs[1], _with_bias(product)
+    plain = is_op(product, "MatMul") and is_plain(product)
+    return plain and weight is not None and only_reader(weight) is product and not total.is_graph_output()
 
 
-def _is_output(product: ir.Node) -> bool:
-    """The product, its bias added, is an output of the graph: nothing could be added to it under the same name."""
+def _with_bias(product: ir.Node) -> ir.Value:
+    """The product with its bias, which onnxruntime fuses with the integer product."""
     biased = added_constant(product.outputs[0])
-    ends = (product, biased[0]) if biased is not None else (product,)
-    return any(value.is_graph_output() for end in ends for value in end.outputs)
+    return product.outputs[0] if biased is None else biased[0].outputs[0]
 
 
 def _look(
     model: ir.Model, plan: Plan, reader: CalibrationDataReader, names: Iterable[str], provider: str, threads: int
 ) -> dict[str, np.ndarray]:
-    """Rows of each activation over all batches, float32 [rows, channels]: its largest ones among them."""
+    """A sample of each activation's rows over all batches, float32 [rows, channels]; large ones are overrepresented."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     if not found:
         return {}
@@ -156,8 +159,7 @@ def _error(rows: np.ndarray, importance: np.ndarray, section: QuantizationSectio
     observer.observe_extremes(rows)
     observer.observe_histogram(rows)
     grid = observer.mse(section.activation_bits, section.headroom, section.clip_weight, symmetric)
-    integers = np.clip(np.rint(rows / grid.scale) + grid.zero_point, 0, 2**grid.num_bits - 1)
-    return float(np.square((integers - grid.zero_point) * grid.scale - rows).mean(0) @ importance)
+    return float(np.square(grid.round(rows) - rows).mean(0) @ importance)
 
 
 def _split(graph: ir.Graph, products: list[ir.Node], channels: tuple[int, ...]) -> None:
@@ -175,13 +177,11 @@ def _split(graph: ir.Graph, products: list[ir.Node], channels: tuple[int, ...]) 
         values[list(channels)] = 0
         set_constant(graph, name_of(weight), values)
         beside = node("MatMul", [gather.outputs[0], narrow], f"{name}_outlier_product", name=f"{name}_outliers")
-        # after the bias, which onnxruntime fuses with the integer product
-        biased = added_constant(product.outputs[0])
-        total = product.outputs[0] if biased is None else biased[0].outputs[0]
+        total = _with_bias(product)
         made = total.producer()
         assert made is not None
         whole = node("Add", [total, beside.outputs[0]], f"{name}_whole", name=f"{name}_add_outliers")
-        for use in list(total.uses()):
-            if use.node is not whole:
-                replace_input(use.node, total, whole.outputs[0])
+        for user in readers(total):
+            if user is not whole:
+                replace_input(user, total, whole.outputs[0])
         graph.insert_after(made, [beside, whole])

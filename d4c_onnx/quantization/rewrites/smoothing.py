@@ -156,8 +156,7 @@ class _Search:
         low, high = float((self._seen.low / scale).min()), float((self._seen.high / scale).max())
         ends = min(low, 0.0) * self._headroom, max(high, 0.0) * self._headroom
         params = quant_params(*ends, self._bits, self._symmetric)
-        integers = np.clip(np.rint(self._rows / scale / params.scale) + params.zero_point, 0, 2**params.num_bits - 1)
-        rounded = ((integers - params.zero_point) * params.scale).astype(np.float32)
+        rounded = params.round(self._rows / scale).astype(np.float32)
         total = 0.0
         for weight, bits in self._weights:
             grid = _on_grid(weight * scale, bits)

@@ -2,12 +2,11 @@
 
 from d4c_onnx.quantization.storage.narrow_activations import clip_activations
 from d4c_onnx.quantization.storage.token_table import TokenTable, store_token_table
-from d4c_onnx.quantization.storage.weights import grouped_of, store_float16, store_narrow, store_scaled, stored_of
+from d4c_onnx.quantization.storage.weights import store_float16, store_narrow, store_scaled, stored_of
 
 __all__ = [
     "TokenTable",
     "clip_activations",
-    "grouped_of",
     "store_float16",
     "store_narrow",
     "store_scaled",

@@ -1,4 +1,4 @@
-"""Weights of a finished graph into the form that its target wants (`graph.stored` has the forms)."""
+"""Weights of a finished graph into the form that its target wants (`graph.forms` has them)."""
 
 from collections.abc import Collection, Mapping
 
@@ -6,65 +6,46 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from d4c_onnx.graph.forms import CAST, INT8, Form
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.model import opset_of, raise_opset
 from d4c_onnx.graph.packing import Grouped
-from d4c_onnx.graph.stored import CAST, INT8, Form, convert_stored, stored_weight
+from d4c_onnx.graph.stored import convert_stored, stored_weight
 from d4c_onnx.graph.values import array, dims, maker, name_of, node, prepend, set_constant
 from d4c_onnx.quantization.rounding.base import QuantizedWeight
 
 _FROM_INT4 = 21  # the opset that brought the type
 
 
-def stored_of(model: ir.Model, products: Collection[str]) -> frozenset[ir.Value]:
-    """The initialisers that the named products multiply with."""
-    found = (stored_weight(product) for product in model.graph if product.name in products)
-    return frozenset(stored.initializer for stored in found if stored is not None)
+def stored_of(model: ir.Model, products: Collection[str]) -> dict[str, ir.Value]:
+    """The initialisers that the named products multiply with, by the product's name."""
+    found = ((product.name or "", stored_weight(product)) for product in model.graph if product.name in products)
+    return {name: stored.initializer for name, stored in found if stored is not None}
 
 
-def grouped_of(
-    model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, int]]
-) -> dict[ir.Value, tuple[QuantizedWeight, int]]:
-    """By initialiser, the weights with multipliers that products multiply with.
-
-    Args:
-        weights: per product its weight, and the axis of its channels.
-    """
-    found = {}
-    for product in model.graph:
-        weight = weights.get(product.name or "")
-        stored = stored_weight(product) if weight is not None and weight[0].multipliers is not None else None
-        if weight is not None and stored is not None:
-            found[stored.initializer] = weight
-    return found
-
-
-def store_narrow(
-    model: ir.Model,
-    wide: Collection[ir.Value],
-    form: Form,
-    grouped: Mapping[ir.Value, tuple[QuantizedWeight, int]] | None = None,
-) -> int:
+def store_narrow(model: ir.Model, held: Mapping[ir.Value, tuple[QuantizedWeight, int]], form: Form) -> int:
     """Store int8 weights in 4 bits, in place; returns how many initialisers.
 
     Args:
-        wide: initialisers that keep 8 bits; all others' values lie in [-8, 7]. They are known by themselves and not by
-            who reads them: a rewrite may have given a product another name.
+        held: what initialisers hold: the weight, and the axis of its channels. Those of a wider grid stay; what is not
+            named here, because a rewrite made it, lies in [-8, 7].
         form: of 4 bits.
-        grouped: initialisers that hold products of 4-bit integers and multipliers: the weight, its channels' axis.
 
     Raises:
-        GraphError: a weight is neither wide nor grouped, and does not fit 4 bits.
+        GraphError: a weight does not fit 4 bits.
     """
     narrow = {}
     for product in model.graph:
         stored = stored_weight(product)
-        if stored is not None and stored.form is INT8 and stored.initializer not in wide:
-            narrow[stored.initializer] = stored
+        if stored is None or stored.form is not INT8:
+            continue
+        weight, axis = held.get(stored.initializer, (None, 0))
+        if weight is None or weight.num_bits == 4:
+            groups = None if weight is None else _groups(weight, axis, stored.shape)
+            narrow[stored.initializer] = stored, groups
     # what unpacks a weight is put in front of everything: the last one first, so that they come in graph order
-    for stored in reversed(narrow.values()):
-        weight = (grouped or {}).get(stored.initializer)
-        convert_stored(model.graph, stored, form, None if weight is None else _groups(*weight, stored.shape))
+    for stored, groups in reversed(narrow.values()):
+        convert_stored(model.graph, stored, form, groups)
     if narrow and opset_of(model) < form.opset:
         raise_opset(model, form.opset)
     return len(narrow)
