@@ -91,4 +91,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     measured = [row for model in arguments.models for row in rows_of(arguments, model)]
     if arguments.results:
-        measured_here(measured, note=f"seed {arguments.seed}", columns=COLUMNS).write(arguments.results)
+        columns = [column for column in COLUMNS if any(row[column[0]] != "" for row in measured)]
+        measured_here(measured, note=f"seed {arguments.seed}", columns=columns).write(arguments.results)
