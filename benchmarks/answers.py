@@ -18,6 +18,7 @@ from results import measured_here
 
 from d4c_onnx import measure, pipeline
 from d4c_onnx.bundle import open_bundle
+from d4c_onnx.measure.accuracy import check_dataset_name
 from d4c_onnx.recipe import load_recipe
 
 COLUMNS = (
@@ -40,6 +41,8 @@ COLUMNS = (
 
 def rows_of(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Quantise every combination of one model, then measure all of them side by side."""
+    labelled = load_recipe(None, [f"evaluation.dataset={args.dataset}"])
+    check_dataset_name(labelled)  # before an hour of work, not behind it
     name, pretrained = model, None
     if model.endswith(".json"):
         open_clip.add_model_config(Path(model))
@@ -57,9 +60,7 @@ def rows_of(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
                 Path(report.bundle).rename(kept)
                 made.append(({"model": name, "bits": bits, "calibration": method, "keys": sets}, kept))
     fp32 = open_bundle(args.output / name)
-    found = measure.evaluate_bundles(
-        [fp32.path, *(path for _, path in made)], load_recipe(None, [f"evaluation.dataset={args.dataset}"])
-    )
+    found = measure.evaluate_bundles([fp32.path, *(path for _, path in made)], labelled)
     size = sum(path.stat().st_size for path in fp32.encoders.values())
     rows = []
     for (asked, path), row in zip(made, found.bundles[1:], strict=True):
