@@ -139,7 +139,7 @@ def _stored(model: ir.Model) -> list:
 @pytest.mark.parametrize(
     ("tower", "keys"),
     [
-        ("image", ("rounding=nearest",)),
+        pytest.param("image", ("rounding=nearest",), marks=pytest.mark.slow),
         ("text", ("rounding=nearest", "target=portable")),
         ("image", ("rounding=nearest", "int4_layout=nibbles", "reduce_range=false")),
         pytest.param("image", ("rounding=gptq",), marks=pytest.mark.slow),
@@ -218,7 +218,7 @@ def test_inputs_that_leave_a_rest_get_one_scale_a_channel() -> None:
     assert set(plan.groups) == {"second"}
 
 
-@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+@pytest.mark.parametrize("target", [pytest.param("openvino", marks=pytest.mark.slow), "tensorrt"])
 def test_compilers_get_one_scale_a_channel(target: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     section = section_of("group=32", f"target={target}")
     assert "no groups" in target_of(section).note

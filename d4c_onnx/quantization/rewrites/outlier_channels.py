@@ -44,6 +44,7 @@ from d4c_onnx.recipe import QuantizationSection
 
 _COUNTS = (1, 2, 4)  # channels that may leave a product
 _THRESHOLD = 0.25  # what of the error may remain where channels leave; each further step has to gain as much again
+_EXTENT = 0.7  # what of the extent may be left: the error falls with its square, which at this is twice the threshold
 _ROWS = 2048  # rows that an activation is judged by
 _BATCH_ROWS = 64  # of each batch
 
@@ -143,6 +144,8 @@ def _outliers(
     if rows.shape[1] <= 2 * NARROWEST or not len(rows):
         return ()
     order = np.argsort(-np.abs(rows).max(0), kind="stable")
+    if np.ptp(np.delete(rows, order[: _COUNTS[-1]], 1)) > _EXTENT * np.ptp(rows):  # the search takes 4 times as long
+        return ()
     least = _error(rows, importance, section, symmetric)
     best: tuple[int, ...] = ()
     for count in _COUNTS:
