@@ -20,6 +20,8 @@ FORMAT = 2
 # On x86 without VNNI sums of uint8 x int8 products saturate in 16 bits; with this entry onnxruntime multiplies weights
 # outside [-64, 63] by a slower kernel there. It changes nothing for others, nor on processors with VNNI.
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
+# What open_clip does to a text before it falls into tokens, by its names; `runtime.cleaning` does it.
+CLEANINGS = ("lower", "canonicalize", "whitespace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,16 @@ class TokenizerInfo:
     Attributes:
         type: `clip-bpe`, or the class of open_clip's wrapper.
         context_length: where texts are cut.
-        cleaning: what is done to a text before, and by whom.
+        cleaning: what is done to a text before, and by whom, in words.
+        clean: open_clip's name of it, one of `CLEANINGS`, for `runtime.tokenizer`, which does it; None in bundles made
+            before that: it is left to the client.
         sot_id, eot_id, pad_id: start, end and padding; None where unknown.
         causal: whether a token sees those before it only.
         dynamic_sequence: whether the text encoder takes any length up to the context's, padded with `pad_id` behind.
         why_fixed: why it takes none but the context's, where its tower could have taken any.
         has_file: False: the bundle has no tokenizer.json, because the tokenizer has no such form.
+        zeroed_id: a token that becomes 0 wherever it stands (open_clip's `strip_sep_token`).
+        last_id: a token behind the padding, at the end of the context (open_clip's mode `clips`).
     """
 
     type: str
@@ -94,15 +100,19 @@ class TokenizerInfo:
     dynamic_sequence: bool = False
     has_file: bool = True
     why_fixed: str | None = None
+    clean: str | None = None
+    zeroed_id: int | None = None
+    last_id: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        ids = {name: getattr(self, name) for name in ("sot_id", "eot_id", "pad_id")}
+        ids = {name: getattr(self, name) for name in ("sot_id", "eot_id", "pad_id", "zeroed_id", "last_id")}
         return {
             "type": self.type,
             "context_length": self.context_length,
             **{name: value for name, value in ids.items() if value is not None},
             "cleaning": self.cleaning,
+            **({} if self.clean is None else {"clean": self.clean}),
             **({} if self.has_file else {"file": None}),
             "causal": self.causal,
             "dynamic_sequence": self.dynamic_sequence,

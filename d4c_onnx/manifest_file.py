@@ -14,6 +14,7 @@ from typing import Any
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256, write_json
 from d4c_onnx.manifest import (
+    CLEANINGS,
     EXACT_PRODUCTS,
     FORMAT,
     EncoderRecord,
@@ -175,6 +176,9 @@ def _tokenizer(node: Node) -> TokenizerInfo:
         dynamic_sequence=node.take("dynamic_sequence", flag),
         has_file=node.take("file", nullable(text), "tokenizer.json") is not None,
         why_fixed=node.take("why_fixed", nullable(text), None),
+        clean=node.take("clean", nullable(one_of(*CLEANINGS)), None),
+        zeroed_id=node.take("zeroed_id", nullable(_token), None),
+        last_id=node.take("last_id", nullable(_token), None),
     )
 
 

@@ -101,7 +101,10 @@ def _change(folder: Path, place: str, value: object, manifest: Manifest = QUANTI
     (folder / "manifest.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("manifest", [FP32, QUANTIZED], ids=["fp32", "quantized"])
+CLEANED = replace(FP32, tokenizer=replace(FP32.tokenizer, clean="canonicalize", zeroed_id=102, last_id=101))
+
+
+@pytest.mark.parametrize("manifest", [FP32, QUANTIZED, CLEANED], ids=["fp32", "quantized", "cleaned"])
 def test_what_is_written_is_read_back(folder: Path, manifest: Manifest) -> None:
     written = write_manifest(folder, manifest)
     assert read_manifest(folder) == written
@@ -206,6 +209,9 @@ for _ in range(20):
         ("preprocess/interpolation", ["bicubic"]),
         ("preprocess/fill_color", 256),
         ("tokenizer/pad_id", -1),
+        ("tokenizer/clean", "upper"),
+        ("tokenizer/zeroed_id", "[SEP]"),
+        ("tokenizer/last_id", -1),
         ("tokenizer/dynamic_sequence", 1),
         ("io", {}),
         ("io/image_encoder.onnx/inputs", []),

@@ -11,13 +11,13 @@ import torch
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle
 from d4c_onnx.errors import CheckFailed, GraphError
 from d4c_onnx.export.parity import TOLERANCE, check_images, check_texts
+from d4c_onnx.export.tokenizer import write_checked_tokenizer
 from d4c_onnx.export.trace import trace_tower
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.model import save_model, set_metadata, signature_of
 from d4c_onnx.manifest import Manifest, ModelInfo, Signature, TokenizerInfo
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.models.load import LoadedModel
-from d4c_onnx.models.tokenizer_export import write_tokenizer
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.runtime.golden import TEXT, golden_input, write_golden
 
@@ -86,7 +86,7 @@ def _try_text(
     context = loaded.context_length
     example = torch.from_numpy(loaded.tokenize(["a photo of a cat.", "two words"]))
     tokenizer = replace(
-        write_tokenizer(loaded.tokenizer, context, stage / TOKENIZER, fixed=not dynamic),
+        write_checked_tokenizer(loaded, stage / TOKENIZER, fixed=not dynamic),
         causal=loaded.causal,
         dynamic_sequence=dynamic,
         why_fixed=why_fixed,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,18 @@ import onnx
 import pytest
 import torch
 from graphs import ops
+from open_clip import SimpleTokenizer
 
 from d4c_onnx.bundle import Bundle
-from d4c_onnx.errors import CheckFailed
+from d4c_onnx.errors import BundleError, CheckFailed
 from d4c_onnx.export import export_fp32, parity
+from d4c_onnx.export.tokenizer import write_checked_tokenizer
 from d4c_onnx.graph.attention import find_attentions
 from d4c_onnx.graph.model import load_model as load_onnx
 from d4c_onnx.graph.values import is_op, maker, nodes_of
-from d4c_onnx.models.load import load_model
+from d4c_onnx.models.load import LoadedModel, load_model
 from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.tokenizer import TextTokenizer
 
 
 @pytest.mark.oldest
@@ -90,6 +94,25 @@ def test_raw_export_is_recorded_and_not_normalised(tmp_path: Path, tiny_models: 
     pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     norms = np.linalg.norm(EncoderSession(bundle.image_encoder).run(pixels), axis=1)
     assert np.abs(norms - 1).min() > 0.01
+
+
+class Whispering(SimpleTokenizer):
+    """Of the kind that is known, and yet with a way of its own."""
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(text.replace("“", "softly "))
+
+
+def test_a_tokenizer_that_would_answer_otherwise_is_not_written(tmp_path: Path, mini_vit: LoadedModel) -> None:
+    other = replace(mini_vit, tokenizer=Whispering(context_length=mini_vit.context_length))
+    told = write_checked_tokenizer(other, tmp_path / "tokenizer.json", fixed=False)
+    assert not told.has_file
+    assert told.clean is None
+    assert "first for 'A “curly”" in told.cleaning
+    with pytest.raises(BundleError, match=r"has no tokenizer\.json.*other ids than open_clip"):
+        TextTokenizer(tmp_path / "tokenizer.json", told)
+    masked = replace(mini_vit, tokenizer=SimpleTokenizer(context_length=77, reduction_mask="random"))
+    assert write_checked_tokenizer(masked, tmp_path / "tokenizer.json", fixed=True).has_file
 
 
 def test_failed_parity_leaves_nothing_behind(

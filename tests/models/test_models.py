@@ -263,7 +263,7 @@ def test_tokenizer_json_gives_open_clip_ids(fast_tokenizer, text: str) -> None:
     reference, fast = fast_tokenizer
     from open_clip.tokenizer import basic_clean
 
-    text = basic_clean(text)  # ftfy is the client's, as the manifest says
+    text = basic_clean(text)  # of ftfy the file holds but a part; tests/runtime/test_tokenizer.py has the whole
     # a code point that Unicode has not assigned, or only lately, is a letter in one library and none in another
     assume(all(unicodedata.category(character) != "Cn" for character in text))
     expected = reference([text])[0].numpy()
