@@ -44,16 +44,19 @@ class LabelledImages:
         return len(self.encoded)
 
     def batches(self, size: int) -> Iterator[list[Image.Image]]:
-        """Decoded RGB images, `size` at a time.
+        """Decoded images in the modes of their files, `size` at a time: `preprocess_image` makes them RGB.
 
         Raises:
             DatasetError: an image cannot be decoded.
         """
         for start in range(0, len(self.encoded), size):
-            batch, part = [], slice(start, start + size)
+            batch: list[Image.Image] = []
+            part = slice(start, start + size)
             for place, blob in zip(self.places[part], self.encoded[part], strict=True):
                 try:
-                    batch.append(Image.open(io.BytesIO(blob)).convert("RGB"))
+                    image = Image.open(io.BytesIO(blob))
+                    image.load()
+                    batch.append(image)
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                     raise DatasetError(f"{self.name}, {place}: not an image ({error}).") from error
             yield batch

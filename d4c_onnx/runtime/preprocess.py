@@ -1,8 +1,15 @@
-"""Image to pixel_values with pillow, as open_clip's own transform does it."""
+"""Image to pixel_values with pillow, as open_clip's own transform does it, step by step.
+
+The image is resized in the mode in which it came and becomes RGB after that: a cut-out's hidden colours and a palette's
+neighbours then mix as they did before the model's eyes in training. Two kinds of images are converted first, because
+open_clip's own answer is of no use: 16-bit grey, which turns white there, is scaled to 8 bits; and where images are
+padded (`longest`) palettes and CMYK, whose padding would be any colour.
+"""
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from d4c_onnx.errors import DatasetError
 from d4c_onnx.manifest import Preprocess
 
 _FILTERS = {
@@ -10,23 +17,35 @@ _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
 }
+_FULL_SCALE = 257  # 65535 / 255
+_MOST_PIXELS = 2**27  # of a resized image; a strip of 60,000 x 1 pixels would have 3 milliards of them at 224
 
 
-def preprocess_image(image: Image.Image, config: Preprocess) -> np.ndarray:
+def preprocess_image(image: Image.Image, config: Preprocess, exif_rotation: bool = False) -> np.ndarray:
     """Resize, crop and normalise one image.
 
     Args:
-        image: any mode; converted to RGB.
+        image: any mode; of an animated one the frame that it stands at, which is the first after opening.
         config: the manifest's `preprocess`.
+        exif_rotation: turn the image upright first, as its EXIF entry says. open_clip does not: cameras' pictures
+            are seen as their sensors lay.
 
     Returns:
         float32 [3, H, W].
+
+    Raises:
+        DatasetError: the image has no pixel, or pillow knows no way from its mode to RGB.
     """
-    height, width = config.size
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    image = _fit(image, height, width, config)
-    pixels = np.asarray(image, np.float32) / np.float32(255)  # [H, W, 3]
-    return normalize(pixels.transpose(2, 0, 1), config)
+    if 0 in image.size:
+        raise DatasetError(f"an image of {image.width} x {image.height} pixels has nothing to look at.")
+    if exif_rotation:
+        image = ImageOps.exif_transpose(image)
+    try:
+        pixels = _rgb(_fit(_eight_bits(image), config))
+    except ValueError as error:
+        raise DatasetError(f"an image of mode {image.mode} cannot become RGB ({error}). Convert it first.") from error
+    values = np.asarray(pixels, np.float32) / np.float32(255)  # [H, W, 3]
+    return normalize(values.transpose(2, 0, 1), config)
 
 
 def normalize(pixels: np.ndarray, config: Preprocess) -> np.ndarray:
@@ -43,23 +62,71 @@ def denormalize(pixel_values: np.ndarray, config: Preprocess) -> np.ndarray:
     return np.clip(pixel_values * std + mean, 0, 1)
 
 
-def _fit(image: Image.Image, height: int, width: int, config: Preprocess) -> Image.Image:
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours, and pillow does not warn
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; every other image as it is.
+
+    Older pillow reads 16-bit PNGs as 32-bit integers; other images of that mode are 16-bit if a value says so.
+    """
+    sixteen = image.mode.startswith("I;16")
+    if not sixteen and image.mode != "I":
+        return image
+    values = np.asarray(image)
+    if sixteen or image.format == "PNG" or values.max(initial=0) > 255:
+        return Image.fromarray(np.clip(np.rint(values / _FULL_SCALE), 0, 255).astype(np.uint8))
+    return image
+
+
+def _fit(image: Image.Image, config: Preprocess) -> Image.Image:
+    """An image of the config's size, in the mode in which it came where that can be resized and padded."""
+    height, width = config.size
     resample = _FILTERS.get(config.interpolation, Image.Resampling.BICUBIC)
+    if image.mode == "PA":  # pillow would average the numbers of its colours
+        image = image.convert("RGBA")
     if config.resize_mode == "squash":
-        return image.resize((width, height), resample)
-    ratios = (height / image.height, width / image.width)
+        return _resize(image, width, height, resample)
     if config.resize_mode == "longest":
-        scale = min(ratios)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), resample)
-        canvas = Image.new("RGB", (width, height), (config.fill_color,) * 3)
-        canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
-        return canvas
-    if image.size != (width, height):
-        # torchvision's rule: the short side becomes the target, the long side is truncated
-        scale = max(ratios)
-        short_is_height = ratios[0] >= ratios[1]
-        new_h = height if short_is_height else int(image.height * scale)
-        new_w = int(image.width * scale) if short_is_height else width
-        image = image.resize((max(new_w, width), max(new_h, height)), resample)
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+        return _pad(image, config, resample)
+    return _crop(image, config, resample)
+
+
+def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
+    return image if image.size == (width, height) else image.resize((width, height), resample)
+
+
+def _crop(image: Image.Image, config: Preprocess, resample: Image.Resampling) -> Image.Image:
+    """The middle of the image, after its shorter side became the config's."""
+    height, width = config.size
+    if height == width:  # torchvision's rule: the long side is rounded down
+        short = min(image.size)
+        new_width, new_height = (int(height * side / short) for side in image.size)
+    else:  # open_clip's own, which knows one filter only
+        ratio = min(image.height / height, image.width / width)
+        new_width, new_height = (round(side / ratio) for side in image.size)
+        resample = Image.Resampling.BICUBIC
+    left, top = round((new_width - width) / 2), round((new_height - height) / 2)
+    if new_width * new_height <= _MOST_PIXELS:
+        return _resize(image, new_width, new_height, resample).crop((left, top, left + width, top + height))
+    # a long strip: the same pixels, but for rounding, without those that are cut away
+    x, y = image.width / new_width, image.height / new_height
+    box = (left * x, top * y, (left + width) * x, (top + height) * y)
+    return image.resize((width, height), resample, box)
+
+
+def _pad(image: Image.Image, config: Preprocess, resample: Image.Resampling) -> Image.Image:
+    """All of the image in the middle of a canvas."""
+    height, width = config.size
+    if image.mode in ("P", "CMYK"):
+        image = _rgb(image)
+    ratio = max(image.height / height, image.width / width)
+    new_width, new_height = (max(round(side / ratio), 1) for side in image.size)
+    image = _resize(image, new_width, new_height, resample)
+    bands = len(image.getbands())
+    canvas = Image.new(image.mode, (width, height), (config.fill_color,) * bands if bands > 1 else config.fill_color)
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return canvas
