@@ -20,6 +20,25 @@ FORMAT = 2
 # On x86 without VNNI sums of uint8 x int8 products saturate in 16 bits; with this entry onnxruntime multiplies weights
 # outside [-64, 63] by a slower kernel there. It changes nothing for others, nor on processors with VNNI.
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
+# Of `Preprocess`. "random" is what open_clip calls a filter drawn in training; it serves with bicubic then.
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
+RESIZE_MODES = ("shortest", "longest", "squash")
+# Far above any model, and low enough that what is allocated by it fits in memory.
+LARGEST_SIDE = 2**13
+
+
+@dataclass(frozen=True, slots=True)
+class Resampled:
+    """Position embeddings that the weights have for another image size or text length than the model.
+
+    Attributes:
+        name: the tensor's.
+        stored, taken: how many positions the weights have, and how many the model takes: in between is interpolation.
+    """
+
+    name: str
+    stored: int
+    taken: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +48,13 @@ class ModelInfo:
     Attributes:
         name, pretrained: as the user gave them; `pretrained` is "embedded", "random", "hub", a tag or a file's name.
         weights_sha256: of the torch weights: the same for every width of a model.
+        quick_gelu: whether a tower runs QuickGELU.
         logit_scale, logit_bias: what similarities are multiplied by, and what is added; None where the model has none.
         normalized: whether embeddings have length 1.
         end_id: the end token's.
         dataset: the embedded labelled set that the model is measured on; None: none ships.
+        sources: who says so, for each setting of `preprocess` and for `quick_gelu`; empty where it was not recorded.
+        resampled: position embeddings that do not stand in the weights as they are used.
     """
 
     name: str
@@ -45,6 +67,8 @@ class ModelInfo:
     context_length: int
     end_id: int | None
     dataset: str | None
+    sources: Mapping[str, str] = field(default_factory=dict)
+    resampled: tuple[Resampled, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
