@@ -112,6 +112,8 @@ def load_tensors(model: Any, state: dict[str, Any], image_size: tuple[int, int] 
         set_image_size(model, image_size)  # the weights are of another size already
         image_size = None
     before = _positions(state)
+    for name in before:  # torch cannot resample float16 on a CPU
+        state[name] = state[name].float()
     resize_pos_embed(state, model)
     resize_text_pos_embed(state, model)
     after = _positions(state)
