@@ -22,6 +22,25 @@ FORMAT = 2
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 # What open_clip does to a text before it falls into tokens, by its names; `runtime.cleaning` does it.
 CLEANINGS = ("lower", "canonicalize", "whitespace")
+# Of `Preprocess`. "random" is what open_clip calls a filter drawn in training; it serves with bicubic then.
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
+RESIZE_MODES = ("shortest", "longest", "squash")
+# Far above any model, and low enough that what is allocated by it fits in memory.
+LARGEST_SIDE = 2**13
+
+
+@dataclass(frozen=True, slots=True)
+class Resampled:
+    """Position embeddings that the weights have for another image size or text length than the model.
+
+    Attributes:
+        name: the tensor's.
+        stored, taken: how many positions the weights have, and how many the model takes: in between is interpolation.
+    """
+
+    name: str
+    stored: int
+    taken: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +50,13 @@ class ModelInfo:
     Attributes:
         name, pretrained: as the user gave them; `pretrained` is "embedded", "random", "hub", a tag or a file's name.
         weights_sha256: of the torch weights: the same for every width of a model.
+        quick_gelu: whether a tower runs QuickGELU.
         logit_scale, logit_bias: what similarities are multiplied by, and what is added; None where the model has none.
         normalized: whether embeddings have length 1.
         end_id: the end token's.
         dataset: the embedded labelled set that the model is measured on; None: none ships.
+        sources: who says so, for each setting of `preprocess` and for `quick_gelu`; empty where it was not recorded.
+        resampled: position embeddings that do not stand in the weights as they are used.
     """
 
     name: str
@@ -47,6 +69,8 @@ class ModelInfo:
     context_length: int
     end_id: int | None
     dataset: str | None
+    sources: Mapping[str, str] = field(default_factory=dict)
+    resampled: tuple[Resampled, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,9 @@ from d4c_onnx.manifest import (
     CLEANINGS,
     EXACT_PRODUCTS,
     FORMAT,
+    INTERPOLATIONS,
+    LARGEST_SIDE,
+    RESIZE_MODES,
     EncoderRecord,
     FileRecord,
     LayerRecord,
@@ -26,6 +29,7 @@ from d4c_onnx.manifest import (
     Preprocess,
     Quantization,
     Refusal,
+    Resampled,
     RewriteRecord,
     Session,
     Signature,
@@ -59,7 +63,7 @@ _VERSIONED = ("d4c-onnx", "torch", "open_clip_torch", "onnx", "onnxruntime", "on
 # A manifest names a data set that ships, never a file.
 _EMBEDDED_SETS = ("cifar10",)
 # Far above any model, and low enough that what is allocated by them fits in memory.
-_LARGEST_SIDE, _LONGEST_CONTEXT = 2**13, 2**17
+_LONGEST_CONTEXT = 2**17
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -147,17 +151,23 @@ def _model(node: Node) -> ModelInfo:
         context_length=node.take("context_length", integer(1, _LONGEST_CONTEXT)),
         end_id=node.take("end_id", nullable(_token)),
         dataset=node.take("dataset", nullable(one_of(*_EMBEDDED_SETS))),
+        sources=node.take("sources", mapping(text), {}),
+        resampled=node.take("resampled", sequence(_resampled), ()),
     )
 
 
+def _resampled(node: Node) -> Resampled:
+    return Resampled(node.take("name", text), node.take("stored", integer(1)), node.take("taken", integer(1)))
+
+
 def _preprocess(node: Node) -> Preprocess:
-    height, width = node.take("size", sequence(integer(1, _LARGEST_SIDE), 2))
+    height, width = node.take("size", sequence(integer(1, LARGEST_SIDE), 2))
     return Preprocess(
         size=(height, width),
         mean=node.take("mean", sequence(number, 3)),
         std=node.take("std", sequence(positive, 3)),
-        interpolation=node.take("interpolation", one_of("bicubic", "bilinear", "nearest", "random")),
-        resize_mode=node.take("resize_mode", one_of("shortest", "longest", "squash")),
+        interpolation=node.take("interpolation", one_of(*INTERPOLATIONS)),
+        resize_mode=node.take("resize_mode", one_of(*RESIZE_MODES)),
         fill_color=node.take("fill_color", integer(0, 255)),
         channels=node.take("channels", one_of("RGB")),
         value_range=node.take("value_range", sequence(number, 2)),

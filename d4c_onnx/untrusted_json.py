@@ -8,11 +8,11 @@ import json
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from d4c_onnx.errors import BundleError
+from d4c_onnx.errors import BundleError, D4CError
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -42,23 +42,26 @@ class Node:
         value: as the parser gave it.
         file: the file.
         place: where in it, such as `model.name`; empty for all of it.
+        error, mend: what is raised for a wrong value, and what the message says to do.
     """
 
     value: Any
     file: Path
     place: str = ""
+    error: type[D4CError] = BundleError
+    mend: str = "Export or quantise the bundle again."
 
-    def wrong(self, expected: str) -> BundleError:
+    def wrong(self, expected: str) -> D4CError:
         """What to raise for a value that is not as `expected`."""
-        return BundleError(
+        return self.error(
             f"{self.file}: is damaged at {self.place or 'its top'}: expected {expected}, found {quoted(self.value)}. "
-            "Export or quantise the bundle again."
+            f"{self.mend}"
         )
 
     def below(self, key: object, value: Any) -> "Node":
         """The node of a part of this one."""
         shown = str(key) if str(key).isprintable() else quoted(key)
-        return Node(value, self.file, f"{self.place}.{shown}".lstrip(".")[:QUOTED])
+        return replace(self, value=value, place=f"{self.place}.{shown}".lstrip(".")[:QUOTED])
 
     @overload
     def take(self, key: str, read: "Callable[[Node], T]") -> T: ...
@@ -70,7 +73,7 @@ class Node:
         """What a reader makes of the value under a key; without the key the default, where one is given.
 
         Raises:
-            BundleError: this is no object, it lacks the key, or the reader refuses the value.
+            D4CError: the node's `error`: this is no object, it lacks the key, or the reader refuses the value.
         """
         if not isinstance(self.value, dict):
             raise self.wrong("an object")
@@ -81,19 +84,21 @@ class Node:
         return default
 
 
-def read_json(file: Path) -> Node:
-    """The top of a JSON file.
+def read_json(
+    file: Path, error: type[D4CError] = BundleError, mend: str = "Export or quantise the bundle again."
+) -> Node:
+    """The top of a JSON file, whose wrong values raise that error and end in that advice.
 
     Raises:
-        BundleError: the file cannot be read, is too large, no UTF-8, no JSON, or nested too deeply.
+        BundleError: or `error`: the file cannot be read, is too large, no UTF-8, no JSON, or nested too deeply.
     """
     try:
         size = file.stat().st_size
         if size > _LARGEST:
-            raise BundleError(f"{file}: has {size:,} bytes, which no manifest has. Export the bundle again.")
-        return Node(json.loads(file.read_bytes().decode("utf-8")), file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: cannot be read ({str(error)[:QUOTED]}). Export the bundle again.") from error
+            raise error(f"{file}: has {size:,} bytes, which no such file has. {mend}")
+        return Node(json.loads(file.read_bytes().decode("utf-8")), file, error=error, mend=mend)
+    except (OSError, ValueError, RecursionError) as cause:
+        raise error(f"{file}: cannot be read ({str(cause)[:QUOTED]}). {mend}") from cause
 
 
 def text(node: Node) -> str:
@@ -189,7 +194,7 @@ def mapping(read: Callable[[Node], T], key: Callable[[Node], str] = text) -> Cal
         if not isinstance(node.value, dict):
             raise node.wrong("an object")
         return {
-            key(Node(name, node.file, f"{node.place} (a name)")): read(node.below(name, value))
+            key(replace(node, value=name, place=f"{node.place} (a name)")): read(node.below(name, value))
             for name, value in node.value.items()
         }
 

@@ -21,6 +21,7 @@ from d4c_onnx.manifest import (
     Preprocess,
     Quantization,
     Refusal,
+    Resampled,
     RewriteRecord,
     Session,
     Signature,
@@ -102,6 +103,16 @@ def _change(folder: Path, place: str, value: object, manifest: Manifest = QUANTI
 
 
 CLEANED = replace(FP32, tokenizer=replace(FP32.tokenizer, clean="canonicalize", zeroed_id=102, last_id=101))
+
+
+def test_who_said_what_is_kept_and_may_be_missing(folder: Path) -> None:
+    told = replace(FP32.model, sources={"mean": "--mean"}, resampled=(Resampled("positional_embedding", 248, 77),))
+    written = write_manifest(folder, replace(FP32, model=told))
+    assert read_manifest(folder).model == told
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["model"]["sources"], content["model"]["resampled"]  # as before they were recorded
+    (folder / "manifest.json").write_text(json.dumps(content))
+    assert read_manifest(folder) == replace(written, model=FP32.model)
 
 
 @pytest.mark.parametrize("manifest", [FP32, QUANTIZED, CLEANED], ids=["fp32", "quantized", "cleaned"])

@@ -6,11 +6,13 @@ from pathlib import Path
 import click
 
 from d4c_onnx.cli import options, show
+from d4c_onnx.models.model_options import ModelOptions
 
 
 @click.command("export")
 @options.model_argument
 @options.pretrained_option
+@options.weights_options
 @options.output_option
 @click.option("--raw", is_flag=True, help="Leave the embeddings unnormalised.")
 @options.overwrite_option
@@ -20,6 +22,7 @@ from d4c_onnx.cli import options, show
 def command(
     model: str,
     pretrained: str | None,
+    model_options: ModelOptions,
     output: Path,
     raw: bool,
     overwrite: bool,
@@ -44,6 +47,7 @@ def command(
             output,
             recipe,
             pretrained=pretrained,
+            options=model_options,
             raw=raw,
             overwrite=overwrite,
             machine=machine,
@@ -60,9 +64,14 @@ def command(
                 "bundle": str(bundle.path),
                 "size_bytes": sizes,
                 "parity_max_abs_difference": dict(parity),
+                "preprocess": asdict(bundle.manifest.preprocess),
+                "quick_gelu": bundle.manifest.model.quick_gelu,
+                "sources": dict(bundle.manifest.model.sources),
+                "resampled": [asdict(entry) for entry in bundle.manifest.model.resampled],
                 "io": {name: asdict(entry) for name, entry in bundle.manifest.io.items()},
             }
         )
         return
     rows = [[path.name, show.size(sizes[tower]), f"{parity[tower]:.1e}"] for tower, path in bundle.encoders.items()]
     show.table(f"{model} -> {bundle.path}", ["file", "size", "max difference to torch"], rows)
+    show.made_for(bundle.manifest)

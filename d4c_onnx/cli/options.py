@@ -1,10 +1,12 @@
 """Options that several commands share, and what they become."""
 
+import functools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -19,6 +21,52 @@ def pretrained_option(function: F) -> F:
     return click.option("--pretrained", metavar="TAG|FILE|random", help="Which weights, for open_clip architectures.")(
         function
     )
+
+
+class Numbers(click.ParamType):
+    """Numbers by commas; one alone stands for all of them."""
+
+    def __init__(self, kind: type[int] | type[float], count: int) -> None:
+        self.kind, self.count = kind, count
+        self.name = ",".join(["N"] * count)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """One value or so many."""
+        try:
+            found = tuple(self.kind(part) for part in str(value).split(","))
+        except ValueError:
+            found = ()
+        if len(found) not in (1, self.count):
+            self.fail(f"{value!r} is neither one number nor {self.count}, separated by commas.", param, ctx)
+        return found * (self.count // len(found))
+
+
+def weights_options(function: F) -> F:
+    """What weights do not say themselves, as one `model_options`."""
+    from d4c_onnx.manifest import INTERPOLATIONS, RESIZE_MODES
+    from d4c_onnx.models.model_options import ModelOptions
+
+    known = [entry.name for entry in fields(ModelOptions)]
+
+    @functools.wraps(function)
+    def command(**given: Any) -> Any:
+        return function(model_options=ModelOptions(**{name: given.pop(name) for name in known}), **given)
+
+    channels, filters = Numbers(float, 3), [name for name in INTERPOLATIONS if name != "random"]
+    for option in (
+        click.option("--strict", is_flag=True, help="Refuse weights whose positions would have to be resampled."),
+        click.option(
+            "--quick-gelu/--no-quick-gelu", default=None, help="Whether the weights were trained with QuickGELU."
+        ),
+        click.option("--image-size", type=Numbers(int, 2), metavar="N|H,W", help="Pixels that the weights take."),
+        click.option("--resize-mode", type=click.Choice(RESIZE_MODES), help="shortest crops, longest pads."),
+        click.option("--interpolation", type=click.Choice(filters), help="The filter that resizes images."),
+        click.option("--std", type=channels, metavar="S|R,G,B", help="What they are divided by then."),
+        click.option("--mean", type=channels, metavar="M|R,G,B", help="What is subtracted from pixels of 0..1."),
+        click.option("--like", metavar="TAG", help="A published tag whose pixels and GELU the weights are for."),
+    ):
+        command = option(command)
+    return cast(F, command)
 
 
 def recipe_options(function: F) -> F:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from d4c_onnx.cli import options, show
+from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.progress import OnStep
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     "FP16 bundle, too).  [recipe: cpu]",
 )
 @options.pretrained_option
+@options.weights_options
 @options.output_option
 @options.prompts_option
 @options.calibration_option
@@ -49,6 +51,7 @@ def command(
     average_bits: float | None,
     target: str | None,
     pretrained: str | None,
+    model_options: ModelOptions,
     output: Path,
     prompts: Path | None,
     calibration: Path | None,
@@ -82,6 +85,7 @@ def command(
             recipe,
             output=output,
             pretrained=pretrained,
+            options=model_options,
             prompts=prompts,
             calibration=calibration,
             overwrite=overwrite,
@@ -93,6 +97,7 @@ def command(
 
 
 def _print(report: QuantizeReport) -> None:
+    from d4c_onnx.bundle import open_bundle
     from d4c_onnx.quantization.targets import TARGETS
 
     before, after = report.size_bytes.fp32, report.size_bytes.quantized
@@ -108,5 +113,6 @@ def _print(report: QuantizeReport) -> None:
         click.echo(f"{report.bits} is an accuracy mode: it answers as such a device would, and runs as int8 here")
     if report.target_note != TARGETS["cpu"].note:
         click.echo(f"target {report.target}: {report.target_note}")
+    show.made_for(open_bundle(report.bundle, verify=False).manifest)
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
     click.echo(f"{report.bundle} ({spent})")

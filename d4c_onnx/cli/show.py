@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from d4c_onnx.errors import CheckFailed, Report
+from d4c_onnx.manifest import Manifest
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.results import Accuracy, Versus
 
@@ -123,6 +124,20 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
         grid.add_row(*row)
     width = None if sys.stdout.isatty() else 120
     Console(width=width).print(grid)
+
+
+def made_for(manifest: Manifest) -> None:
+    """Which pixels and which GELU a bundle was made for and who says so, where it is not one that ships."""
+    from d4c_onnx.models.preprocessing import described
+
+    if manifest.model.pretrained == "embedded":
+        return
+    click.echo(f"made for {described(manifest.preprocess, manifest.model)}")
+    for one in manifest.model.resampled:
+        click.echo(
+            f"warning: {one.name} was resampled from {one.stored} positions to {one.taken}, as open_clip does: the "
+            "weights are for another image size or text length, and answer less well so (--strict refuses)"
+        )
 
 
 def accuracy_table(accuracy: Accuracy, names: Sequence[str] | None = None) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import click
 
 from d4c_onnx.cli import options, show
+from d4c_onnx.models.model_options import ModelOptions
 
 
 @click.command("synthesize")
 @options.model_argument
 @options.pretrained_option
+@options.weights_options
 @options.output_option
 @options.prompts_option
 @click.option(
@@ -39,6 +41,7 @@ from d4c_onnx.cli import options, show
 def command(
     model: str,
     pretrained: str | None,
+    model_options: ModelOptions,
     output: Path,
     prompts: Path | None,
     method: str | None,
@@ -68,15 +71,15 @@ def command(
     from d4c_onnx import measure, pipeline
 
     start = time.perf_counter()
-    rank, world_size, local_rank = options.launched()
-    machine = measure.Machine("auto", device, threads, rank, world_size, local_rank)
-    first = rank == 0  # of several processes, one speaks
+    machine = measure.Machine("auto", device, threads, *options.launched())
+    first = machine.rank == 0  # of several processes, one speaks
     with show.stdout_to_stderr(), show.progress(quiet or not first) as on_step:
         folder, made = pipeline.synthesize_calibration_set(
             model,
             recipe,
             output=output,
             pretrained=pretrained,
+            options=model_options,
             prompts=prompts,
             machine=machine,
             on_step=on_step,
@@ -98,6 +101,9 @@ def command(
 
 
 def _print(result: dict[str, Any]) -> None:
+    from d4c_onnx.bundle import open_bundle
+
     spent = f"{result['seconds']:.0f} s"
     click.echo(f"{result['images']} images and {result['prompts']} prompts in {result['calibration']} ({spent})")
+    show.made_for(open_bundle(Path(result["calibration"]).parent, verify=False).manifest)
     click.echo(f"look at {result['report'] or result['contact_sheet']}")

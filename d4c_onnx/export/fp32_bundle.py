@@ -114,7 +114,9 @@ def _export_image(
 
 def _notes(loaded: LoadedModel, raw: bool, tokenizer: TokenizerInfo) -> dict[str, str]:
     """What a file says of itself."""
-    notes = {key: str(value) for key, value in asdict(_describe(loaded, raw, tokenizer)).items()}
+    told = asdict(_describe(loaded, raw, tokenizer))
+    # who said so is the manifest's to tell, not every file's
+    notes = {key: str(value) for key, value in told.items() if key not in ("sources", "resampled")}
     return notes | {
         "preprocess": json.dumps(asdict(loaded.preprocess)),
         "tokenizer": json.dumps(tokenizer.as_dict()),
@@ -142,4 +144,6 @@ def _describe(loaded: LoadedModel, raw: bool, tokenizer: TokenizerInfo) -> Model
         context_length=loaded.context_length,
         end_id=tokenizer.eot_id,
         dataset=loaded.embedded.dataset if loaded.embedded and loaded.pretrained == "embedded" else None,
+        sources=loaded.sources,
+        resampled=loaded.resampled,
     )

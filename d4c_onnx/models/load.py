@@ -9,8 +9,8 @@ import socket
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,36 @@ import numpy as np
 import open_clip
 import torch
 from huggingface_hub import constants as hub
-from open_clip.factory import load_checkpoint
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transform import PreprocessCfg
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from d4c_onnx.errors import ModelError
-from d4c_onnx.manifest import Preprocess
+from d4c_onnx.manifest import Preprocess, Resampled
+from d4c_onnx.models.beside import configs_beside
 from d4c_onnx.models.catalogue import EmbeddedModel, embedded_models
+from d4c_onnx.models.checkpoint import fit_checkpoint, load_published, read_checkpoint, set_image_size, short
 from d4c_onnx.models.compact import unpack_token_table
+from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.models.plain_attention import replace_attention, replace_hugging_face
+from d4c_onnx.models.preprocessing import (
+    BESIDE,
+    Settings,
+    default_settings,
+    settings_of_file,
+    settings_of_hub,
+    settings_of_random,
+    settings_of_tag,
+    square_or_sides,
+)
 from d4c_onnx.models.towers import CausalTextTower, ImageTower, MaskedTextTower, TextTower, text_tower
 
 _CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 _HUB = "hf-hub:"
+
+ImageSize = tuple[int, int] | None
+Fill = Callable[[Any, ImageSize], tuple[Resampled, ...]]
 WAYS_OUT = (
     "Three ways out: run once where the hub can be reached (the weights are then cached); pass a local checkpoint "
     "with --pretrained FILE.safetensors; or, for speed and size work only, --pretrained random."
@@ -51,7 +64,10 @@ class LoadedModel:
         model: the open_clip module, attention untouched.
         preprocess: from an image to what the image tower takes.
         weights_sha256: over every tensor of the state dict, in name order.
+        quick_gelu: whether a layer of it is a QuickGELU.
         embedded: the catalogue's entry for a shipped model.
+        sources: who says so, for each setting of `preprocess` and for `quick_gelu`.
+        resampled: position embeddings that the weights have for another image size or text length.
     """
 
     name: str
@@ -62,6 +78,8 @@ class LoadedModel:
     weights_sha256: str
     quick_gelu: bool
     embedded: EmbeddedModel | None
+    sources: Mapping[str, str] = field(default_factory=dict)
+    resampled: tuple[Resampled, ...] = ()
 
     @property
     def context_length(self) -> int:
@@ -143,21 +161,27 @@ class LoadedModel:
         return ImageTower(model, normalize).eval(), text.eval()
 
 
-def load_model(name: str, pretrained: str | None = None, seed: int = 0) -> LoadedModel:
+def load_model(
+    name: str, pretrained: str | None = None, seed: int = 0, options: ModelOptions | None = None
+) -> LoadedModel:
     """Load a model on the CPU in float32.
 
     Args:
         name: an embedded model, an open_clip architecture, or `hf-hub:org/repo`.
         pretrained: None for embedded and hf-hub models; else a tag, a checkpoint's path, or `random`.
         seed: for `random` weights.
+        options: what the user says of weights that do not say it themselves.
 
     Raises:
-        ModelError: nothing of that name, the weights cannot be reached or read, or do not fit the architecture.
+        ModelError: nothing of that name, the weights cannot be reached or read, do not fit the architecture, or do not
+            tell which preprocessing they are for.
     """
-    shipped = embedded_models()
+    shipped, options = embedded_models(), options or ModelOptions()
     if name in shipped:
         if pretrained not in (None, "embedded", "random"):
             raise ModelError(f"--pretrained {pretrained}: {name} ships with its weights. Leave --pretrained away.")
+        if options.said():
+            raise ModelError(f"{', '.join(options.said())}: {name} ships with its preprocessing. Leave it away.")
         return _load_embedded(shipped[name], pretrained or "embedded", seed)
     on_hub = name.startswith(_HUB)
     if not on_hub and name not in open_clip.list_models():
@@ -170,59 +194,119 @@ def load_model(name: str, pretrained: str | None = None, seed: int = 0) -> Loade
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ModelError(f"{name}: which weights? Add --pretrained TAG ({tags}), --pretrained FILE, or random.")
     with _hub_access():
-        return _load_registry(name, pretrained, seed)
+        if on_hub:
+            return _load_hub(name, options, seed)
+        return _load_registry(name, str(pretrained), options, seed)
 
 
 def _load_embedded(entry: EmbeddedModel, pretrained: str, seed: int) -> LoadedModel:
     torch.manual_seed(seed)
-    model = CLIP(**copy.deepcopy(entry.model_cfg))
+    model: Any = CLIP(**copy.deepcopy(entry.model_cfg))
     if pretrained == "embedded":
         blob = (resources.files("d4c_onnx.models.embedded") / f"{entry.name}.safetensors").read_bytes()
         state = unpack_token_table(load_safetensors(blob))
         model.load_state_dict({key: value.float() for key, value in state.items()})
     size = entry.model_cfg["vision_cfg"]["image_size"]
-    preprocess = _preprocess(asdict(PreprocessCfg(size=size)))
+    said = default_settings() | {"size": (size, size), "quick_gelu": entry.model_cfg["quick_gelu"]}
+    settings = Settings(said, dict.fromkeys(said, f"{entry.name} as it ships"))
     tokenizer = SimpleTokenizer(context_length=entry.model_cfg["text_cfg"]["context_length"])
-    return _loaded(entry.name, pretrained, model, tokenizer, preprocess, entry.model_cfg["quick_gelu"], entry)
+    return _loaded(entry.name, pretrained, model, tokenizer, settings, (), entry)
 
 
-def _load_registry(name: str, pretrained: str | None, seed: int) -> LoadedModel:
-    tags = open_clip.list_pretrained_tags_by_model(name) if not name.startswith(_HUB) else []
-    tag = pretrained if pretrained in tags else None
-    if pretrained not in (None, "random") and tag is None:
-        _check_checkpoint(name, Path(str(pretrained)), tags)
-    # A tag trained with QuickGELU under an architecture that defaults to GELU gives wrong embeddings, silently.
-    quick = bool(tag and (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu"))
+def _load_registry(name: str, pretrained: str, options: ModelOptions, seed: int) -> LoadedModel:
+    """An open_clip architecture with a tag's weights, a file's, or random ones."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained in tags:
+        if options.like is not None:
+            raise ModelError(f"--like {options.like}: --pretrained {pretrained} is a tag itself. Leave --like away.")
+        settings, shown = settings_of_tag(name, pretrained, options), pretrained
+
+        def fill(model: Any, image_size: ImageSize) -> tuple[Resampled, ...]:
+            file = open_clip.factory.download_pretrained(open_clip.get_pretrained_cfg(name, pretrained))
+            return load_published(model, file, image_size)
+
+    elif pretrained == "random":
+        settings, shown = settings_of_random(name, options), pretrained
+
+        def fill(model: Any, image_size: ImageSize) -> tuple[Resampled, ...]:
+            if image_size is not None:
+                set_image_size(model, image_size)
+            return ()  # of random positions nothing is lost
+
+    else:
+        path = _check_checkpoint(name, Path(pretrained), tags)
+        beside = [(f"{config} {BESIDE}", said) for config, said in configs_beside(path)]
+        checkpoint = read_checkpoint(path)
+        settings = settings_of_file(name, str(path), options, [*beside, *checkpoint.stated])
+        shown = path.name
+
+        def fill(model: Any, image_size: ImageSize) -> tuple[Resampled, ...]:
+            return fit_checkpoint(model, checkpoint, name, image_size)
+
+    said = settings.values
+    model, tokenizer, resampled = _create(name, shown, said["size"], said["quick_gelu"], seed, fill)
+    _refuse_resampled(resampled, name, options)
+    return _loaded(name, shown, model, tokenizer, settings, resampled, None)
+
+
+def _load_hub(name: str, options: ModelOptions, seed: int) -> LoadedModel:
+    """A repository of the hub, which says all of itself; options go before it."""
+    if options.like is not None:
+        raise ModelError(f"--like {options.like}: {name} says its own preprocessing. Leave --like away.")
+
+    def fill(model: Any, image_size: ImageSize) -> tuple[Resampled, ...]:
+        return load_published(model, open_clip.factory.download_pretrained_from_hf(name.removeprefix(_HUB)), image_size)
+
+    model, tokenizer, resampled = _create(name, "", options.image_size, options.quick_gelu, seed, fill)
+    _refuse_resampled(resampled, name, options)
+    settings = settings_of_hub(name, model.visual.preprocess_cfg, uses_quick_gelu(model), options)
+    return _loaded(name, "hub", model, tokenizer, settings, resampled, None)
+
+
+def _create(
+    name: str, pretrained: str, image_size: ImageSize, quick_gelu: bool | None, seed: int, fill: Fill
+) -> tuple[Any, Any, tuple[Resampled, ...]]:
+    """A model with its weights, its tokenizer, and the positions that were resampled.
+
+    Args:
+        pretrained: for messages.
+        image_size, quick_gelu: None: as its config says.
+        fill: puts weights in, and makes a timm tower take another image size, where one is given.
+    """
     torch.manual_seed(seed)
     try:
-        needs_weights = tag is not None or name.startswith(_HUB)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            vision = {} if image_size is None else _vision(name)
+            other = None if image_size == square_or_sides(vision.get("image_size", 224)) else image_size
+            by_timm = other is not None and "timm_model_name" in vision
             model = open_clip.create_model(
                 name,
-                pretrained=tag,
-                load_weights=needs_weights,
-                force_quick_gelu=quick,
+                load_weights=False,
                 pretrained_text=False,
-                require_pretrained=needs_weights,
+                force_image_size=None if other is None or by_timm else other[0] if len({*other}) == 1 else other,
+                **({} if quick_gelu is None else {"quick_gelu": quick_gelu}),
             )
             tokenizer = open_clip.get_tokenizer(name)
+            resampled = fill(model, other if by_timm else None)
+    except ModelError:
+        raise
     except Exception as error:  # the hub client raises a dozen types, none of them public
         if isinstance(error, ModuleNotFoundError) or "pip install transformers" in str(error):
             package = getattr(error, "name", None) or "transformers"
             raise ModelError(
                 f"{name}: needs the Python package {package}. Install it with pip install 'd4c-onnx[hf]'."
             ) from error
-        raise ModelError(f"{name} {pretrained or ''}: cannot be loaded ({_short(error)}). {WAYS_OUT}") from error
-    if pretrained is not None and tag is None and pretrained != "random":
-        _load_file(model, name, Path(pretrained))
-    config = open_clip.get_model_config(name) if not name.startswith(_HUB) else {}
-    quick = quick or bool((config or {}).get("quick_gelu"))
-    shown = Path(pretrained).name if pretrained and tag is None else (pretrained or "hub")
-    return _loaded(name, shown, model, tokenizer, _preprocess(dict(model.visual.preprocess_cfg)), quick, None)
+        raise ModelError(f"{name} {pretrained}: cannot be loaded ({short(error)}). {WAYS_OUT}") from error
+    return model, tokenizer, resampled
 
 
-def _check_checkpoint(name: str, path: Path, tags: list[str]) -> None:
+def _vision(name: str) -> Mapping[str, Any]:
+    """An architecture's `vision_cfg`."""
+    return (open_clip.get_model_config(name) or {}).get("vision_cfg", {})
+
+
+def _check_checkpoint(name: str, path: Path, tags: list[str]) -> Path:
     if path.suffix not in _CHECKPOINTS:
         known = ", ".join(tags) or "none"
         raise ModelError(
@@ -230,39 +314,46 @@ def _check_checkpoint(name: str, path: Path, tags: list[str]) -> None:
         )
     if not path.is_file():
         raise ModelError(f"--pretrained {path}: no such file.")
+    return path
 
 
-def _load_file(model: Any, name: str, path: Path) -> None:
-    try:
-        load_checkpoint(model, str(path), strict=True, weights_only=True)
-    except (SafetensorError, OSError, EOFError) as error:
-        raise ModelError(f"{path}: cannot be read as a checkpoint ({_short(error)}). Is the file complete?") from error
-    except RuntimeError as error:
-        text = str(error)
-        if "Missing key" in text or "size mismatch" in text or "Unexpected key" in text:
-            lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-            raise ModelError(
-                f"{path}: the weights do not fit {name} ({_short(lines[0] if lines else text)}). "
-                "Name the architecture they belong to."
-            ) from error
-        raise ModelError(f"{path}: cannot be read as a checkpoint ({_short(error)}).") from error
-    except Exception as error:  # torch's unpickler raises what the file makes it raise
+def _refuse_resampled(resampled: tuple[Resampled, ...], name: str, options: ModelOptions) -> None:
+    if options.strict and resampled:
+        what = "; ".join(f"{one.name} has {one.stored} positions, the model takes {one.taken}" for one in resampled)
         raise ModelError(
-            f"{path}: cannot be read with weights_only ({_short(error)}). Save it as .safetensors and try again."
-        ) from error
+            f"--strict: {name} would resample what the weights have for another image size or text length ({what}). "
+            "Name the architecture or the --image-size they were trained for, or leave --strict away."
+        )
 
 
 def _loaded(
     name: str,
     pretrained: str,
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
-    preprocess: Preprocess,
-    quick: bool,
+    settings: Settings,
+    resampled: tuple[Resampled, ...],
     entry: EmbeddedModel | None,
 ) -> LoadedModel:
     model.eval().float().requires_grad_(False)
-    return LoadedModel(name, pretrained, model, tokenizer, preprocess, hash_weights(model), quick, entry)
+    size = square_or_sides(model.visual.image_size)
+    return LoadedModel(
+        name=name,
+        pretrained=pretrained,
+        model=model,
+        tokenizer=tokenizer,
+        preprocess=replace(settings.preprocess(), size=size),
+        weights_sha256=hash_weights(model),
+        quick_gelu=uses_quick_gelu(model),
+        embedded=entry,
+        sources=settings.sources,
+        resampled=resampled,
+    )
+
+
+def uses_quick_gelu(model: nn.Module) -> bool:
+    """Whether any layer is a QuickGELU, be it open_clip's, timm's or transformers'."""
+    return any(type(module).__name__ in ("QuickGELU", "QuickGELUActivation") for module in model.modules())
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -272,24 +363,6 @@ def hash_weights(model: nn.Module) -> str:
         digest.update(f"{key} {tuple(value.shape)}".encode())
         digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).data)
     return digest.hexdigest()
-
-
-def _preprocess(cfg: dict[str, Any]) -> Preprocess:
-    size = cfg["size"]
-    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
-    return Preprocess(
-        size=(height, width),
-        mean=tuple(float(value) for value in cfg["mean"]),
-        std=tuple(float(value) for value in cfg["std"]),
-        interpolation=cfg["interpolation"],
-        resize_mode=cfg["resize_mode"],
-        fill_color=int(cfg.get("fill_color") or 0),
-    )
-
-
-def _short(error: object) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.files import refuse_existing
 from d4c_onnx.measure.machine import Machine
+from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 
@@ -26,6 +27,7 @@ def export_bundle(
     recipe: Recipe,
     *,
     pretrained: str | None = None,
+    options: ModelOptions | None = None,
     raw: bool = False,
     overwrite: bool = False,
     machine: Machine | None = None,
@@ -33,23 +35,29 @@ def export_bundle(
 ) -> Bundle:
     """Export a model to `<output>/<model>/` in FP32, checked against torch.
 
+    Args:
+        options: what the user says of weights that do not say it themselves.
+
     Raises:
         BundleError: the folder is in the way, or cannot be written.
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or its weights do not tell which preprocessing they are for.
         CheckFailed: a file differs from torch by more than 1e-4.
     """
     target = bundle_folder(output, model)
     refuse_existing(target, overwrite)
     use_threads(machine or Machine())
-    return export_loaded(load(model, pretrained, recipe.seed, on_step), target, recipe, raw=raw, on_step=on_step)
+    loaded = load(model, pretrained, recipe.seed, on_step, options)
+    return export_loaded(loaded, target, recipe, raw=raw, on_step=on_step)
 
 
-def load(model: str, pretrained: str | None, seed: int, on_step: OnStep) -> LoadedModel:
+def load(
+    model: str, pretrained: str | None, seed: int, on_step: OnStep, options: ModelOptions | None = None
+) -> LoadedModel:
     """Load a torch model."""
     on_step("load", 0, 1, {})
     from d4c_onnx.models.load import load_model
 
-    loaded = load_model(model, pretrained, seed)
+    loaded = load_model(model, pretrained, seed, options)
     on_step("load", 1, 1, {})
     return loaded
 

@@ -74,7 +74,7 @@ def _calibrated(task: QuantizeTask, clock: Clock) -> tuple[Bundle, CalibrationSe
     recipe, given = task.recipe, task.given
     if given is None:
         use_threads(task.machine)
-    model = open_or_export(task.source, task.folder, recipe, task.pretrained, task.on_step)
+    model = open_or_export(task.source, task.folder, recipe, task.pretrained, task.on_step, task.options)
     planned = (recipe.synthesis.held_out, recipe.text.held_out) if given is None else held_out_counts(given)
     check_measurable(recipe, model.bundle, planned)
     clock.lap("export")

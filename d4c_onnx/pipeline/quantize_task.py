@@ -11,6 +11,7 @@ from d4c_onnx.errors import RecipeError
 from d4c_onnx.files import refuse_existing
 from d4c_onnx.measure.accuracy import check_dataset_name
 from d4c_onnx.measure.machine import Machine
+from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.source import source_folder
 from d4c_onnx.progress import OnStep
 from d4c_onnx.recipe import Recipe
@@ -25,7 +26,7 @@ class QuantizeTask:
     """A quantisation that was asked for, and what of it is there already.
 
     Attributes:
-        source, pretrained, recipe, machine, on_step: as asked.
+        source, pretrained, options, recipe, machine, on_step: as asked.
         folder: of the FP32 bundle, which may have to be exported.
         nouns: the user's vocabulary; None: the model's own.
         given: the user's calibration set; None: the one of the recipe's key.
@@ -36,6 +37,7 @@ class QuantizeTask:
 
     source: str
     pretrained: str | None
+    options: ModelOptions | None
     recipe: Recipe
     machine: Machine
     on_step: OnStep
@@ -73,6 +75,7 @@ def decide(
     *,
     output: str | Path,
     pretrained: str | None,
+    options: ModelOptions | None,
     prompts: str | Path | None,
     calibration: str | Path | None,
     overwrite: bool,
@@ -99,7 +102,9 @@ def decide(
         refuse_existing(fp16_folder(folder), overwrite)
     check_dataset_name(recipe)
     given = _given_set(calibration, prompts, nouns) if calibration else None
-    return QuantizeTask(source, pretrained, recipe, machine, on_step, folder, nouns, given, resumed, wants_fp16, fp16)
+    return QuantizeTask(
+        source, pretrained, options, recipe, machine, on_step, folder, nouns, given, resumed, wants_fp16, fp16
+    )
 
 
 def _given_set(calibration: str | Path, prompts: str | Path | None, nouns: tuple[str, ...] | None) -> CalibrationSet:

@@ -8,6 +8,7 @@ from pathlib import Path
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.measure.accuracy import check_limits, evaluate
 from d4c_onnx.measure.machine import Machine
+from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.quantize_report import QuantizeReport, report_of
 from d4c_onnx.pipeline.quantize_run import Clock, MadeBundles, run
 from d4c_onnx.pipeline.quantize_task import QuantizeTask, decide
@@ -22,6 +23,7 @@ def quantize_bundle(
     *,
     output: str | Path,
     pretrained: str | None = None,
+    options: ModelOptions | None = None,
     prompts: str | Path | None = None,
     calibration: str | Path | None = None,
     overwrite: bool = False,
@@ -36,6 +38,7 @@ def quantize_bundle(
 
     Args:
         source: a model's name, or an FP32 bundle's path.
+        options: what the user says of weights that do not say it themselves.
         calibration: a set's folder; none is then synthesised and torch is not needed for a bundle.
 
     Raises:
@@ -48,6 +51,7 @@ def quantize_bundle(
         recipe,
         output=output,
         pretrained=pretrained,
+        options=options,
         prompts=prompts,
         calibration=calibration,
         overwrite=overwrite,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
 from d4c_onnx.errors import BundleError, ModelError
 from d4c_onnx.files import refuse_existing
+from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.exporting import bundle_folder, export_loaded, load
 from d4c_onnx.progress import OnStep
 from d4c_onnx.recipe import Recipe
+from d4c_onnx.vocabulary import generic_nouns
 
 if TYPE_CHECKING:
     from d4c_onnx.models.load import LoadedModel
@@ -45,12 +47,37 @@ class LazyModel:
                     f"{self.bundle.path}: synthesis needs the weights again. Add --pretrained PATH/{known}."
                 )
             pretrained = None if known in ("embedded", "hub") else self.pretrained or known
-            self.loaded = load(model.name, pretrained, self.bundle.manifest.seed, on_step)
+            loaded = load(model.name, pretrained, self.bundle.manifest.seed, on_step, self._options())
+            # synthesis looks through the very preprocessing that the bundle serves
+            self.loaded = replace(loaded, preprocess=self.bundle.manifest.preprocess)
             if self.loaded.weights_sha256 != self.bundle.weights_sha256:
                 raise ModelError(
                     f"{self.bundle.path}: was exported from other weights. Export it again with --overwrite."
                 )
         return self.loaded
+
+    def own_nouns(self) -> tuple[str, ...]:
+        """The vocabulary of an embedded model; the generic one of any other."""
+        from d4c_onnx.models.catalogue import embedded_models
+
+        shipped = embedded_models().get(self.bundle.model_name)
+        return shipped.nouns if shipped else generic_nouns()
+
+    def _options(self) -> ModelOptions | None:
+        """What the manifest says of the weights, so that nobody is asked twice."""
+        model, preprocess = self.bundle.manifest.model, self.bundle.manifest.preprocess
+        if model.pretrained == "embedded":
+            return None
+        # a model of the hub says it itself, and an older manifest says false of all of them
+        decided = model.pretrained != "hub" or model.sources.get("quick_gelu", "").startswith("--")
+        return ModelOptions(
+            mean=preprocess.mean,
+            std=preprocess.std,
+            interpolation=preprocess.interpolation,
+            resize_mode=preprocess.resize_mode,
+            image_size=preprocess.size,
+            quick_gelu=model.quick_gelu if decided else None,
+        )
 
 
 def source_folder(source: str, output: str | Path) -> Path:
@@ -58,23 +85,48 @@ def source_folder(source: str, output: str | Path) -> Path:
     return Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
 
 
-def open_or_export(source: str, folder: Path, recipe: Recipe, pretrained: str | None, on_step: OnStep) -> LazyModel:
+def open_or_export(
+    source: str,
+    folder: Path,
+    recipe: Recipe,
+    pretrained: str | None,
+    on_step: OnStep,
+    options: ModelOptions | None = None,
+) -> LazyModel:
     """The FP32 bundle in `folder`, exported first where there is none, with the model behind it.
 
     Raises:
-        BundleError: the folder holds something else, or other weights.
+        BundleError: the folder holds something else, other weights, or other preprocessing than was asked for.
         ModelError: the model cannot be loaded.
     """
     if is_bundle(folder):
-        model = LazyModel(_fp32_bundle(folder, recipe, pretrained), pretrained)
+        bundle = _fp32_bundle(folder, recipe, pretrained)
+        if options is not None:
+            _check_options(bundle, options)
+        model = LazyModel(bundle, pretrained)
         if pretrained and Path(pretrained).suffix:  # the manifest knows a file's name only: compare what is in it
             model.load(on_step)
         return model
     if folder.is_dir() and any(folder.iterdir()):
         raise BundleError(f"{folder}: exists, but is not a bundle. Move it away, or choose another --output.")
     refuse_existing(folder, overwrite=False)
-    loaded = load(source, pretrained, recipe.seed, on_step)
+    loaded = load(source, pretrained, recipe.seed, on_step, options)
     return LazyModel(export_loaded(loaded, folder, recipe, on_step=on_step), pretrained, loaded)
+
+
+def _check_options(bundle: Bundle, options: ModelOptions) -> None:
+    """Refuse a bundle that was exported otherwise than it is asked for now."""
+    from d4c_onnx.models.preprocessing import contradictions
+
+    model = bundle.manifest.model
+    wrong = contradictions(options, bundle.manifest.preprocess, model)
+    if options.strict:
+        wrong += [f"{one.name} resampled from {one.stored} to {one.taken} positions" for one in model.resampled]
+    if wrong:
+        raise BundleError(
+            f"{bundle.path}: was exported with {'; '.join(wrong)}. Export it again with --overwrite, or choose another "
+            "--output."
+        )
 
 
 def _fp32_bundle(path: Path, recipe: Recipe, pretrained: str | None) -> Bundle:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d4c_onnx.measure.machine import Machine
+from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.exporting import use_threads
 from d4c_onnx.pipeline.real_images import draw_real_images
 from d4c_onnx.pipeline.source import LazyModel, open_or_export, source_folder
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
-from d4c_onnx.vocabulary import generic_nouns, read_nouns
+from d4c_onnx.vocabulary import read_nouns
 
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
@@ -25,6 +26,7 @@ def synthesize_calibration_set(
     *,
     output: str | Path,
     pretrained: str | None = None,
+    options: ModelOptions | None = None,
     prompts: str | Path | None = None,
     machine: Machine | None = None,
     on_step: OnStep = silent,
@@ -35,6 +37,7 @@ def synthesize_calibration_set(
 
     Args:
         source: a model's name, or the path of an FP32 bundle (its model is loaded again).
+        options: what the user says of weights that do not say it themselves.
         prompts: the user's vocabulary.
 
     Returns:
@@ -47,7 +50,7 @@ def synthesize_calibration_set(
     folder = source_folder(source, output)
     use_threads(machine)
     group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
-    model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step))
+    model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step, options))
     return find_or_synthesize(model, recipe, nouns, machine, on_step, group)
 
 
@@ -65,7 +68,7 @@ def find_or_synthesize(
     from d4c_onnx.evaluation.datasets import content_sha256
 
     bundle = model.bundle
-    nouns = nouns or _own_nouns(bundle.model_name)
+    nouns = nouns or model.own_nouns()
     source = Path(recipe.synthesis.source) if recipe.synthesis.source else None
     digest = content_sha256(source) if source else None
     key = calibration_key(bundle.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed, digest)
@@ -90,11 +93,3 @@ def find_or_synthesize(
         on_step=on_step,
     )
     return target, made
-
-
-def _own_nouns(model: str) -> tuple[str, ...]:
-    """The vocabulary of an embedded model; the generic one of any other."""
-    from d4c_onnx.models.catalogue import embedded_models
-
-    shipped = embedded_models().get(model)
-    return shipped.nouns if shipped else generic_nouns()

@@ -16,6 +16,9 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
 }
 _FULL_SCALE = 257  # 65535 / 255
 _MOST_PIXELS = 2**27  # of a resized image; a strip of 60,000 x 1 pixels would have 3 milliards of them at 224

@@ -1,0 +1,148 @@
+"""Configs that lie beside a checkpoint, as open_clip and Hugging Face publish them: what they say of preprocessing.
+
+They come with the weights and are not trusted: every value has a type and a range.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from d4c_onnx.errors import ModelError
+from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, RESIZE_MODES
+from d4c_onnx.untrusted_json import Node, flag, integer, nullable, number, one_of, positive, read_json, sequence
+
+_MEND = "Mend it, or move it away and say --mean, --std, --interpolation, --resize-mode and --image-size."
+_BYTE = 1 / 255
+# pillow's numbers, as `resample` has them
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+_side = integer(1, LARGEST_SIDE)
+
+
+def configs_beside(checkpoint: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Name and settings of each config in a checkpoint's folder, the nearest to open_clip first.
+
+    Settings are those of the manifest's `preprocess`, and `quick_gelu`; what a config does not say is missing.
+
+    Raises:
+        ModelError: a config is damaged, or says what a bundle cannot.
+    """
+    found = []
+    for name, read in _READERS.items():
+        file = checkpoint.parent / name
+        if file.is_file():
+            settings = {
+                key: value for key, value in read(read_json(file, ModelError, _MEND)).items() if value is not None
+            }
+            found.append((name, settings))
+    return found
+
+
+def _open_clip(top: Node) -> dict[str, Any]:
+    """`open_clip_config.json`: what `preprocess_cfg` leaves out is open_clip's default, as open_clip has it."""
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    settings: dict[str, Any] = {}
+    if "preprocess_cfg" in _object(top).value:
+        cfg = top.take("preprocess_cfg", _without_nulls)
+        settings = {
+            "size": cfg.take("size", _size, None),
+            "mean": cfg.take("mean", sequence(number, 3), tuple(OPENAI_DATASET_MEAN)),
+            "std": cfg.take("std", sequence(positive, 3), tuple(OPENAI_DATASET_STD)),
+            "interpolation": cfg.take("interpolation", one_of(*INTERPOLATIONS), "bicubic"),
+            "resize_mode": cfg.take("resize_mode", one_of(*RESIZE_MODES), "shortest"),
+            "fill_color": cfg.take("fill_color", integer(0, 255), 0),
+        }
+    model = top.take("model_cfg", _object, top)
+    if "vision_cfg" in model.value:  # an architecture, and the size that open_clip goes by
+        size = model.take("vision_cfg", _object).take("image_size", nullable(_size), None)
+        settings |= {"quick_gelu": model.take("quick_gelu", flag, False), **({"size": size} if size else {})}
+    return settings
+
+
+def _hugging_face(top: Node) -> dict[str, Any]:
+    """`preprocessor_config.json` of CLIP's, SigLIP's and other image processors."""
+    if not top.take("do_resize", flag, True):
+        _cannot(top, "does not resize images")
+    if not top.take("do_rescale", flag, True) or abs(top.take("rescale_factor", number, _BYTE) / _BYTE - 1) > 1e-6:
+        _cannot(top, "scales pixels otherwise than by 1/255")
+    size, resize_mode = _resizing(top)
+    normalized = top.take("do_normalize", flag, True)
+    resample = top.take("resample", nullable(integer(0, max(_RESAMPLE))), None)
+    return {
+        "size": size,
+        "mean": top.take("image_mean", nullable(_channels(number)), None) if normalized else (0.0, 0.0, 0.0),
+        "std": top.take("image_std", nullable(_channels(positive)), None) if normalized else (1.0, 1.0, 1.0),
+        "interpolation": None if resample is None else _RESAMPLE[resample],
+        "resize_mode": resize_mode,
+    }
+
+
+def _resizing(top: Node) -> tuple[tuple[int, int] | None, str | None]:
+    """Size and mode: the short side and a crop of that size, or both sides and no crop."""
+    crops = top.take("do_center_crop", nullable(flag), None)
+    if crops is None:  # a processor that knows no crop writes neither key
+        crops = top.take("crop_size", nullable(_sides), None) is not None
+    size = top.take("size", nullable(_sides), None)
+    crop = top.take("crop_size", nullable(_sides), None) if crops else None
+    if size is None:
+        return None, None
+    whole = "height" in size or (not crops and "only" in size)
+    wanted = (size["height"], size["width"]) if "height" in size else (_one(top, size),) * 2
+    cropped = wanted if crop is None else (crop.get("height", _one(top, crop)), crop.get("width", _one(top, crop)))
+    if wanted != cropped:
+        shown = [" x ".join(str(side) for side in sides) for sides in (wanted, cropped)]
+        _cannot(top, f"resizes to {shown[0]} and crops {shown[1]}")
+    if not whole and not crops:
+        _cannot(top, "resizes the short side and does not crop, so that images have any shape")
+    return wanted, "squash" if whole else "shortest"
+
+
+def _one(top: Node, sides: dict[str, int]) -> int:
+    for key in ("shortest_edge", "only", "width"):
+        if key in sides:
+            return sides[key]
+    _cannot(top, "gives a size by neither height and width nor shortest_edge")
+
+
+def _cannot(top: Node, what: str) -> NoReturn:
+    raise ModelError(f"{top.file}: {what}, which a bundle cannot say. {_MEND}")
+
+
+def _sides(node: Node) -> dict[str, int]:
+    """A size: `only` one number, the `shortest_edge`, or `height` and `width`."""
+    if isinstance(node.value, int):
+        return {"only": _side(node)}
+    return {key: node.take(key, _side) for key in ("height", "width", "shortest_edge") if key in _object(node).value}
+
+
+def _size(node: Node) -> tuple[int, int]:
+    """One number, or height and width."""
+    if isinstance(node.value, list):
+        height, width = sequence(_side, 2)(node)
+        return height, width
+    side = _side(node)
+    return side, side
+
+
+def _channels(read: Callable[[Node], float]) -> Callable[[Node], tuple[float, ...]]:
+    """One number for each of three channels, or one for all."""
+    return lambda node: sequence(read, 3)(node) if isinstance(node.value, list) else (read(node),) * 3
+
+
+def _object(node: Node) -> Node:
+    if not isinstance(node.value, dict):
+        raise node.wrong("an object")
+    return node
+
+
+def _without_nulls(node: Node) -> Node:
+    """open_clip takes null for not said."""
+    kept = {key: value for key, value in _object(node).value.items() if value is not None}
+    return Node(kept, node.file, node.place, node.error, node.mend)
+
+
+_READERS: dict[str, Callable[[Node], dict[str, Any]]] = {
+    "open_clip_config.json": _open_clip,
+    "preprocessor_config.json": _hugging_face,
+}

@@ -1,0 +1,67 @@
+"""What a user says of weights that do not say it themselves. No torch: commands make it from their options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from d4c_onnx.errors import ModelError
+from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, RESIZE_MODES
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How a model is to be taken; None: not said.
+
+    Attributes:
+        like: a published tag that the weights are like: of the architecture, or `MODEL:TAG` of another one.
+        mean, std: of values in 0..1, one for each of the three channels.
+        interpolation, resize_mode: as in the manifest's `preprocess`.
+        image_size: height and width in pixels.
+        quick_gelu: whether the towers run QuickGELU.
+        strict: refuse weights whose positions would have to be resampled.
+
+    Raises:
+        ModelError: a value that no preprocessing can have.
+    """
+
+    like: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    resize_mode: str | None = None
+    image_size: tuple[int, int] | None = None
+    quick_gelu: bool | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, values, least in (("--mean", self.mean, -math.inf), ("--std", self.std, 0.0)):
+            if values is not None and not (len(values) == 3 and all(least < value < math.inf for value in values)):
+                positive = " above 0" if least == 0 else ""
+                raise ModelError(f"{name} {values}: takes three finite numbers{positive}, one for each channel.")
+        for name, word, known in (
+            ("--interpolation", self.interpolation, INTERPOLATIONS),
+            ("--resize-mode", self.resize_mode, RESIZE_MODES),
+        ):
+            if word not in (None, *known):
+                raise ModelError(f"{name} {word}: takes one of {', '.join(known)}.")
+        if self.image_size is not None and not all(1 <= side <= LARGEST_SIDE for side in self.image_size):
+            raise ModelError(f"--image-size {self.image_size}: takes pixels from 1 to {LARGEST_SIDE}.")
+
+    def said(self) -> dict[str, Any]:
+        """What was said, by option; `strict` says nothing of a model."""
+        given = {f"--{entry.name.replace('_', '-')}": getattr(self, entry.name) for entry in fields(self)}
+        if self.quick_gelu is False:
+            given["--no-quick-gelu"] = given.pop("--quick-gelu")
+        return {name: value for name, value in given.items() if value is not None and name != "--strict"}
+
+    def settings(self) -> Mapping[str, tuple[str, Any]]:
+        """Option and value of each setting that was said outright."""
+        names = {"--image-size": "size", "--no-quick-gelu": "quick_gelu"}
+        return {
+            names.get(option, option[2:].replace("-", "_")): (option, value)
+            for option, value in self.said().items()
+            if option != "--like"
+        }
