@@ -62,13 +62,13 @@ class _Layers:
 
     def _round_stage(self, stage: list[WeightedLayer], collector: StatisticsCollector, more: bool) -> None:
         statistics = collector.collect(stage)
-        moments: dict[tuple[str, bool], list[InputMoments]] = {}
+        moments: dict[tuple[int, bool], list[InputMoments]] = {}  # of layers that see the same rows
         weights, biases = self._result.weights, self._result.biases
         for layer in stage:
-            found, fresh = statistics[layer.data], layer.weight not in weights
+            found, fresh = statistics[layer.node], layer.weight not in weights
             bias = self._bias(layer)
             if fresh:
-                key = layer.data, self._corrects and bias is not None
+                key = id(found), self._corrects and bias is not None
                 if key not in moments:
                     moments[key] = _moments(found, key[1])
                 self._round(layer, moments[key])
