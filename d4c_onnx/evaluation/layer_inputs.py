@@ -63,23 +63,19 @@ def layer_inputs(
     fed = {str(value.name) for value in model.graph.inputs}
     names = list(dict.fromkeys(layer.data for layer in layers if layer.data not in fed))
     session = EncoderSession.of_model(model, provider, threads, outputs=names)
-    convolved = {layer.data for layer in layers if layer.op == "Conv"}
-    seen: dict[str, _Sums] = {}
+    # a convolution's channels come first, a product's last: one value may be read both ways
+    views = dict.fromkeys((layer.data, layer.op == "Conv") for layer in layers)
+    seen = {view: _Sums() for view in views}
     for start in range(0, len(images), batch):
         part = np.ascontiguousarray(images[start : start + batch])
-        for name, value in (session.run_all(part) | dict.fromkeys(fed, part)).items():
-            seen.setdefault(name, _Sums()).add(_rows(value, name in convolved))
+        values = session.run_all(part) | dict.fromkeys(fed, part)
+        for name, convolved in views:
+            seen[name, convolved].add(_rows(values[name], convolved))
         on_step("activations", min(start + batch, len(images)), len(images), {})
+    found = [(layer, seen[layer.data, layer.op == "Conv"]) for layer in layers]
     return [
-        LayerInput(
-            layer.node,
-            layer.op,
-            len(seen[layer.data].moment),
-            seen[layer.data].low,
-            seen[layer.data].high,
-            effective_rank(seen[layer.data].moment),
-        )
-        for layer in layers
+        LayerInput(layer.node, layer.op, len(sums.moment), sums.low, sums.high, effective_rank(sums.moment))
+        for layer, sums in found
     ]
 
 

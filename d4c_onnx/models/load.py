@@ -42,7 +42,7 @@ from d4c_onnx.models.preprocessing import (
     settings_of_tag,
     square_or_sides,
 )
-from d4c_onnx.models.towers import CausalTextTower, ImageTower, MaskedTextTower, TextTower, text_tower
+from d4c_onnx.models.towers import CausalTextTower, ImageTower, MaskedTextTower, TextTower, text_tower, tower_state
 
 _CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 _HUB = "hf-hub:"
@@ -63,7 +63,7 @@ class LoadedModel:
         name, pretrained: as the user gave them; `pretrained` is "embedded", "random", a tag or a file's name.
         model: the open_clip module, attention untouched.
         preprocess: from an image to what the image tower takes.
-        weights_sha256: over every tensor of the state dict, in name order.
+        weights_sha256: over every tensor that the towers read, in name order.
         quick_gelu: whether a layer of it is a QuickGELU.
         embedded: the catalogue's entry for a shipped model.
         sources: who says so, for each setting of `preprocess` and for `quick_gelu`.
@@ -357,9 +357,9 @@ def uses_quick_gelu(model: nn.Module) -> bool:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of the state dict."""
+    """SHA-256 over names, shapes and values of what the towers read."""
     digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
+    for key, value in sorted(tower_state(model).items()):
         digest.update(f"{key} {tuple(value.shape)}".encode())
         digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).data)
     return digest.hexdigest()

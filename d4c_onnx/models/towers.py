@@ -6,6 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+_CAPTIONER = "text_decoder."  # CoCa's, behind both towers
+
+
+def tower_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """An open_clip model's state dict without what neither tower reads.
+
+    open_clip leaves parts of the captioner as the memory was: they may hold anything, and differ from load to load.
+    """
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(_CAPTIONER)}
+
 
 class ImageTower(nn.Module):
     """pixel_values float32 [batch, 3, H, W] -> image_embeds float32 [batch, D]."""

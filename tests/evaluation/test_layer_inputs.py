@@ -48,6 +48,21 @@ def test_layers_see_what_numpy_computes(tmp_path: Path) -> None:
     assert projection.effective_rank <= 3 + 1e-3  # four channels made of three colours
 
 
+def test_a_value_is_read_by_channels_or_by_its_last_axis(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    text = """g (float[batch, 3, 6, 5] pixel_values) => (float[batch, 4, 6, 5] one, float[batch, 3, 6, 2] other) {
+        raised = Exp(pixel_values)
+        [stem] one = Conv(raised, conv)
+        [product] other = MatMul(raised, linear)
+    }"""
+    save_model(parse(text, conv=rng.normal(size=(4, 3, 1, 1)), linear=rng.normal(size=(5, 2))), tmp_path / "g.onnx")
+    images = rng.normal(size=(9, 3, 6, 5)).astype(np.float32)
+    found = {layer.node: layer for layer in layer_inputs(tmp_path / "g.onnx", images, batch=4)}
+    assert {name: layer.channels for name, layer in found.items()} == {"stem": 3, "product": 5}
+    rows = np.exp(images).reshape(-1, 5).astype(np.float64)
+    assert found["product"].effective_rank == pytest.approx(effective_rank(rows.T @ rows), rel=1e-6)
+
+
 class _Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import pickle
 import unicodedata
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 from d4c_onnx.errors import ModelError
 from d4c_onnx.models.catalogue import embedded_models
 from d4c_onnx.models.compact import pack_token_table, unpack_token_table
-from d4c_onnx.models.load import load_model
+from d4c_onnx.models.load import hash_weights, load_model
 from d4c_onnx.models.plain_attention import plain_attention, replace_attention
 from d4c_onnx.models.random_phrases import random_phrases
 from d4c_onnx.models.tokenizer_export import write_tokenizer
@@ -125,6 +126,31 @@ def test_token_table_packs_and_unpacks() -> None:
 def test_random_weights_depend_on_the_seed(tiny_models: tuple[str, str]) -> None:
     a, b, c = (load_model(tiny_models[0], "random", seed).weights_sha256 for seed in (1, 1, 2))
     assert a == b != c
+
+
+def test_the_hash_leaves_out_what_no_tower_reads(tmp_path: Path) -> None:
+    """CoCa's captioner has a projection that open_clip never writes to: whatever the memory held before."""
+    size = {"width": 32, "layers": 1}
+    words = {"context_length": 16, "vocab_size": 512, "heads": 2, **size}
+    pooled = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    config = {
+        "embed_dim": 32,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 32, "head_width": 16, "patch_size": 16, **pooled, **size},
+        "text_cfg": {"embed_cls": True, "output_tokens": True, **words},
+        "multimodal_cfg": words,
+    }
+    (tmp_path / "tiny-coca.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    made = load_model("tiny-coca", "random", 5)
+    state = made.model.state_dict()
+    assert any(name.startswith("text_decoder.") for name in state)
+    for name, value in state.items():
+        before = value.clone()
+        value.fill_(torch.nan)
+        assert (hash_weights(made.model) == made.weights_sha256) == name.startswith("text_decoder."), name
+        value.copy_(before)
+    assert hash_weights(made.model) == made.weights_sha256
 
 
 def test_local_checkpoint_round_trip(tmp_path: Path, tiny_models: tuple[str, str]) -> None:

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from encoders import material, prompts_of_one_length, quantize, section_of
-from graphs import check, ops, parse, run, run_all
+from graphs import Feeds, check, ops, parse, run, run_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -23,6 +23,7 @@ from d4c_onnx.graph.values import name_of, nodes_of
 from d4c_onnx.manifest import EXACT_PRODUCTS
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.quantization.calibration_batches import calibration_readers
+from d4c_onnx.quantization.inside.ranges import collect_ranges
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rounding.base import grid_limits
 from d4c_onnx.quantization.rounding.nearest import NearestRounding, round_to_grid, search_scales
@@ -356,6 +357,36 @@ def test_a_large_encoders_images_come_in_small_batches(request: pytest.FixtureRe
     with (tmp_path / "image_encoder.onnx.data").open("wb") as file:
         file.truncate(2**30 + 1)  # weights beside the graph count, too
     assert images_at_a_time() == 2
+
+
+def test_large_activations_are_looked_at_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch, rng) -> None:
+    """Small weights say nothing about them: a mobile conv net's take gigabytes."""
+    text = "g (float[n, 3, 8, 8] x) => (float[n, 8, 8, 8] y) { [conv] z = Conv(x, w)\n y = Relu(z) }"
+    model, section = parse(text, w=rng.standard_normal((8, 3, 1, 1))), section_of("bits=w8a8")
+    plan = make_plan(model.graph, section)
+    reader = Feeds([rng.standard_normal((count, 3, 8, 8)).astype(np.float32) for count in (8, 5)])
+    sizes: list[int] = []
+
+    def counted(session: EncoderSession, batch: np.ndarray) -> dict[str, np.ndarray]:
+        sizes.append(len(batch))
+        return session.run_named({session.input_name: batch})
+
+    monkeypatch.setattr(EncoderSession, "run_all", counted)
+    at_once = collect_ranges(model, plan, reader, section)
+    assert sizes == [1, *2 * [8, 5]]
+    sizes.clear()
+    each = 4 * 8 * 8 * 8 * 2  # bytes of both values that a sample makes
+    monkeypatch.setattr("d4c_onnx.quantization.inside.ranges.AT_ONCE_BYTES", 3 * each)
+    assert collect_ranges(model, plan, reader, section) == at_once
+    assert sizes == [1, *2 * [3, 3, 2, 3, 2]]
+    sizes.clear()
+    monkeypatch.setattr("d4c_onnx.quantization.inside.ranges.AT_ONCE_BYTES", 1)  # a sample is never divided
+    assert collect_ranges(model, plan, reader, section) == at_once
+    assert sizes == [1] * 27
+    sizes.clear()
+    fixed = parse(text.replace("float[n, 3", "float[8, 3"), w=rng.standard_normal((8, 3, 1, 1)))
+    collect_ranges(fixed, plan, Feeds([rng.standard_normal((8, 3, 8, 8)).astype(np.float32)]), section)
+    assert sizes == [8, 8]
 
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])

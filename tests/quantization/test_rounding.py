@@ -22,10 +22,10 @@ from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.inside.statistics import (
     StatisticsCollector,
     fake_quantize,
-    input_rows,
     new_statistics,
     quantized_name,
 )
+from d4c_onnx.quantization.inside.views import input_view
 from d4c_onnx.quantization.plan import Plan, make_plan
 from d4c_onnx.quantization.rounding import METHODS, QuantizedWeight, RoundingTask
 from d4c_onnx.quantization.rounding.base import InputMoments, grid_limits
@@ -137,7 +137,7 @@ def test_patches_times_weight_is_the_convolution(
     }}"""
     model = parse(text, w=weight)
     expected = run(model, x)
-    rows = input_rows(x, nodes_by_name(model.graph)["conv"], weight.shape)
+    rows = input_view(nodes_by_name(model.graph)["conv"], weight.shape, "x").rows(x)
     parts = np.split(weight.reshape(8, -1), groups)
     got = np.concatenate([row @ part.T for row, part in zip(rows, parts, strict=True)], axis=1)
     batch, channels, height, width = expected.shape
@@ -161,7 +161,7 @@ def test_statistics_are_plain_sums(request: pytest.FixtureRequest) -> None:
     model, plan, ranges, reader = _prepared(request, "vit", batch=3)
     layer = plan.layers[5]  # c_fc of the first block: behind attention, so the errors before it count
     collector = StatisticsCollector(model, plan, ranges, reader)
-    found = collector.collect([layer])[layer.data]
+    found = collector.collect([layer])[layer.node]
     assert len(material(request, "vit")[1].pixel_values) == 8
     x = _values(model, reader, layer.data).reshape(-1, found.gram.shape[1]).astype(np.float64)
     assert found.count == len(x)
@@ -227,7 +227,7 @@ def test_bias_correction_restores_the_mean_output(request: pytest.FixtureRequest
     bias = bias_of(nodes_by_name(model.graph)[layer.node])
     assert bias is not None
     assert name_of(bias) in rounded.biases
-    found = StatisticsCollector(model, plan, ranges, reader).collect([layer])[layer.data]
+    found = StatisticsCollector(model, plan, ranges, reader).collect([layer])[layer.node]
     mean, mean_quantized = (value[0] for value in found.means())
     weight = constant(model.graph.initializers[layer.weight]).T.astype(np.float64)
     exact = weight @ mean + constant(bias)
@@ -324,7 +324,7 @@ def test_pieces_of_the_twin_run_with_the_weights_that_were_placed(request: pytes
     name, conv = quantized_name(layer.data), nodes_by_name(twin.graph)[layer.node]
     weight, bias = constant(twin.graph.initializers[layer.weight]), constant(conv.inputs[2])
     for batch in list(SegmentedEncoder(twin, reader).advance([name, layer.output])):
-        rows = input_rows(batch[name], conv, weight.shape)[0]
+        rows = input_view(conv, weight.shape, name).rows(batch[name])[0]
         got = rows @ weight.reshape(len(weight), -1).T + bias
         kept = batch[layer.output].transpose(0, 2, 3, 1).reshape(-1, len(weight))
         assert np.allclose(got, kept, atol=1e-4)

@@ -7,7 +7,6 @@ memory does not grow with the number of samples.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,18 +14,9 @@ from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.graph.layers import WeightedLayer
-from d4c_onnx.graph.values import (
-    attribute,
-    dims,
-    integers,
-    name_of,
-    node,
-    nodes_by_name,
-    prepend,
-    replace_input,
-    set_constant,
-)
+from d4c_onnx.graph.values import dims, name_of, node, nodes_by_name, prepend, replace_input, set_constant
 from d4c_onnx.quantization.inside.segments import SegmentedEncoder
+from d4c_onnx.quantization.inside.views import InputView, input_view
 from d4c_onnx.quantization.plan import Plan
 
 
@@ -119,26 +109,28 @@ class StatisticsCollector:
         self._twin.replace(name, values)
 
     def collect(self, layers: Sequence[WeightedLayer]) -> dict[str, InputStatistics]:
-        """Statistics per data input of the given layers, over all samples. Layers that share an input share them.
+        """Statistics by layer name, over all samples. Layers that see the same rows share one object.
 
         Calls go through the graph in order: a layer that an earlier call has passed cannot be asked for again.
         """
-        kinds = {layer.data: layer for layer in layers}
-        found: dict[str, InputStatistics] = {}
-        exact = self._plain.advance(list(kinds))
-        rounded_name = {name: quantized_name(name) if name in self._ranges else name for name in kinds}
-        rounded = self._twin.advance(list(rounded_name.values()))
+        views = {layer.node: self._view(layer) for layer in layers}
+        found: dict[InputView, InputStatistics] = {}
+        names = list(dict.fromkeys(layer.data for layer in layers))
+        rounded_name = {name: quantized_name(name) if name in self._ranges else name for name in names}
+        exact, rounded = self._plain.advance(names), self._twin.advance(list(rounded_name.values()))
         for plain, twin in zip(exact, rounded, strict=True):
-            for name, layer in kinds.items():
-                made, shape = self._nodes[layer.node], self._shapes[layer.weight]
-                rows = input_rows(self._plan.observed(name, plain[name]), made, shape)
-                quantized = input_rows(self._plan.observed(name, twin[rounded_name[name]]), made, shape)
-                if name not in found:
-                    found[name] = new_statistics(rows.shape[0], rows.shape[2])
-                found[name].add(rows, quantized)
+            for view in dict.fromkeys(views.values()):
+                rows = view.rows(self._plan.observed(view.data, plain[view.data]))
+                quantized = view.rows(self._plan.observed(view.data, twin[rounded_name[view.data]]))
+                if view not in found:
+                    found[view] = new_statistics(rows.shape[0], rows.shape[2])
+                found[view].add(rows, quantized)
         for statistics in found.values():
             statistics.flush()
-        return found
+        return {name: found[view] for name, view in views.items()}
+
+    def _view(self, layer: WeightedLayer) -> InputView:
+        return input_view(self._nodes[layer.node], self._shapes[layer.weight], layer.data)
 
 
 def quantized_name(name: str) -> str:
@@ -182,33 +174,3 @@ def _rounding(graph: ir.Graph, value: ir.Value, params: QuantParams) -> list[ir.
     clip = node("Clip", [value, low, high], f"{name}_fq_clip")
     quantize = node("QuantizeLinear", [clip.outputs[0], scale, zero], f"{name}_fq_integer")
     return [clip, quantize, node("DequantizeLinear", [quantize.outputs[0], scale, zero], quantized_name(name))]
-
-
-def input_rows(values: np.ndarray, layer: ir.Node, weight_shape: tuple[int, ...]) -> np.ndarray:
-    """A layer's input as the rows its weight multiplies: float32 [groups, rows, inputs per group].
-
-    For a convolution each row is one patch, in the weight's own order [channels, kernel height, kernel width].
-    """
-    if layer.op_type != "Conv":
-        flat = values if not attribute(layer, "transA", 0) else values.swapaxes(-1, -2)
-        return flat.reshape(1, -1, flat.shape[-1])
-    groups = attribute(layer, "group", 1)
-    kernel = weight_shape[2:]
-    strides, dilations = (
-        integers(layer, "strides", len(kernel)),
-        integers(layer, "dilations", len(kernel)),
-    )
-    pads = integers(layer, "pads", 2 * len(kernel), 0)
-    edges = [(0, 0), (0, 0), *zip(pads[: len(kernel)], pads[len(kernel) :], strict=True)]
-    padded = np.pad(values, edges)
-    spans = tuple((size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True))
-    axes = tuple(range(2, 2 + len(kernel)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axes)
-    every: list[Any] = [slice(None, None, stride) for stride in strides]
-    inside: list[Any] = [slice(None, None, step) for step in dilations]
-    windows = windows[(slice(None), slice(None), *every, *inside)]
-    batch, channels = values.shape[:2]
-    space = windows.shape[2 : 2 + len(kernel)]
-    split = windows.reshape(batch, groups, channels // groups, *space, *kernel)
-    order = (1, 0, *range(3, 3 + len(kernel)), 2, *range(3 + len(kernel), 3 + 2 * len(kernel)))
-    return np.ascontiguousarray(split.transpose(order).reshape(groups, batch * int(np.prod(space)), -1))

@@ -17,6 +17,7 @@ from d4c_onnx.quantization.rounding.base import (
     RoundedWeights,
     RoundingTask,
 )
+from d4c_onnx.quantization.rounding.bias_room import least_scales, with_room
 from d4c_onnx.quantization.rounding.corrections import correct_affine, correct_mean
 
 
@@ -43,6 +44,7 @@ class _Layers:
         self._graph = task.model.graph
         self._nodes = nodes_by_name(self._graph)
         self._corrects = task.correction != "none"
+        self._least = least_scales(task)
         self._result = RoundedWeights()
 
     def run(self) -> RoundedWeights:
@@ -62,13 +64,13 @@ class _Layers:
 
     def _round_stage(self, stage: list[WeightedLayer], collector: StatisticsCollector, more: bool) -> None:
         statistics = collector.collect(stage)
-        moments: dict[tuple[str, bool], list[InputMoments]] = {}
+        moments: dict[tuple[int, bool], list[InputMoments]] = {}  # of layers that see the same rows
         weights, biases = self._result.weights, self._result.biases
         for layer in stage:
-            found, fresh = statistics[layer.data], layer.weight not in weights
+            found, fresh = statistics[layer.node], layer.weight not in weights
             bias = self._bias(layer)
             if fresh:
-                key = layer.data, self._corrects and bias is not None
+                key = id(found), self._corrects and bias is not None
                 if key not in moments:
                     moments[key] = _moments(found, key[1])
                 self._round(layer, moments[key])
@@ -84,16 +86,19 @@ class _Layers:
                 collector.replace(name_of(bias), biases[name_of(bias)])
 
     def _round(self, layer: WeightedLayer, moments: list[InputMoments]) -> None:
-        rows, plan, rounding = self._rows(layer), self._task.plan, self._rounding
+        rows = self._rows(layer)
+        rounded = self._on_grid(layer, rows, moments)
+        self._result.weights[layer.weight] = with_room(rows, rounded, self._least.get(layer.weight))
+
+    def _on_grid(self, layer: WeightedLayer, rows: np.ndarray, moments: list[InputMoments]) -> QuantizedWeight:
+        plan, rounding = self._task.plan, self._rounding
         bits, groups = plan.weight_bits[layer.weight], plan.groups.get(layer.weight)
         if not rounding.uses_data or len(moments) == 1:
-            own = moments[0] if rounding.uses_data else None
-            self._result.weights[layer.weight] = rounding.round(rows, bits, own, groups)
-            return
+            return rounding.round(rows, bits, moments[0] if rounding.uses_data else None, groups)
         # a convolution in groups: each has an input, and moments, of its own
         split = zip(np.split(rows, len(moments)), moments, strict=True)
         parts = [rounding.round(part, bits, own) for part, own in split]
-        self._result.weights[layer.weight] = QuantizedWeight(
+        return QuantizedWeight(
             np.concatenate([part.integers for part in parts]), np.concatenate([part.scale for part in parts]), bits
         )
 

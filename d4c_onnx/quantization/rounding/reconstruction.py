@@ -11,6 +11,7 @@ from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.inside.statistics import fake_quantize
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.rounding.base import QuantizedWeight, RoundedWeights, RoundingTask
+from d4c_onnx.quantization.rounding.bias_room import least_scales, with_room
 from d4c_onnx.quantization.rounding.regions import Region, find_regions
 from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
 
@@ -35,6 +36,7 @@ class Reconstruction:
         rounded = SegmentedEncoder(twin, task.reader, task.provider, task.threads)
         regions = find_regions(rounded.graph, task.plan.layers)
         chosen: dict[str, QuantizedWeight] = {}
+        least = least_scales(task)
         for number, region in enumerate(regions):
             weights = _weights(task, region, chosen)
             if not weights:  # layers before share them all
@@ -57,6 +59,7 @@ class Reconstruction:
                 batch=max(1, self.schedule.batch * len(inputs) // samples),
                 seed=number,
             )
+            made = {name: with_room(weights[name][0], weight, least.get(name)) for name, weight in made.items()}
             chosen |= made
             for name, weight in made.items():
                 _, shape, axis, _ = weights[name]

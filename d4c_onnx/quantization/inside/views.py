@@ -1,0 +1,73 @@
+"""How a layer looks at the value it reads: as which rows. Two layers may read one value in different ways.
+
+A stem's 3x3 and 1x1 convolutions of the same image (FastViT) multiply patches of 27 and of 3 values; a product of the
+same value multiplies its last axis. Moments belong to the rows, not to the value.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from d4c_onnx.graph.values import attribute, integers
+
+
+@dataclass(frozen=True, slots=True)
+class InputView:
+    """A value, and how a layer reads it; layers of equal views see equal rows.
+
+    Attributes:
+        data: the value's name.
+        kernel, strides, dilations, pads, groups: of a convolution; a product has no kernel.
+        transposed: a Gemm's transA.
+    """
+
+    data: str
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
+
+    def rows(self, values: np.ndarray) -> np.ndarray:
+        """The rows that a weight multiplies: float32 [groups, rows, inputs per group].
+
+        For a convolution each row is one patch, in the weight's own order [channels, kernel height, kernel width].
+        """
+        if not self.kernel:
+            flat = values.swapaxes(-1, -2) if self.transposed else values
+            return flat.reshape(1, -1, flat.shape[-1])
+        rank, batch, channels = len(self.kernel), *values.shape[:2]
+        padded = np.pad(values, [(0, 0), (0, 0), *zip(self.pads[:rank], self.pads[rank:], strict=True)])
+        spans = tuple((size - 1) * step + 1 for size, step in zip(self.kernel, self.dilations, strict=True))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, spans, tuple(range(2, 2 + rank)))
+        every: list[Any] = [slice(None, None, stride) for stride in self.strides]
+        inside: list[Any] = [slice(None, None, step) for step in self.dilations]
+        windows = windows[(slice(None), slice(None), *every, *inside)]
+        space = windows.shape[2 : 2 + rank]
+        split = windows.reshape(batch, self.groups, channels // self.groups, *space, *self.kernel)
+        order = (1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
+        return np.ascontiguousarray(split.transpose(order).reshape(self.groups, batch * int(np.prod(space)), -1))
+
+
+def input_view(layer: ir.Node, weight_shape: tuple[int, ...], data: str) -> InputView:
+    """The view of a weighted node.
+
+    Args:
+        layer: MatMul, Gemm or Conv.
+        weight_shape: of its weight.
+        data: the value it reads.
+    """
+    if layer.op_type != "Conv":
+        return InputView(data, transposed=bool(attribute(layer, "transA", 0)))
+    kernel = weight_shape[2:]
+    return InputView(
+        data,
+        kernel,
+        tuple(integers(layer, "strides", len(kernel))),
+        tuple(integers(layer, "dilations", len(kernel))),
+        tuple(integers(layer, "pads", 2 * len(kernel), 0)),
+        attribute(layer, "group", 1),
+    )
