@@ -52,7 +52,7 @@ class SynthesisSection(_Section):
     images: int = Field(128, ge=1, le=100_000, description="calibration images")
     held_out: int = Field(16, ge=0, le=100_000, description="further images that calibration never sees, for fidelity")
     batch: int = Field(16, ge=1, le=4096, description="images that are optimised together (SCG's negatives)")
-    steps: int = Field(50, ge=1, le=1_000_000, description="optimiser steps each image takes part in")
+    steps: int = Field(20, ge=1, le=1_000_000, description="optimiser steps each image takes part in")
     coarse: float = Field(
         0.0, ge=0, le=1, description="share of the steps, the first ones, that look at half the resolution"
     )
@@ -133,7 +133,7 @@ class QuantizationSection(_Section):
         None, ge=4, le=8, description="spend this many bits per weight: the layers that gain most get 8"
     )
     group: Literal[0, 16, 32, 64, 128] = Field(
-        0,
+        16,
         description="input channels of a 4-bit matrix that share a small integer multiplier of the channel's scale, "
         "another 4 bits; 0, and adaround, tensorrt and openvino anyway: one scale a channel",
     )

@@ -22,7 +22,7 @@ OTHER = {
     "background_noise": 0.0,
     "shared_optimizer": True,
     "labels": "random",
-    "start": "leaves",
+    "start": "noise",
 }
 
 

@@ -197,7 +197,8 @@ def test_which_weights_get_groups(request: pytest.FixtureRequest) -> None:
     assert set(plan.groups.values()) == {InputGroups(32, 8)}
     full = make_plan(graph, section_of("group=32"), reduce_range=False)
     assert set(full.groups.values()) == {InputGroups(32, 15)}
-    assert not make_plan(graph, section_of()).groups
+    assert not make_plan(graph, section_of("group=0")).groups
+    assert {groups.size for groups in make_plan(graph, section_of()).groups.values()} == {16}
     assert not make_plan(graph, section_of("group=32", "bits=w8a8")).groups
     assert not make_plan(graph, section_of("group=32", "rounding=adaround")).groups
     assert not make_plan(graph, section_of("group=32"), grouped=False).groups
@@ -222,7 +223,7 @@ def test_inputs_that_leave_a_rest_get_one_scale_a_channel() -> None:
 def test_compilers_get_one_scale_a_channel(target: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     section = section_of("group=32", f"target={target}")
     assert "no groups" in target_of(section).note
-    assert "no groups" not in target_of(section_of(f"target={target}")).note
+    assert "no groups" not in target_of(section_of("group=0", f"target={target}")).note
     bundle, dataset = material(request, "vit")
     keys = ("rounding=nearest", f"target={target}")
     made = [

@@ -145,18 +145,19 @@ def test_w4a8_file(model: str, tower: str, tmp_path: Path, request: pytest.Fixtu
     check(made)
     assert opset_of(made) == 21
     assert report.minimum_onnxruntime == "1.23"
-    # only the ends keep more bits, the last one 16, and channels that left the integers; the levels of every other
-    # channel are at most 16
+    # only the ends keep more bits, the last one 16, and channels that left the integers; every other weight has 4, and
+    # a 16th of a multiplier, and the levels of a channel's group are at most 16
     layers = layer_bits(made)
     assert sum(layer.bits == 8 for layer in layers) <= 2
-    assert {4} < {layer.bits for layer in layers} <= {4, 8, 16, 32}
+    assert {4.25} < {layer.bits for layer in layers} <= {4.25, 8, 16, 32}
     assert all(layer.shape[0] <= 4 for layer in layers if layer.bits == 32)
     assert report.layers == tuple(layers)
     for node in made.graph:
         stored = stored_weight(node)
         if stored is not None and stored.num_bits == 4 and len(stored.shape) == 2:
-            values = stored.unpack()
-            assert all(len(np.unique(values[:, column])) <= 16 for column in range(values.shape[1]))
+            groups = stored.unpack().astype(int).reshape(-1, 16, stored.shape[1])
+            fits = [(groups % m == 0) & (-8 * m <= groups) & (groups <= 7 * m) for m in range(1, 9)]
+            assert np.any([fit.all(1) for fit in fits], axis=0).all()  # one multiplier a group, and 4 bits
     # every weighted layer but those that stay float runs on an int8 kernel
     kernels = count_kernels(target)
     products = sum(op in ("MatMul", "Gemm", "Conv") for op in ops(made))
@@ -288,7 +289,7 @@ def test_external_data_holds_the_weights_and_answers_the_same(
     for name, keys in (("one", ()), ("two", ("external_data=true",))):
         quantize(bundle.encoders[tower], dataset, tmp_path / f"{name}.onnx", "rounding=nearest", *keys)
     assert not (tmp_path / "one.onnx.data").exists()
-    assert file_size_bytes(tmp_path / "two.onnx") * 6 <= bundle.encoders[tower].stat().st_size
+    assert file_size_bytes(tmp_path / "two.onnx") <= 1.1 * (tmp_path / "one.onnx").stat().st_size  # tensors are aligned
     fed = np.array(dataset.pixel_values) if tower == "image" else np.array([dataset.input_ids[0]], np.int64)
     one, two = (EncoderSession(tmp_path / f"{name}.onnx").run(fed) for name in ("one", "two"))
     assert np.array_equal(one, two)

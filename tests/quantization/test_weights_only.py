@@ -95,7 +95,7 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
         assert 0.98 < (exact * whole).sum(-1).min() < 0.99999
         assert path.stat().st_size < half.encoders[tower].stat().st_size / 3
     assert average_bits(layers) == pytest.approx(made.manifest.quantization.weight_bits_average, abs=1e-3)
-    assert average_bits(layers) < 4.3
+    assert average_bits(layers) <= 4.5
     for layer in inspect_encoder(made.image_encoder).layers:
         assert layer.kernel != "unknown"
         assert layer.activation == "float16"

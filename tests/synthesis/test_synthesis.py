@@ -363,7 +363,7 @@ _CHANGES: dict[str, Method | str] = {
     "background noise": replace(D4C, background_noise=0.5),
     "learning rate": replace(D4C, learning_rate=0.2),
     "one Adam": replace(D4C, shared_optimizer=True),
-    "start": replace(D4C, start="leaves"),
+    "start": replace(D4C, start="noise"),
     "precision": "precision=bfloat16",
     "coarse": "coarse=1.0",
 }
