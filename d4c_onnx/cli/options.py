@@ -52,8 +52,13 @@ def weights_options(function: F) -> F:
     def command(**given: Any) -> Any:
         return function(model_options=ModelOptions(**{name: given.pop(name) for name in known}), **given)
 
+    place = click.Path(path_type=Path)
     channels, filters = Numbers(float, 3), [name for name in INTERPOLATIONS if name != "random"]
     for option in (
+        click.option(
+            "--tokenizer", type=place, metavar="FOLDER", help="Files of the tokenizer, in place of the hub's."
+        ),
+        click.option("--config", type=place, metavar="FILE", help="Your own architecture, as open_clip's configs are."),
         click.option("--strict", is_flag=True, help="Refuse weights whose positions would have to be resampled."),
         click.option(
             "--quick-gelu/--no-quick-gelu", default=None, help="Whether the weights were trained with QuickGELU."
