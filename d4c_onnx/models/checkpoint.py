@@ -19,6 +19,7 @@ from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import LARGEST_SIDE, Resampled
 from d4c_onnx.models.misfit import differences, misfit
 from d4c_onnx.models.preprocessing import WITHIN, Source, default_settings
+from d4c_onnx.models.torchscript import is_torchscript, read_torchscript
 from d4c_onnx.models.wrappers import peel
 from d4c_onnx.untrusted_json import QUOTED, quoted
 
@@ -57,7 +58,11 @@ def _content(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        if is_torchscript(file):
+            return read_torchscript(file)
         return torch.load(file, map_location="cpu", weights_only=True)
+    except ModelError:
+        raise
     except (SafetensorError, OSError, EOFError) as error:
         raise ModelError(f"{file}: cannot be read as a checkpoint ({short(error)}). Is the file complete?") from error
     except Exception as error:  # torch's unpickler raises what the file makes it raise
@@ -123,9 +128,11 @@ def _converted(model: Any, state: dict[str, Any]) -> dict[str, Any]:
             state[scalar] = state[scalar].reshape(own.shape)
     if "logit_bias" not in state and getattr(model, "logit_bias", None) is not None:
         state["logit_bias"] = torch.zeros_like(state["logit_scale"])
-    ids = "text.transformer.embeddings.position_ids"  # a buffer of older releases of transformers
-    if ids in state and ids not in model.state_dict():
-        del state[ids]
+    own = model.state_dict()
+    for name, buffer in model.named_buffers():
+        # made anew by every model, and stored by older releases of transformers (position_ids) and TorchScript (masks)
+        if name not in own and name in state and state[name].shape == buffer.shape:
+            del state[name]
     return state
 
 
