@@ -50,6 +50,8 @@ def weights_options(function: F) -> F:
 
     @functools.wraps(function)
     def command(**given: Any) -> Any:
+        if given["config"] is not None and _is_default("model"):
+            given["model"] = given["config"].stem
         return function(model_options=ModelOptions(**{name: given.pop(name) for name in known}), **given)
 
     place = click.Path(path_type=Path)
@@ -72,6 +74,11 @@ def weights_options(function: F) -> F:
     ):
         command = option(command)
     return cast(F, command)
+
+
+def _is_default(parameter: str) -> bool:
+    source = click.get_current_context().get_parameter_source(parameter)
+    return source is click.core.ParameterSource.DEFAULT
 
 
 def recipe_options(function: F) -> F:

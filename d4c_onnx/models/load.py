@@ -34,7 +34,7 @@ from d4c_onnx.models.creation import (
 )
 from d4c_onnx.models.loaded import LoadedModel as LoadedModel
 from d4c_onnx.models.loaded import hash_weights, uses_quick_gelu
-from d4c_onnx.models.model_options import ModelOptions
+from d4c_onnx.models.model_options import LOCAL, ModelOptions, is_local
 from d4c_onnx.models.preprocessing import (
     BESIDE,
     Settings,
@@ -49,7 +49,6 @@ from d4c_onnx.models.preprocessing import (
 )
 
 _CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
-_LOCAL = "local-dir:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +63,7 @@ class _Asked:
     @property
     def folder(self) -> Path | None:
         """The folder that the name is, if it is one."""
-        folder = Path(self.name.removeprefix(_LOCAL))
-        return folder if self.name.startswith(_LOCAL) or folder.is_dir() else None
+        return Path(self.name.removeprefix(LOCAL)) if is_local(self.name) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +156,7 @@ def _load_registry(asked: _Asked) -> LoadedModel:
 def _load_config(asked: _Asked) -> LoadedModel:
     """An architecture of the user's own, with a file's weights or random ones."""
     file, name = Path(str(asked.options.config)), asked.name
-    if asked.name.startswith((HUB, _LOCAL)):
+    if asked.name.startswith((HUB, LOCAL)):
         raise ModelError(f"--config {file}: {asked.name} says its own architecture. Leave one of the two away.")
     if asked.pretrained is None:
         raise ModelError(f"{name}: which weights? Add --pretrained FILE, or random, beside --config {file}.")

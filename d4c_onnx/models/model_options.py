@@ -11,6 +11,7 @@ from typing import Any
 from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, RESIZE_MODES
 
+LOCAL = "local-dir:"  # open_clip's prefix of a model that is a folder
 _PLACES = ("--config", "--tokenizer")
 
 
@@ -86,3 +87,8 @@ class ModelOptions:
             for option, value in self.said().items()
             if option != "--like"
         }
+
+
+def is_local(model: str) -> bool:
+    """Whether a model is named as a folder."""
+    return model.startswith(LOCAL) or Path(model).is_dir()
