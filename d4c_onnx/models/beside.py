@@ -121,6 +121,12 @@ def _hugging_face(top: Node) -> dict[str, Any]:
     }
 
 
+def _processor(top: Node) -> dict[str, Any]:
+    """`processor_config.json`, in which newer releases of transformers keep the image processor's."""
+    inner = top.take("image_processor", nullable(_object), None)
+    return {} if inner is None else _hugging_face(inner)
+
+
 def _resizing(top: Node) -> tuple[tuple[int, int] | None, str | None]:
     """Size and mode: the short side and a crop of that size, or both sides and no crop."""
     crops = top.take("do_center_crop", nullable(flag), None)
@@ -188,4 +194,5 @@ def _without_nulls(node: Node) -> Node:
 _READERS: dict[str, Callable[[Node], dict[str, Any]]] = {
     "open_clip_config.json": _open_clip,
     "preprocessor_config.json": _hugging_face,
+    "processor_config.json": _processor,
 }

@@ -46,12 +46,14 @@ class Architecture:
         config: open_clip's `model_cfg`.
         tokenizer: a folder with the tokenizer's files; None: from where the config says.
         known: whether open_clip knows it by that name; else the config is all there is.
+        make_tokenizer: makes a tokenizer that open_clip has no wrapper for.
     """
 
     name: str
     config: Mapping[str, Any]
     tokenizer: Path | None = None
     known: bool = False
+    make_tokenizer: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,8 @@ def _tokenizer(architecture: Architecture, known: str) -> Any:
     """open_clip's own, or its wrapper of a Hugging Face tokenizer, from a folder or the hub."""
     text = architecture.config["text_cfg"]
     repository = text.get("hf_tokenizer_name")
+    if architecture.make_tokenizer is not None:
+        return architecture.make_tokenizer()
     if not repository:
         if architecture.tokenizer is not None:
             raise ModelError(f"--tokenizer: {architecture.name} has open_clip's own tokenizer. Leave it away.")

@@ -2,8 +2,10 @@
 
 import copy
 import difflib
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import Resampled
 from d4c_onnx.models.beside import config_of, configs_beside, weights_in
 from d4c_onnx.models.catalogue import EmbeddedModel, embedded_models
-from d4c_onnx.models.checkpoint import load_published, load_tensors, read_checkpoint, set_image_size
+from d4c_onnx.models.checkpoint import Checkpoint, load_published, load_tensors, read_checkpoint, set_image_size
 from d4c_onnx.models.compact import unpack_token_table
 from d4c_onnx.models.creation import (
     CONFIG,
@@ -32,6 +34,7 @@ from d4c_onnx.models.creation import (
     hub_config,
     tokenizer_beside,
 )
+from d4c_onnx.models.folder_tokenizer import FolderTokenizer
 from d4c_onnx.models.loaded import LoadedModel as LoadedModel
 from d4c_onnx.models.loaded import hash_weights, uses_quick_gelu
 from d4c_onnx.models.model_options import LOCAL, ModelOptions, is_local
@@ -47,6 +50,7 @@ from d4c_onnx.models.preprocessing import (
     settings_of_tag,
     square_or_sides,
 )
+from d4c_onnx.models.transformers_folder import TRANSFORMERS_CONFIG, bert_folder, convert_config, read_weights
 
 _CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -64,6 +68,10 @@ class _Asked:
     def folder(self) -> Path | None:
         """The folder that the name is, if it is one."""
         return Path(self.name.removeprefix(LOCAL)) if is_local(self.name) else None
+
+    def holds(self, file: str) -> bool:
+        """Whether the folder has a file."""
+        return self.folder is not None and (self.folder / file).is_file()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,13 +236,38 @@ def _load_folder(asked: _Asked) -> LoadedModel:
     return _created(asked, architecture, "folder", settings, fill)
 
 
+def _load_transformers(asked: _Asked) -> LoadedModel:
+    """A folder as transformers publishes it: `config.json`, weights, a tokenizer, a preprocessor's config."""
+    folder, name = _named_folder(asked)
+    converted = convert_config(folder / TRANSFORMERS_CONFIG)
+    beside = [(f"{file} {BESIDE}", said) for file, said in configs_beside(folder / TRANSFORMERS_CONFIG)]
+    settings = settings_of_folder(name, asked.options, [*beside, (f"{TRANSFORMERS_CONFIG} {BESIDE}", converted.said)])
+    stored = read_weights(folder)
+    checkpoint = Checkpoint(stored.file, converted.rename(stored.state), ())
+
+    def fill(model: Any, image_size: ImageSize) -> tuple[Resampled, ...]:
+        converted.finish(model)
+        return load_tensors(model, checkpoint, name, image_size)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        config = bert_folder(converted, Path(temporary))
+        context = config["text_cfg"]["context_length"]
+        make = partial(FolderTokenizer, asked.options.tokenizer or folder, context)
+        return _created(asked, Architecture(name, config, make_tokenizer=make), "folder", settings, fill)
+
+
 def _named_folder(asked: _Asked) -> tuple[Path, str]:
     """A folder that is there, and the name that its bundle gets."""
     _refuse_pretrained(asked)
     folder = asked.folder
     if folder is None or not folder.is_dir():
         raise ModelError(f"{asked.name}: no such folder.")
-    if not any((folder / file).is_file() for file in (CONFIG, "config.json")):
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder}: holds a LoRA adapter (adapter_config.json): changes to weights, which have to be merged first. "
+            "With peft: model.merge_and_unload(), then save the model."
+        )
+    if not any((folder / file).is_file() for file in (CONFIG, TRANSFORMERS_CONFIG)):
         raise ModelError(
             f"{folder}: holds neither {CONFIG} (open_clip's) nor config.json (transformers'). Put the one that the "
             "weights came with there, or name an architecture, and the weights with --pretrained FILE."
@@ -317,5 +350,6 @@ STEPS = (
     Step("an embedded model: mini-vit, mini-rn", lambda it: it.name in embedded_models(), _load_embedded),
     Step("the hub: hf-hub:org/repo", lambda it: it.name.startswith(HUB), _load_hub),
     Step("an open_clip architecture, and --pretrained", lambda it: it.name in open_clip.list_models(), _load_registry),
-    Step(f"a folder with {CONFIG}: local-dir:FOLDER or FOLDER", lambda it: it.folder is not None, _load_folder),
+    Step(f"a folder with {CONFIG}: local-dir:FOLDER or FOLDER", lambda it: it.holds(CONFIG), _load_folder),
+    Step(f"a folder of transformers, with {TRANSFORMERS_CONFIG}", lambda it: it.folder is not None, _load_transformers),
 )
