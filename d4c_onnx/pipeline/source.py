@@ -78,7 +78,7 @@ class LazyModel:
     def _options(self) -> ModelOptions | None:
         """What the manifest says of the weights, so that nobody is asked twice."""
         model, preprocess = self.bundle.manifest.model, self.bundle.manifest.preprocess
-        if model.pretrained == "embedded":
+        if model.pretrained == "embedded" or (model.pretrained == "random" and self._is_embedded()):
             return None
         given = self.options or ModelOptions()
         # a model of the hub says it itself, and an older manifest says false of all of them
@@ -93,6 +93,12 @@ class LazyModel:
             config=given.config,
             tokenizer=given.tokenizer,
         )
+
+    def _is_embedded(self) -> bool:
+        """Whether the model ships, and its preprocessing with it."""
+        from d4c_onnx.models.catalogue import embedded_models
+
+        return self.bundle.model_name in embedded_models()
 
     def _other_weights(self) -> str:
         model = self.bundle.manifest.model

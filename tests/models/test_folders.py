@@ -76,6 +76,7 @@ def test_incomplete_folders_are_refused(folder: Path, spoil: Any, message: str) 
         load_model(f"local-dir:{folder}")
 
 
+@pytest.mark.slow
 def test_a_config_stands_with_and_without_a_name(tmp_path: Path, tiny_models: tuple[str, str]) -> None:
     config, weights = tmp_path / "my_arch.json", tmp_path / "w.safetensors"
     config.write_text(json.dumps({**open_clip.get_model_config(tiny_models[1]), "quick_gelu": True}))
@@ -105,6 +106,7 @@ def test_an_unknown_name_lists_what_was_tried() -> None:
     assert lines[1:] == [f"  {number}. {step.name}" for number, step in enumerate(STEPS, 1)]
 
 
+@pytest.mark.slow
 def test_other_weights_in_an_old_folder_name_the_one_command(tmp_path: Path, tiny_models: tuple[str, str]) -> None:
     """Of another name, of the same name, and of another folder of the same name."""
     name, out = tiny_models[0], tmp_path / "an out"
@@ -129,6 +131,7 @@ def test_other_weights_in_an_old_folder_name_the_one_command(tmp_path: Path, tin
     synthesize(name, files[-1])
 
 
+@pytest.mark.slow
 def test_another_folder_of_the_same_name_is_noticed(tmp_path: Path, folder: Path, tiny_models: tuple[str, str]) -> None:
     recipe = load_recipe(None, [f"synthesis.{key}" for key in ("images=2", "held_out=1", "method=noise")])
     out = tmp_path / "out"

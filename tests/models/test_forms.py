@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from d4c_onnx import pipeline
 from d4c_onnx.errors import ModelError
 from d4c_onnx.models.load import load_model
 from d4c_onnx.models.misfit import fitting
 from d4c_onnx.models.model_options import ModelOptions
+from d4c_onnx.pipeline.source import open_or_export
+from d4c_onnx.progress import silent
+from d4c_onnx.recipe import load_recipe
 
 State = dict[str, torch.Tensor]
 
@@ -77,6 +81,14 @@ def test_a_mini_takes_a_file(tmp_path: Path, mini_vit) -> None:
     assert loaded.weights_sha256 != mini_vit.weights_sha256
     half = load_model("mini-vit", str(tmp_path / "mine.pt"), options=ModelOptions(mean=(0.5,) * 3))
     assert half.preprocess.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.slow
+def test_a_mini_of_random_weights_is_loaded_again(tmp_path: Path) -> None:
+    recipe = load_recipe(None, [f"synthesis.{key}" for key in ("images=2", "held_out=1", "method=noise")])
+    pipeline.export_bundle("mini-rn", tmp_path, recipe, pretrained="random")
+    model = open_or_export("mini-rn", tmp_path / "mini-rn", recipe, None, silent)
+    assert model.load(silent).weights_sha256 == model.bundle.weights_sha256
 
 
 def _with(name: str, value: torch.Tensor) -> Callable[[State], State]:

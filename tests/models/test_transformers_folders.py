@@ -127,7 +127,8 @@ def test_a_folder_answers_as_transformers_does(tmp_path: Path, small_siglip: Non
     assert loaded.model.logit_scale.item() == 1.5
 
 
-@pytest.mark.parametrize("kind", ["clip, largest id", pytest.param("chinese_clip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip, largest id", "chinese_clip"])
 def test_a_bundle_of_a_folder_answers_as_transformers_does(tmp_path: Path, kind: str) -> None:
     model = MODELS[kind]()
     folder = _published(model, tmp_path / "theirs")
