@@ -48,7 +48,8 @@ class ModelInfo:
     """Which model, of which weights.
 
     Attributes:
-        name, pretrained: as the user gave them; `pretrained` is "embedded", "random", "hub", a tag or a file's name.
+        name: as the user gave it; of a folder or a config of one's own its name.
+        pretrained: "embedded", "random", "hub", "folder", a tag or a file's name.
         weights_sha256: of the torch weights: the same for every width of a model.
         quick_gelu: whether a tower runs QuickGELU.
         logit_scale, logit_bias: what similarities are multiplied by, and what is added; None where the model has none.

@@ -50,10 +50,17 @@ def weights_options(function: F) -> F:
 
     @functools.wraps(function)
     def command(**given: Any) -> Any:
+        if given["config"] is not None and _is_default("model"):
+            given["model"] = given["config"].stem
         return function(model_options=ModelOptions(**{name: given.pop(name) for name in known}), **given)
 
+    place = click.Path(path_type=Path)
     channels, filters = Numbers(float, 3), [name for name in INTERPOLATIONS if name != "random"]
     for option in (
+        click.option(
+            "--tokenizer", type=place, metavar="FOLDER", help="Files of the tokenizer, in place of the hub's."
+        ),
+        click.option("--config", type=place, metavar="FILE", help="Your own architecture, as open_clip's configs are."),
         click.option("--strict", is_flag=True, help="Refuse weights whose positions would have to be resampled."),
         click.option(
             "--quick-gelu/--no-quick-gelu", default=None, help="Whether the weights were trained with QuickGELU."
@@ -67,6 +74,11 @@ def weights_options(function: F) -> F:
     ):
         command = option(command)
     return cast(F, command)
+
+
+def _is_default(parameter: str) -> bool:
+    source = click.get_current_context().get_parameter_source(parameter)
+    return source is click.core.ParameterSource.DEFAULT
 
 
 def recipe_options(function: F) -> F:

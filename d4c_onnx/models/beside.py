@@ -16,6 +16,14 @@ _BYTE = 1 / 255
 # pillow's numbers, as `resample` has them
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
+_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
 _side = integer(1, LARGEST_SIDE)
 
 
@@ -36,6 +44,41 @@ def configs_beside(checkpoint: Path) -> list[tuple[str, dict[str, Any]]]:
             }
             found.append((name, settings))
     return found
+
+
+def config_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An architecture, and what its file says of preprocessing, as `configs_beside`.
+
+    Args:
+        file: open_clip's: an architecture alone, or in an `open_clip_config.json`.
+
+    Raises:
+        ModelError: it cannot be read, or describes none.
+    """
+    mend = "It takes what open_clip's model_configs hold: embed_dim, vision_cfg and text_cfg."
+    top = read_json(file, ModelError, mend)
+    model = top.take("model_cfg", _object, top)
+    model.take("embed_dim", integer(1))
+    for tower in ("vision_cfg", "text_cfg"):
+        model.take(tower, _object)
+    said = {key: value for key, value in _open_clip(top).items() if value is not None}
+    return dict(model.value), said
+
+
+def weights_in(folder: Path) -> Path:
+    """The one file of weights in a folder, by the names that open_clip and transformers publish, or the only one.
+
+    Raises:
+        ModelError: there is none, or no telling which.
+    """
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin"))
+    if len(others) != 1:
+        found = "several files of weights" if others else "no weights"
+        raise ModelError(f"{folder}: holds {found}. Name the one to take {_WEIGHTS[0]}, or {_WEIGHTS[1]}.")
+    return others[0]
 
 
 def _open_clip(top: Node) -> dict[str, Any]:
@@ -76,6 +119,12 @@ def _hugging_face(top: Node) -> dict[str, Any]:
         "interpolation": None if resample is None else _RESAMPLE[resample],
         "resize_mode": resize_mode,
     }
+
+
+def _processor(top: Node) -> dict[str, Any]:
+    """`processor_config.json`, in which newer releases of transformers keep the image processor's."""
+    inner = top.take("image_processor", nullable(_object), None)
+    return {} if inner is None else _hugging_face(inner)
 
 
 def _resizing(top: Node) -> tuple[tuple[int, int] | None, str | None]:
@@ -145,4 +194,5 @@ def _without_nulls(node: Node) -> Node:
 _READERS: dict[str, Callable[[Node], dict[str, Any]]] = {
     "open_clip_config.json": _open_clip,
     "preprocessor_config.json": _hugging_face,
+    "processor_config.json": _processor,
 }

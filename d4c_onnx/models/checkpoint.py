@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.factory import load_checkpoint, load_state_dict
+from open_clip.factory import load_checkpoint
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import LARGEST_SIDE, Resampled
+from d4c_onnx.models.misfit import differences, misfit
 from d4c_onnx.models.preprocessing import WITHIN, Source, default_settings
-from d4c_onnx.untrusted_json import QUOTED
+from d4c_onnx.models.torchscript import is_torchscript, read_torchscript
+from d4c_onnx.models.wrappers import peel
+from d4c_onnx.untrusted_json import QUOTED, quoted
 
 # Numbers that OpenAI's published state dicts carry beside the weights, and nobody else's do
 _OPENAI = ("input_resolution", "context_length", "vocab_size")
@@ -27,7 +31,7 @@ _TEXT = ("positional_embedding", "text.positional_embedding")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors of a file, and what the file says beside them."""
+    """The tensors of a file by name, and what the file says beside them."""
 
     file: Path
     state: dict[str, Any]
@@ -35,19 +39,12 @@ class Checkpoint:
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
-    """Read a file; nothing that is pickled in it is run.
+    """Read a file, wrappers taken off; nothing that is pickled in it is run.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, holds no tensors, or an adapter's.
     """
-    try:
-        state = load_state_dict(str(file), weights_only=True)
-    except (SafetensorError, OSError, EOFError) as error:
-        raise ModelError(f"{file}: cannot be read as a checkpoint ({short(error)}). Is the file complete?") from error
-    except Exception as error:  # torch's unpickler raises what the file makes it raise
-        raise ModelError(
-            f"{file}: cannot be read with weights_only ({short(error)}). Save it as .safetensors and try again."
-        ) from error
+    state = peel(file, _content(file))
     own = {name: state.pop(name) for name in _OPENAI if name in state}
     if len(own) < len(_OPENAI):
         return Checkpoint(file, state, ())
@@ -56,46 +53,72 @@ def read_checkpoint(file: Path) -> Checkpoint:
     return Checkpoint(file, state, ((f"OpenAI's {', '.join(_OPENAI)} {WITHIN}", said),))
 
 
-def fit_checkpoint(
-    model: Any, checkpoint: Checkpoint, name: str, image_size: tuple[int, int] | None
-) -> tuple[Resampled, ...]:
-    """Load a checkpoint's tensors; the positions that were resampled.
-
-    Args:
-        image_size: what `load_tensors` takes.
-
-    Raises:
-        ModelError: they do not fit the architecture of that name.
-    """
+def _content(file: Path) -> Any:
+    """What a file holds."""
     try:
-        return load_tensors(model, checkpoint.state, image_size)
-    except Exception as error:  # open_clip's converters index and reshape whatever the file holds
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # torch's first line names the class, the next ones the tensors
-        told = lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        if is_torchscript(file):
+            return read_torchscript(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except ModelError:
+        raise
+    except (SafetensorError, OSError, EOFError) as error:
+        raise ModelError(f"{file}: cannot be read as a checkpoint ({short(error)}). Is the file complete?") from error
+    except Exception as error:  # torch's unpickler raises what the file makes it raise
         raise ModelError(
-            f"{checkpoint.file}: the weights do not fit {name} ({short(told)}). Name the architecture they belong to."
+            f"{file}: cannot be read with weights_only ({short(error)}). Save it as .safetensors and try again."
         ) from error
 
 
-def load_published(model: Any, file: str, image_size: tuple[int, int] | None) -> tuple[Resampled, ...]:
-    """Load what open_clip has downloaded, as `load_tensors`; raises whatever open_clip does."""
+def load_published(model: Any, file: str, name: str, image_size: tuple[int, int] | None) -> tuple[Resampled, ...]:
+    """Load what open_clip has downloaded, as `load_tensors`."""
     if Path(file).suffix in (".npz", ".npy"):  # big_vision's layout, in open_clip's own converter
         load_checkpoint(model, file)
         return () if image_size is None else set_image_size(model, image_size)
-    return load_tensors(model, load_state_dict(file, weights_only=True), image_size)
+    return load_tensors(model, read_checkpoint(Path(file)), name, image_size)
 
 
-def load_tensors(model: Any, state: dict[str, Any], image_size: tuple[int, int] | None) -> tuple[Resampled, ...]:
-    """`open_clip.factory.load_checkpoint`, strictly, of tensors instead of a file; raises whatever torch does.
+def load_tensors(
+    model: Any, checkpoint: Checkpoint, name: str, image_size: tuple[int, int] | None
+) -> tuple[Resampled, ...]:
+    """`open_clip.factory.load_checkpoint`, strictly, of tensors instead of a file, whatever float they are stored in.
 
     Args:
-        state: by name; changed.
+        name: of the architecture, for messages.
         image_size: height and width that a timm tower is to take, where its own are others.
 
     Returns:
         The positions that were resampled.
+
+    Raises:
+        ModelError: the tensors do not fit that architecture, or are no weights.
     """
+    file = str(checkpoint.file)
+    try:
+        state = _converted(model, dict(checkpoint.state))
+        if image_size is not None and any(state[n].shape[1] != c for n, c in _grids(model).items() if n in state):
+            set_image_size(model, image_size)  # the weights are of another size already
+            image_size = None
+        before = _positions(state)
+        for position in before:  # torch cannot resample float16 on a CPU
+            state[position] = state[position].float()
+        resize_pos_embed(state, model)
+        resize_text_pos_embed(state, model)
+    except Exception as error:  # open_clip's converters index and reshape whatever the file holds
+        lines = differences(model, checkpoint.state) or [short(error)]
+        raise ModelError(misfit(file, name, lines, checkpoint.state)) from error
+    lines = differences(model, state)
+    if lines:
+        raise ModelError(misfit(file, name, lines, checkpoint.state))
+    _refuse_values(file, model, state)
+    after = _positions(state)
+    model.load_state_dict(state, strict=True)
+    return _changed(before, after) + (() if image_size is None else set_image_size(model, image_size))
+
+
+def _converted(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Tensors under the model's names, where only names and layouts differ."""
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
@@ -105,20 +128,32 @@ def load_tensors(model: Any, state: dict[str, Any], image_size: tuple[int, int] 
             state[scalar] = state[scalar].reshape(own.shape)
     if "logit_bias" not in state and getattr(model, "logit_bias", None) is not None:
         state["logit_bias"] = torch.zeros_like(state["logit_scale"])
-    ids = "text.transformer.embeddings.position_ids"  # a buffer of older releases of transformers
-    if ids in state and ids not in model.state_dict():
-        del state[ids]
-    if image_size is not None and any(state[n].shape[1] != c for n, c in _grids(model).items() if n in state):
-        set_image_size(model, image_size)  # the weights are of another size already
-        image_size = None
-    before = _positions(state)
-    for name in before:  # torch cannot resample float16 on a CPU
-        state[name] = state[name].float()
-    resize_pos_embed(state, model)
-    resize_text_pos_embed(state, model)
-    after = _positions(state)
-    model.load_state_dict(state, strict=True)
-    return _changed(before, after) + (() if image_size is None else set_image_size(model, image_size))
+    own = model.state_dict()
+    for name, buffer in model.named_buffers():
+        # made anew by every model, and stored by older releases of transformers (position_ids) and TorchScript (masks)
+        if name not in own and name in state and state[name].shape == buffer.shape:
+            del state[name]
+    return state
+
+
+def _refuse_values(file: str, model: Any, state: Mapping[str, Any]) -> None:
+    """Refuse what no training ends in: numbers that are not finite, and integers where floats belong."""
+    own = model.state_dict()
+    for name, value in state.items():
+        if not own[name].is_floating_point():
+            continue
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{file}: {quoted(name)} holds {kind}, not floating point. Quantised weights are no weights to start "
+                "from: pass those from before."
+            )
+        wrong = value.numel() - int(torch.isfinite(value.float()).sum())
+        if wrong:
+            raise ModelError(
+                f"{file}: {quoted(name)} holds {wrong} values of {value.numel()} that are NaN or infinite. The "
+                "training diverged, or the file is damaged: pass an earlier checkpoint."
+            )
 
 
 def set_image_size(model: Any, image_size: tuple[int, int]) -> tuple[Resampled, ...]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, RESIZE_MODES
+
+LOCAL = "local-dir:"  # open_clip's prefix of a model that is a folder
+_PLACES = ("--config", "--tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,8 @@ class ModelOptions:
         image_size: height and width in pixels.
         quick_gelu: whether the towers run QuickGELU.
         strict: refuse weights whose positions would have to be resampled.
+        config: a file that describes the architecture, as open_clip's configs do.
+        tokenizer: a folder that holds the tokenizer's files.
 
     Raises:
         ModelError: a value that no preprocessing can have.
@@ -35,6 +41,8 @@ class ModelOptions:
     image_size: tuple[int, int] | None = None
     quick_gelu: bool | None = None
     strict: bool = False
+    config: Path | None = None
+    tokenizer: Path | None = None
 
     def __post_init__(self) -> None:
         for name, values, least in (("--mean", self.mean, -math.inf), ("--std", self.std, 0.0)):
@@ -51,11 +59,25 @@ class ModelOptions:
             raise ModelError(f"--image-size {self.image_size}: takes pixels from 1 to {LARGEST_SIDE}.")
 
     def said(self) -> dict[str, Any]:
-        """What was said, by option; `strict` says nothing of a model."""
+        """What was said of the weights, by option; `strict`, and where files lie, say nothing of them."""
         given = {f"--{entry.name.replace('_', '-')}": getattr(self, entry.name) for entry in fields(self)}
         if self.quick_gelu is False:
             given["--no-quick-gelu"] = given.pop("--quick-gelu")
-        return {name: value for name, value in given.items() if value is not None and name != "--strict"}
+        silent = ("--strict", *_PLACES)
+        return {name: value for name, value in given.items() if value is not None and name not in silent}
+
+    def places(self) -> dict[str, Path]:
+        """Where files lie, by option."""
+        given = {"--config": self.config, "--tokenizer": self.tokenizer}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def words(self) -> list[str]:
+        """The options again, as they stand on a command line."""
+        words = ["--strict"] if self.strict else []
+        for name, value in [*self.said().items(), *self.places().items()]:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [name] if isinstance(value, bool) else [name, shown]
+        return words
 
     def settings(self) -> Mapping[str, tuple[str, Any]]:
         """Option and value of each setting that was said outright."""
@@ -65,3 +87,8 @@ class ModelOptions:
             for option, value in self.said().items()
             if option != "--like"
         }
+
+
+def is_local(model: str) -> bool:
+    """Whether a model is named as a folder."""
+    return model.startswith(LOCAL) or Path(model).is_dir()

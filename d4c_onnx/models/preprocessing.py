@@ -52,45 +52,74 @@ class Settings:
 
 def settings_of_tag(name: str, tag: str, options: ModelOptions) -> Settings:
     """Of a published tag's own weights."""
-    return _first_said([*said_by(options), (f"tag {tag}", tag_settings(name, tag)), _size_of(name)])
+    size = (f"architecture {name}", {"size": _own(name)["size"]})
+    return _first_said([*said_by(options), (f"tag {tag}", tag_settings(name, tag)), size])
 
 
-def settings_of_random(name: str, options: ModelOptions) -> Settings:
+def settings_of_random(
+    name: str, options: ModelOptions, stated: Iterable[Source] = (), config: Mapping[str, Any] | None = None
+) -> Settings:
     """Of random weights, which nothing can be wrong for: nobody is asked.
+
+    Args:
+        name: the architecture.
+        stated: what a config of the user's own says.
+        config: the architecture's; None: open_clip's of that name.
 
     Raises:
         ModelError: `like` is no tag.
     """
     source, agreed = _agreed(name, _published(name))
-    own = architecture_settings(name)
     rest = [
         (source, {setting: value for setting, value in agreed.items() if setting != "quick_gelu"}),
-        (f"architecture {name}", own),
+        (f"architecture {name}", _own(name, config)),
         ("open_clip's default, for random weights", default_settings()),
     ]
-    return _first_said([*said_by(options), *_liked(name, options), *rest])
+    return _first_said([*said_by(options), *stated, *_liked(name, options), *rest])
 
 
-def settings_of_file(name: str, file: str, options: ModelOptions, stated: Iterable[Source]) -> Settings:
+def settings_of_file(
+    name: str, file: str, options: ModelOptions, stated: Iterable[Source], config: Mapping[str, Any] | None = None
+) -> Settings:
     """Of a checkpoint.
 
     Args:
         name: the architecture.
         file: as messages call it.
         stated: what configs beside the file, and the file itself, say.
+        config: the architecture's; None: open_clip's of that name.
 
     Raises:
         ModelError: `like` is no tag, or nobody says a setting in which the published tags differ: the choices.
     """
     said = [*said_by(options), *stated, *_liked(name, options)]
-    tags = _published(name)
+    tags, own = _published(name), _own(name, config)
     if not tags:
         unknown = f"open_clip's default, {name} has no published tags"
-        said.append((unknown, default_settings() | {"quick_gelu": architecture_settings(name)["quick_gelu"]}))
-    said += [_agreed(name, tags), _size_of(name)]
+        said.append((unknown, default_settings() | {"quick_gelu": own["quick_gelu"]}))
+    said += [_agreed(name, tags), (f"architecture {name}", {"size": own["size"]})]
     missing = [setting for setting in _SETTINGS if not any(setting in values for _, values in said)]
     if missing:
         raise ModelError(_question(name, file, missing, tags))
+    return _first_said(said)
+
+
+def settings_of_folder(name: str, options: ModelOptions, stated: Iterable[Source]) -> Settings:
+    """Of a folder that holds a model with its config.
+
+    Raises:
+        ModelError: `like` is no tag, or nothing in the folder says a setting.
+    """
+    color = ("open_clip's default", {"fill_color": default_settings()["fill_color"]})
+    said = [*said_by(options), *stated, *_liked(name, options), color]
+    missing = [setting for setting in _SETTINGS if not any(setting in values for _, values in said)]
+    if missing:
+        what = _listed([_SHOWN.get(setting, setting) for setting in missing])
+        raise ModelError(
+            f"{name}: nothing in the folder says which {what} these weights were trained with, and wrong ones give "
+            "wrong embeddings. Put their preprocessor_config.json there, name a published tag that they are like "
+            f"(--like MODEL:TAG), or say it yourself ({', '.join(_OPTIONS[setting] for setting in missing)})."
+        )
     return _first_said(said)
 
 
@@ -125,17 +154,18 @@ def tag_settings(name: str, tag: str) -> dict[str, Any]:
 
     cfg = open_clip.get_pretrained_cfg(name, tag)
     # A tag trained with QuickGELU under an architecture that defaults to GELU gives wrong embeddings, silently.
-    quick = bool(cfg.get("quick_gelu")) or architecture_settings(name)["quick_gelu"]
+    quick = bool(cfg.get("quick_gelu")) or _own(name)["quick_gelu"]
     return _plain(merge_preprocess_dict(PreprocessCfg(), cfg)) | {"quick_gelu": quick}
 
 
-def architecture_settings(name: str) -> dict[str, Any]:
+def _own(name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What an architecture's config says: image size, and which GELU."""
-    import open_clip
+    if config is None:
+        import open_clip
 
-    cfg = open_clip.get_model_config(name) or {}
-    size = cfg.get("vision_cfg", {}).get("image_size", 224)
-    return {"size": square_or_sides(size), "quick_gelu": bool(cfg.get("quick_gelu"))}
+        config = open_clip.get_model_config(name) or {}
+    size = config.get("vision_cfg", {}).get("image_size", 224)
+    return {"size": square_or_sides(size), "quick_gelu": bool(config.get("quick_gelu"))}
 
 
 def contradictions(options: ModelOptions, preprocess: Preprocess, model: ModelInfo) -> list[str]:
@@ -164,10 +194,6 @@ def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:
     mean, std = (tuple(float(value) for value in cfg[name]) for name in ("mean", "std"))
     words = {name: cfg[name] for name in ("interpolation", "resize_mode")}
     return {"mean": mean, "std": std, **words, "fill_color": int(cfg.get("fill_color") or 0)}
-
-
-def _size_of(name: str) -> Source:
-    return f"architecture {name}", {"size": architecture_settings(name)["size"]}
 
 
 def _published(name: str) -> dict[str, dict[str, Any]]:
@@ -210,8 +236,7 @@ def _question(name: str, file: str, missing: Sequence[str], tags: Mapping[str, M
     lines = [
         f"  --like {alike[0]:<{width}}  {_shown(missing, values)}{_others(alike)}" for values, alike in groups.items()
     ]
-    what = [_SHOWN.get(setting, setting) for setting in missing]
-    named = what[0] if len(what) == 1 else f"{', '.join(what[:-1])} and {what[-1]}"
+    named = _listed([_SHOWN.get(setting, setting) for setting in missing])
     options = ", ".join(_OPTIONS[setting] for setting in missing if setting in _OPTIONS)
     return "\n".join(
         [
@@ -221,6 +246,10 @@ def _question(name: str, file: str, missing: Sequence[str], tags: Mapping[str, M
             f"or say it yourself ({options}), or put their open_clip_config.json beside the file.",
         ]
     )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _others(alike: Sequence[str]) -> str:

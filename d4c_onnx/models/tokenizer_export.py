@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from d4c_onnx.manifest import CLEANINGS, TokenizerInfo
 from d4c_onnx.models.cleaning_normalizers import cleaning_normalizers
+from d4c_onnx.models.folder_tokenizer import FolderTokenizer
 
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _READ_AS_EXPRESSION = set(r"\.^$*+?{}[]|()")
@@ -124,6 +125,8 @@ def _cleaning(tokenizer: Any) -> tuple[str | None, str]:
     import open_clip.tokenizer as own
 
     name: str | None = None
+    if isinstance(tokenizer, FolderTokenizer):
+        return None, "none: transformers' tokenizers are all in tokenizer.json"
     if isinstance(tokenizer, own.SigLipTokenizer):
         name = "canonicalize"
     elif isinstance(tokenizer, own.HFTokenizer | own.SimpleTokenizer):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.files import refuse_existing
 from d4c_onnx.measure.machine import Machine
-from d4c_onnx.models.model_options import ModelOptions
+from d4c_onnx.models.model_options import LOCAL, ModelOptions, is_local
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def bundle_folder(output: str | Path, model: str) -> Path:
-    """`<output>/<model>`, with what a folder name cannot hold replaced."""
+    """`<output>/<model>`, with what a folder name cannot hold replaced; of a folder, `<output>/<its name>`."""
+    if is_local(model):
+        return Path(output) / Path(model.removeprefix(LOCAL)).resolve().name
     return Path(output) / model.replace("hf-hub:", "").replace("/", "--")
 
 

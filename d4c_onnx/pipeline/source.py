@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
 from d4c_onnx.errors import BundleError, ModelError
 from d4c_onnx.files import refuse_existing
-from d4c_onnx.models.model_options import ModelOptions
+from d4c_onnx.manifest import ModelInfo
+from d4c_onnx.models.model_options import ModelOptions, is_local
 from d4c_onnx.pipeline.exporting import bundle_folder, export_loaded, load
 from d4c_onnx.progress import OnStep
 from d4c_onnx.recipe import Recipe
@@ -17,6 +19,8 @@ from d4c_onnx.vocabulary import generic_nouns
 
 if TYPE_CHECKING:
     from d4c_onnx.models.load import LoadedModel
+
+_WHOLE = ("embedded", "hub", "folder")  # models that are named without --pretrained
 
 
 @dataclass(slots=True)
@@ -27,11 +31,15 @@ class LazyModel:
         bundle: in FP32.
         pretrained: as the user gave it.
         loaded: the model, once it is in memory.
+        asked: the model as the user named it; the bundle's path says nothing.
+        options: as the user gave them.
     """
 
     bundle: Bundle
     pretrained: str | None
     loaded: LoadedModel | None = None
+    asked: str | None = None
+    options: ModelOptions | None = None
 
     def load(self, on_step: OnStep) -> LoadedModel:
         """The model, compared with the bundle by the SHA-256 of its weights.
@@ -46,14 +54,18 @@ class LazyModel:
                 raise ModelError(
                     f"{self.bundle.path}: synthesis needs the weights again. Add --pretrained PATH/{known}."
                 )
-            pretrained = None if known in ("embedded", "hub") else self.pretrained or known
-            loaded = load(model.name, pretrained, self.bundle.manifest.seed, on_step, self._options())
+            if known == "folder" and self.asked is None:
+                raise ModelError(
+                    f"{self.bundle.path}: synthesis needs the weights again. Name the folder of {model.name} that they "
+                    "came from in place of the bundle."
+                )
+            name = self.asked if known == "folder" and self.asked else model.name
+            pretrained = None if known in _WHOLE else self.pretrained or known
+            loaded = load(name, pretrained, self.bundle.manifest.seed, on_step, self._options())
             # synthesis looks through the very preprocessing that the bundle serves
             self.loaded = replace(loaded, preprocess=self.bundle.manifest.preprocess)
             if self.loaded.weights_sha256 != self.bundle.weights_sha256:
-                raise ModelError(
-                    f"{self.bundle.path}: was exported from other weights. Export it again with --overwrite."
-                )
+                raise ModelError(self._other_weights())
         return self.loaded
 
     def own_nouns(self) -> tuple[str, ...]:
@@ -66,8 +78,9 @@ class LazyModel:
     def _options(self) -> ModelOptions | None:
         """What the manifest says of the weights, so that nobody is asked twice."""
         model, preprocess = self.bundle.manifest.model, self.bundle.manifest.preprocess
-        if model.pretrained == "embedded":
+        if model.pretrained == "embedded" or (model.pretrained == "random" and self._is_embedded()):
             return None
+        given = self.options or ModelOptions()
         # a model of the hub says it itself, and an older manifest says false of all of them
         decided = model.pretrained != "hub" or model.sources.get("quick_gelu", "").startswith("--")
         return ModelOptions(
@@ -77,7 +90,32 @@ class LazyModel:
             resize_mode=preprocess.resize_mode,
             image_size=preprocess.size,
             quick_gelu=model.quick_gelu if decided else None,
+            config=given.config,
+            tokenizer=given.tokenizer,
         )
+
+    def _is_embedded(self) -> bool:
+        """Whether the model ships, and its preprocessing with it."""
+        from d4c_onnx.models.catalogue import embedded_models
+
+        return self.bundle.model_name in embedded_models()
+
+    def _other_weights(self) -> str:
+        model = self.bundle.manifest.model
+        return other_weights(self.bundle.path, model, self.asked or model.name, self.pretrained, self.options)
+
+
+def other_weights(
+    path: Path, known: ModelInfo, source: str, pretrained: str | None, options: ModelOptions | None
+) -> str:
+    """What to say of a bundle that holds other weights than were asked for: the one command that helps."""
+    words = ["d4c-onnx", "export", source, *(["--pretrained", pretrained] if pretrained else [])]
+    words += [*(options.words() if options else []), "--output", str(path.parent), "--overwrite"]
+    asked = f"those of {pretrained or source}"
+    return (
+        f"{path}: was exported from other weights ({known.pretrained}, {known.weights_sha256[:12]}) than {asked}. To "
+        f"replace it, and all inside it: {shlex.join(words)}"
+    )
 
 
 def source_folder(source: str, output: str | Path) -> Path:
@@ -100,18 +138,20 @@ def open_or_export(
         ModelError: the model cannot be loaded.
     """
     if is_bundle(folder):
-        bundle = _fp32_bundle(folder, recipe, pretrained)
+        bundle = _fp32_bundle(folder, source, recipe, pretrained, options)
         if options is not None:
             _check_options(bundle, options)
-        model = LazyModel(bundle, pretrained)
-        if pretrained and Path(pretrained).suffix:  # the manifest knows a file's name only: compare what is in it
+        asked = None if is_bundle(Path(source)) else source
+        model = LazyModel(bundle, pretrained, asked=asked, options=options)
+        # the manifest knows a file's or a folder's name only: compare what is in it
+        if (pretrained and Path(pretrained).suffix) or (asked and bundle.manifest.model.pretrained == "folder"):
             model.load(on_step)
         return model
     if folder.is_dir() and any(folder.iterdir()):
         raise BundleError(f"{folder}: exists, but is not a bundle. Move it away, or choose another --output.")
     refuse_existing(folder, overwrite=False)
     loaded = load(source, pretrained, recipe.seed, on_step, options)
-    return LazyModel(export_loaded(loaded, folder, recipe, on_step=on_step), pretrained, loaded)
+    return LazyModel(export_loaded(loaded, folder, recipe, on_step=on_step), pretrained, loaded, source, options)
 
 
 def _check_options(bundle: Bundle, options: ModelOptions) -> None:
@@ -129,14 +169,20 @@ def _check_options(bundle: Bundle, options: ModelOptions) -> None:
         )
 
 
-def _fp32_bundle(path: Path, recipe: Recipe, pretrained: str | None) -> Bundle:
+def _fp32_bundle(
+    path: Path, source: str, recipe: Recipe, pretrained: str | None, options: ModelOptions | None
+) -> Bundle:
     bundle = open_bundle(path)
     if bundle.quantized:
         raise BundleError(f"{path}: is quantised already. Name the FP32 bundle ({path.parent}).")
     known = bundle.manifest.model.pretrained
     asked = pretrained and (Path(pretrained).name if Path(pretrained).suffix else pretrained)
-    if asked and asked != known:
-        raise BundleError(f"{path}: holds {known} weights, not {asked}. Choose another --output.")
+    # a plain name that happens to be a folder here, too, is the name of an architecture first
+    whole = "folder" if is_local(source) and Path(source).name != source and not is_bundle(Path(source)) else None
+    if (asked and asked != known) or (whole and whole != known):
+        model = bundle.manifest.model
+        name = model.name if is_bundle(Path(source)) else source
+        raise BundleError(other_weights(path, model, name, pretrained, options))
     if asked == "random" and bundle.manifest.seed != recipe.seed:
         raise BundleError(
             f"{path}: holds random weights of seed {bundle.manifest.seed}, not {recipe.seed}. Choose another --output."
