@@ -48,7 +48,7 @@ def import_files(
             name=target.name,
             pretrained=IMPORTED,
             weights_sha256=opened.sha256,
-            quick_gelu=False,
+            quick_gelu=image.quick_gelu or text.quick_gelu,
             logit_scale=None,
             logit_bias=None,
             normalized=image.normalized and text.normalized,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +10,19 @@ import numpy as np
 import onnx_ir as ir
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER
-from d4c_onnx.errors import ModelError
+from d4c_onnx.errors import BundleError, CheckFailed, ModelError
+from d4c_onnx.foreign.forms import holds_quick_gelu
 from d4c_onnx.foreign.opening import ForeignFiles
 from d4c_onnx.foreign.original import OriginalTower, check_same
 from d4c_onnx.foreign.texts import PROMPTS, Texts, texts_of
 from d4c_onnx.foreign.tower import ForeignTower, feed_alone
+from d4c_onnx.foreign.understand import understand
 from d4c_onnx.graph.model import save_model, set_metadata, signature_of
 from d4c_onnx.manifest import Preprocess, Signature, TokenizerInfo
 from d4c_onnx.runtime.golden import golden_input
 from d4c_onnx.runtime.session import EncoderSession
 
-_BATCHES = (1, 2, 7)
+_BATCHES = (1, 2, 3)
 
 Batch = tuple[np.ndarray, np.ndarray | None]  # what both are fed, and the mask that the file gets beside ids
 
@@ -33,11 +35,13 @@ class Written:
         signature: what it takes and gives.
         difference: the largest between its unit vectors and the file's.
         normalized: whether its embeddings have length 1.
+        quick_gelu: whether it runs QuickGELU.
     """
 
     signature: Signature
     difference: float
     normalized: bool
+    quick_gelu: bool
 
 
 def write_image_encoder(
@@ -56,7 +60,8 @@ def write_image_encoder(
     rng = np.random.default_rng(seed)
     batches = [rng.standard_normal((batch, 3, *preprocess.size), dtype=np.float32) for batch in _BATCHES]
     feeds: list[Batch] = [(batch, None) for batch in (*batches, golden_input(preprocess))]
-    return _write(tower, OriginalTower(tower.original), stage / IMAGE_ENCODER, notes, feeds)
+    asked = OriginalTower(tower.original)
+    return _understood(tower, asked, stage / IMAGE_ENCODER, notes, feeds, lambda model: understand(model, batches[1:]))
 
 
 def write_text_encoder(
@@ -73,7 +78,15 @@ def write_text_encoder(
     feed_alone(tower, texts.pad_id if texts.masked else None)
     tower.main.shape = ir.Shape(["batch", "sequence" if texts.dynamic else texts.context])
     tokenizer = texts.write(stage / TOKENIZER)
-    written = _write(tower, asked, stage / TEXT_ENCODER, notes, _text_batches(texts))
+    sizes = _two_sizes(texts)
+    written = _understood(
+        tower,
+        asked,
+        stage / TEXT_ENCODER,
+        notes,
+        _text_batches(texts),
+        lambda model: understand(model, sizes, texts.context),
+    )
     return written, texts, tokenizer
 
 
@@ -87,24 +100,49 @@ def check_widths(image: Written, text: Written) -> None:
         )
 
 
+def _two_sizes(texts: Texts) -> list[np.ndarray]:
+    """Ids of two batch sizes and, where it is open, lengths; none of them equal to another."""
+    longest = texts.context
+    lengths = (longest, longest) if not texts.dynamic or longest < 6 else (longest, longest - 1)
+    return [texts.ids(PROMPTS[:batch], longest)[:, :length] for batch, length in zip((2, 3), lengths, strict=True)]
+
+
 def _text_batches(texts: Texts) -> list[Batch]:
     """Prompts of several lengths together, a few, one alone, and padded to the context length."""
     fed = [texts.ids(some) for some in (PROMPTS, PROMPTS[:2], PROMPTS[2:3])] + [texts.ids(PROMPTS, texts.context)]
     return [(ids, (ids != texts.pad_id).astype(np.int64) if texts.masked else None) for ids in fed]
 
 
+def _understood(
+    tower: ForeignTower,
+    asked: OriginalTower,
+    path: Path,
+    notes: Mapping[str, str],
+    feeds: Sequence[Batch],
+    rewrite: Callable[[ir.Model], None],
+) -> Written:
+    """Write the tower in our own forms where it answers like its file in them, and else as it came."""
+    own = tower.model.clone()
+    try:
+        rewrite(own)
+        return _write(own, asked, path, notes, feeds)
+    except (BundleError, CheckFailed):  # a form that looks like one of ours and is none
+        return _write(tower.model, asked, path, notes, feeds)
+
+
 def _write(
-    tower: ForeignTower, asked: OriginalTower, path: Path, notes: Mapping[str, str], feeds: Sequence[Batch]
+    model: ir.Model, asked: OriginalTower, path: Path, notes: Mapping[str, str], feeds: Sequence[Batch]
 ) -> Written:
     expected = [asked.raw(batch, mask) for batch, mask in feeds]
-    output = tower.model.graph.outputs[0]
+    output = model.graph.outputs[0]
     output.shape, output.dtype = ir.Shape(["batch", expected[0].shape[1]]), ir.DataType.FLOAT
-    set_metadata(tower.model, notes)
-    save_model(tower.model, path)
+    set_metadata(model, notes)
+    save_model(model, path)
     session = EncoderSession(path)
     name = path.name.partition("_")[0]
     worst = max(
         check_same(name, wanted, session.run(batch)) for wanted, (batch, _) in zip(expected, feeds, strict=True)
     )
     lengths = np.linalg.norm(np.concatenate(expected), axis=1)
-    return Written(signature_of(tower.model), worst, bool(np.abs(lengths - 1).max() < 1e-3))
+    quick_gelu = holds_quick_gelu(model.graph)
+    return Written(signature_of(model), worst, bool(np.abs(lengths - 1).max() < 1e-3), quick_gelu)

@@ -14,7 +14,12 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import open_calibration_set
 from d4c_onnx.cli.main import group
 from d4c_onnx.foreign import ForeignFiles
+from d4c_onnx.graph.attention import find_attentions, is_causal
+from d4c_onnx.graph.layers import linear_source
+from d4c_onnx.graph.model import load_model
+from d4c_onnx.graph.values import is_constant
 from d4c_onnx.recipe import load_recipe
+from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.tokenizer import TextTokenizer
 
@@ -75,6 +80,8 @@ def test_a_bundle_is_quantised_without_torch_weights(bundle: Bundle) -> None:
     assert min(versus.cosine_image, versus.cosine_text) > 0.99
     made = json.loads((report.bundle / "manifest.json").read_text("utf-8"))
     assert made["recipe"]["synthesis"]["method"] == "leaves"
+    for name in ("image_encoder.onnx", "text_encoder.onnx"):
+        assert "2 attentions in one float kernel each" in inspect_encoder(report.bundle / name).summary
     dataset = open_calibration_set(bundle.path / f"calibration-{report.calibration}")
     assert dataset.pixel_values.shape == (4, 3, 32, 32)
     assert all(row[0] == 97 for row in dataset.input_ids)
@@ -90,3 +97,20 @@ def test_the_command_line(files: Export, tmp_path: Path) -> None:
     again = CliRunner().invoke(group, [*command, "--name", "one"])
     assert again.exit_code == 2
     assert "--overwrite" in again.output
+
+
+def test_attention_norms_and_gelu_are_found(kind: str, bundle: Bundle) -> None:
+    assert bundle.manifest.model.quick_gelu == (kind == "open_clip, dynamo")
+    for tower, path in bundle.encoders.items():
+        graph = load_model(path).graph
+        found, refused = find_attentions(graph)
+        assert [attention.heads for attention in found] == [2, 2]
+        assert not refused
+        assert all(is_causal(attention.mask) if tower == "text" else attention.mask is None for attention in found)
+        assert all(linear_source(value) for attention in found for value in (attention.query, attention.value))
+        kinds = [node.op_type for node in graph]
+        assert not {"Erf", "Pow", "ReduceMean", "IsNaN", "Constant"} & set(kinds)
+        assert kinds.count("LayerNormalization") == (6 if tower == "image" else 5)
+        assert kinds.count("Gelu") + kinds.count("Sigmoid") == 2
+        shapes = [node.inputs[1] for node in graph if node.op_type == "Reshape"]
+        assert all(is_constant(shape) for shape in shapes)
