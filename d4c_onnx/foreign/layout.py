@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from d4c_onnx.foreign.probe import known_value
+from d4c_onnx.foreign.probe import known_value, sizes_only
 from d4c_onnx.graph.layers import is_plain
 from d4c_onnx.graph.values import array, attribute, is_op, maker, only_reader
 
@@ -66,7 +66,7 @@ def chain_to(value: ir.Value | None) -> Chain | None:
     made = maker(value)
     while made is not None and value is not None and not is_plain(made):
         following = made.inputs[0]
-        if is_op(made, *_MOVES) and bias is None:
+        if _moves(made) and bias is None:
             behind.insert(0, (made, value))
         elif is_op(made, "Mul", "Div") and (place := _scalar(made)) is not None and bias is None:
             factor = made.inputs[place]
@@ -87,7 +87,7 @@ def chain_from(value: ir.Value) -> Chain | None:
     """The linear layer that alone reads a value, forth through moves, and what moves its result; None otherwise."""
     before: list[tuple[ir.Node, ir.Value]] = []
     source, reader = value, only_reader(value)
-    while reader is not None and is_op(reader, *_MOVES) and reader.inputs[0] is value:
+    while reader is not None and _moves(reader) and reader.inputs[0] is value:
         value = reader.outputs[0]
         before.append((reader, value))
         reader = only_reader(value)
@@ -101,7 +101,7 @@ def chain_from(value: ir.Value) -> Chain | None:
         place = _added(reader) if is_op(reader, "Add") and bias is None and not behind else None
         if place is not None:
             bias = reader.inputs[place]
-        elif not is_op(reader, *_MOVES) or reader.inputs[0] is not value:
+        elif not _moves(reader) or reader.inputs[0] is not value:
             break
         value = reader.outputs[0]
         behind.append((reader, value))
@@ -122,11 +122,16 @@ def _with_source(
     before: list[tuple[ir.Node, ir.Value]] = []
     source = linear.inputs[0]
     made = maker(source)
-    while source is not None and made is not None and is_op(made, *_MOVES):
+    while source is not None and made is not None and _moves(made):
         before.insert(0, (made, source))
         source = made.inputs[0]
         made = maker(source)
     return None if source is None else Chain(source, tuple(before), linear, bias, behind, factors)
+
+
+def _moves(entry: ir.Node) -> bool:
+    """Whether a node moves elements of its first input, to places that depend on sizes alone."""
+    return is_op(entry, *_MOVES) and array(entry.inputs[0]) is None and all(map(sizes_only, entry.inputs[1:]))
 
 
 def _scalar(entry: ir.Node) -> int | None:
