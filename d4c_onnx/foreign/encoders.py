@@ -122,18 +122,18 @@ def _understood(
     rewrite: Callable[[ir.Model], None],
 ) -> Written:
     """Write the tower in our own forms where it answers like its file in them, and else as it came."""
+    expected = [asked.raw(batch, mask) for batch, mask in feeds]
     own = tower.model.clone()
     try:
         rewrite(own)
-        return _write(own, asked, path, notes, feeds)
+        return _write(own, path, notes, feeds, expected)
     except (BundleError, CheckFailed):  # a form that looks like one of ours and is none
-        return _write(tower.model, asked, path, notes, feeds)
+        return _write(tower.model, path, notes, feeds, expected)
 
 
 def _write(
-    model: ir.Model, asked: OriginalTower, path: Path, notes: Mapping[str, str], feeds: Sequence[Batch]
+    model: ir.Model, path: Path, notes: Mapping[str, str], feeds: Sequence[Batch], expected: Sequence[np.ndarray]
 ) -> Written:
-    expected = [asked.raw(batch, mask) for batch, mask in feeds]
     output = model.graph.outputs[0]
     output.shape, output.dtype = ir.Shape(["batch", expected[0].shape[1]]), ir.DataType.FLOAT
     set_metadata(model, notes)

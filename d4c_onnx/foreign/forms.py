@@ -130,22 +130,56 @@ def _vector(entry: ir.Node) -> ir.Value | None:
 
 
 def fuse_gelus(model: ir.Model) -> None:
-    """x (1 + erf(x / sqrt(2))) / 2 as Gelu, in whichever order the factors stand."""
-    for erf in nodes_of(model.graph, "Erf"):
-        scaled = maker(erf.inputs[0])
-        plus = only_reader(erf.outputs[0])
-        if scaled is None or plus is None or not is_op(plus, "Add") or not _has(plus, 1.0):
+    """x (1 + erf(x / sqrt(2))) / 2, or its approximation by tanh, as Gelu, in whichever order the factors stand."""
+    for curve in nodes_of(model.graph, "Erf", "Tanh"):
+        exact = is_op(curve, "Erf")
+        hidden = _halved_root(maker(curve.inputs[0])) if exact else _cubic(maker(curve.inputs[0]))
+        plus = only_reader(curve.outputs[0])
+        if hidden is None or plus is None or not is_op(plus, "Add") or not _has(plus, 1.0):
             continue
-        divided = is_op(scaled, "Div") and _has(scaled, 2**0.5)
-        if not divided and not (is_op(scaled, "Mul") and _has(scaled, 0.5**0.5)):
-            continue
-        hidden = next((value for value in scaled.inputs if array(value) is None), None)
         last = _last_product(plus, hidden)
-        if last is None or hidden is None:
+        if last is not None:
+            kind = {"approximate": "none" if exact else "tanh"}
+            fused = node("Gelu", [hidden], f"{name_of(last.outputs[0])}_gelu", attributes=kind)
+            insert_before(model.graph, last, [fused])
+            take_over(last.outputs[0], fused.outputs[0])
+
+
+def _halved_root(scaled: ir.Node | None) -> ir.Value | None:
+    """x of x / sqrt(2)."""
+    divided = is_op(scaled, "Div") and scaled is not None and _has(scaled, 2**0.5)
+    times = is_op(scaled, "Mul") and scaled is not None and _has(scaled, 0.5**0.5)
+    return _data(scaled) if divided or times else None
+
+
+def _cubic(scaled: ir.Node | None) -> ir.Value | None:
+    """x of sqrt(2 / pi) (x + 0.044715 x^3)."""
+    if scaled is None or not is_op(scaled, "Mul") or not _has(scaled, (2 / np.pi) ** 0.5):
+        return None
+    plus = maker(_data(scaled))
+    if plus is None or not is_op(plus, "Add"):
+        return None
+    for hidden, other in (tuple(plus.inputs), tuple(plus.inputs)[::-1]):
+        times = maker(other)
+        if hidden is None or times is None or not is_op(times, "Mul") or not _has(times, 0.044715):
             continue
-        fused = node("Gelu", [hidden], f"{name_of(last.outputs[0])}_gelu", attributes={"approximate": "none"})
-        insert_before(model.graph, last, [fused])
-        take_over(last.outputs[0], fused.outputs[0])
+        cube = maker(_data(times))
+        if cube is not None and hidden in cube.inputs and _is_cube(cube, hidden):
+            return hidden
+    return None
+
+
+def _is_cube(cube: ir.Node, hidden: ir.Value) -> bool:
+    """Whether a node makes x^3, of x and a 3, or of x and x x."""
+    power = array(cube.inputs[1]) if is_op(cube, "Pow") else None
+    square = maker(next((value for value in cube.inputs if value is not hidden), None)) if is_op(cube, "Mul") else None
+    squared = square is not None and is_op(square, "Mul") and all(value is hidden for value in square.inputs)
+    return squared or (power is not None and bool((power == 3).all()))
+
+
+def _data(entry: ir.Node | None) -> ir.Value | None:
+    """The input that is no constant."""
+    return next((value for value in entry.inputs if array(value) is None), None) if entry is not None else None
 
 
 def _last_product(plus: ir.Node, hidden: ir.Value | None) -> ir.Node | None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from d4c_onnx.foreign.probe import known_value, sizes_only
+from d4c_onnx.foreign.probe import Probe, known_value, sizes_only
 from d4c_onnx.graph.layers import is_plain
-from d4c_onnx.graph.values import array, attribute, is_op, maker, only_reader
+from d4c_onnx.graph.values import array, attribute, is_op, maker, name_of, only_reader, set_constant
 
 _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Split", "Identity")
 
@@ -150,6 +150,26 @@ def _added(entry: ir.Node) -> int | None:
         if found is not None and found.ndim == 1:
             return place
     return None
+
+
+def fold_moved_weights(model: ir.Model, probe: Probe) -> None:
+    """Weights that a graph cuts out of a packed one, or turns, become constants of their own, in place.
+
+    Args:
+        probe: of this very model: where to cut may be computed of sizes.
+    """
+    moves = [entry for entry in model.graph if is_op(entry, *_MOVES)]
+    helpers = [value for entry in moves for value in entry.inputs[1:] if array(value) is None and sizes_only(value)]
+    first, *others = probe.look((value for value in helpers if value is not None), ())
+    known = {name: found for name, found in first.items() if all(np.array_equal(found, o[name]) for o in others)}
+    for entry in moves:
+        whole = array(entry.inputs[0])
+        if whole is None or any(value is not None and known_value(value, known) is None for value in entry.inputs[1:]):
+            continue
+        for value in entry.outputs:
+            found = moved(whole, ((entry, value),), known)
+            if found is not None and found.size <= whole.size:
+                value.replace_all_uses_with(set_constant(model.graph, f"{name_of(value)}_folded", found))
 
 
 def moved(

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from d4c_onnx.errors import BundleError
 from d4c_onnx.graph.values import array, is_op, maker, name_of, node, reads
 from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.untrusted_json import QUOTED
 
 _SHOWN = "_shape_shown"  # behind a value's name: its shape, as an output of the probed copy
 
@@ -22,7 +24,11 @@ class Probe:
         self._model, self.feeds = model, feeds
 
     def look(self, values: Iterable[ir.Value], shapes_of: Iterable[ir.Value]) -> list[dict[str, np.ndarray]]:
-        """For each feed the named values themselves, and shapes of others under `shape_name`."""
+        """For each feed the named values themselves, and shapes of others under `shape_name`.
+
+        Raises:
+            BundleError: the graph does not run on a feed.
+        """
         copy = self._model.clone()
         made = {name_of(value): value for entry in copy.graph for value in entry.outputs}
         made |= {name_of(value): value for value in copy.graph.inputs}
@@ -34,7 +40,10 @@ class Probe:
         if not outputs:
             return [{} for _ in self.feeds]
         session = EncoderSession.of_model(copy, outputs=outputs)
-        return [session.run_all(feed) for feed in self.feeds]
+        try:
+            return [session.run_all(feed) for feed in self.feeds]
+        except Exception as error:  # onnxruntime raises its own C++ exception types
+            raise BundleError(f"the graph does not run on batches of another size ({str(error)[:QUOTED]}).") from error
 
 
 def shape_name(name: str) -> str:

@@ -10,6 +10,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from d4c_onnx.foreign.attention import express_attentions
 from d4c_onnx.foreign.forms import drop_casts, fuse_gelus, fuse_layer_norms, settle_shapes
+from d4c_onnx.foreign.layout import fold_moved_weights
 from d4c_onnx.foreign.probe import Probe
 from d4c_onnx.graph.model import drop_unused
 
@@ -23,6 +24,7 @@ def understand(model: ir.Model, feeds: Sequence[np.ndarray], context: int | None
         context: positions of the longest text; None for images.
     """
     drop_casts(model)
+    fold_moved_weights(model, Probe(model, feeds))
     fuse_layer_norms(model)
     fuse_gelus(model)
     drop_unused(model)

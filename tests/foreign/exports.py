@@ -44,7 +44,7 @@ def write_configs(folder: Path, pad: str | None = "</s>") -> None:
     (folder / "preprocess_cfg.json").write_text(json.dumps(PIXELS))
 
 
-class _Tower(nn.Module):
+class Tower(nn.Module):
     """One call of a model as a module."""
 
     def __init__(self, model: nn.Module, call: Any) -> None:
@@ -84,8 +84,8 @@ def export_open_clip(folder: Path, model: nn.Module, dynamo: bool, opset: int) -
     """As Immich does: ids int32 and of fixed length, unit vectors."""
     write_configs(folder)
     ids = torch.tensor([[START, 3, 4, END] + [0] * 8, [START, 5, 6, 7, 8, END] + [0] * 6], dtype=torch.int32)
-    image = _Tower(model, lambda clip, given: clip.encode_image(given, normalize=True))
-    text = _Tower(model, lambda clip, given: clip.encode_text(given, normalize=True))
+    image = Tower(model, lambda clip, given: clip.encode_image(given, normalize=True))
+    text = Tower(model, lambda clip, given: clip.encode_text(given, normalize=True))
     made = Export(folder / "visual.onnx", folder / "textual.onnx")
     export(image, (torch.randn(2, 3, SIDE, SIDE),), made.image, {"image": ["batch"]}, "embeds", dynamo, opset)
     export(text, (ids,), made.text, {"text": ["batch"]}, "embeds", dynamo, opset)
@@ -95,8 +95,8 @@ def export_open_clip(folder: Path, model: nn.Module, dynamo: bool, opset: int) -
 def export_transformers(folder: Path, model: Any, dynamo: bool, opset: int) -> Export:
     """As optimum does: ids of any length, an attention mask, embeddings of any length."""
     write_configs(folder)
-    image = _Tower(model, lambda clip, given: clip.visual_projection(clip.vision_model(given).pooler_output))
-    text = _Tower(model, lambda clip, *given: clip.text_projection(clip.text_model(*given).pooler_output))
+    image = Tower(model, lambda clip, given: clip.visual_projection(clip.vision_model(given).pooler_output))
+    text = Tower(model, lambda clip, *given: clip.text_projection(clip.text_model(*given).pooler_output))
     ids = torch.tensor([[START, 3, 4, 5, END, END, END], [START, 6, 7, 8, 9, 10, END]])
     axes = ["batch", "sequence"]
     made = Export(folder / "vision_model.onnx", folder / "text_model.onnx")

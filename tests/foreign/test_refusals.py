@@ -285,3 +285,13 @@ def test_methods_that_ask_the_weights(folder: Path) -> None:
             pipeline.quantize_bundle(
                 str(bundle.path), load_recipe(None, [f"synthesis.method={method}"]), output=folder / "out"
             )
+
+
+def test_a_batch_that_is_fixed_inside(folder: Path) -> None:
+    def two(proto: onnx.ModelProto) -> None:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2, 48]), "sizes"))
+        proto.graph.node[0].CopyFrom(helper.make_node("Reshape", ["image", "sizes"], ["flat"]))
+
+    _changed(folder, "visual.onnx", two)
+    with pytest.raises(ModelError, match=r"visual\.onnx: does not run on float32 \[1, 3, 4, 4\]"):
+        _import(folder)
