@@ -50,6 +50,7 @@ class Tower(nn.Module):
     def __init__(self, model: nn.Module, call: Any) -> None:
         super().__init__()
         self.model, self.call = model, call
+        self.eval()  # or the exporter would leave the model in training
 
     def forward(self, *given: torch.Tensor) -> Any:
         return self.call(self.model, *given)

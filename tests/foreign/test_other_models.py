@@ -138,3 +138,36 @@ def test_tokens_as_the_first_axis(tmp_path: Path) -> None:
     assert len(image) == len(text) == 2
     assert all(is_causal(attention.mask) for attention in text)
     assert bundle.manifest.model.quick_gelu
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_a_mean_of_tokens_of_an_encoder(kind: str, tmp_path: Path) -> None:
+    """As scripts around sentence-transformers export it: padding is hidden by its id then."""
+    from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+    torch.manual_seed(0)
+    shared = {"vocab_size": WORDS, "pad_token_id": 0, "max_position_embeddings": CONTEXT}
+    if kind == "bert":
+        encoder: Any = BertModel._from_config(BertConfig(**shared, **SIZE), attn_implementation="sdpa").eval()
+    else:
+        size = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}
+        encoder = DistilBertModel._from_config(DistilBertConfig(**shared, **size), attn_implementation="eager").eval()
+    encoder.project = nn.Linear(32, 16)
+
+    def call(model: Any, ids: Any, mask: Any) -> Any:
+        hidden, weights = model(input_ids=ids, attention_mask=mask).last_hidden_state, mask[..., None].float()
+        return model.project((hidden * weights).sum(1) / weights.sum(1)), hidden
+
+    write_configs(tmp_path, pad="<pad>")
+    ids = torch.tensor([[START, 3, 4, END, 0, 0, 0], [START, 6, 7, 8, 9, 10, END]])
+    axes = {name: ["batch", "sequence"] for name in ("input_ids", "attention_mask")}
+    outputs = ["sentence_embedding", "token_embeddings"]
+    export(Tower(encoder, call), (ids, (ids != 0).long()), tmp_path / "model.onnx", axes, outputs, False, 17)
+    export(_Tokens(True).eval(), (PIXELS,), tmp_path / "visual.onnx", {"input": ["batch"]}, "output", False, 14)
+    bundle = _import(tmp_path / "visual.onnx", tmp_path / "model.onnx")
+    tokenizer = bundle.manifest.tokenizer
+    assert (tokenizer.dynamic_sequence, tokenizer.causal, tokenizer.pad_id) == (True, False, 0)
+    assert len(_found(bundle.text_encoder)) == 2
+    with torch.no_grad():
+        expected = call(encoder, ids, (ids != 0).long())[0].numpy()
+    assert np.allclose(EncoderSession(bundle.text_encoder).run(ids.numpy()), expected, atol=1e-5)
