@@ -39,6 +39,7 @@ def let_in(path: Path) -> ir.Model:
     """
     _check_sizes(path)
     model = load_model(path)
+    _check_places(model, path)
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:  # the checker raises several kinds
@@ -82,6 +83,20 @@ def _check_sizes(path: Path) -> None:
         total += int(np.prod([max(size, 0) for size in tensor.dims], dtype=object) or 0)
     if total > _LARGEST_BYTES:
         raise ModelError(f"{path}: says that it has {total:,} weights, which no CLIP has. Do not use it.")
+
+
+def _check_places(model: ir.Model, path: Path) -> None:
+    """Tensors in graphs inside the graph and in attributes of nodes lie in the folder, too."""
+    held = [node.attributes.values() for node in model.graph.all_nodes()]
+    held += [node.attributes.values() for function in model.functions.values() for node in function.all_nodes()]
+    tensors = [entry.value for entries in held for entry in entries if entry.type == ir.AttributeType.TENSOR]
+    tensors += [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    for tensor in tensors:
+        inside = not isinstance(tensor, ir.ExternalTensor) or Path(tensor.path).resolve().is_relative_to(
+            path.parent.resolve()
+        )
+        if not inside:
+            raise ModelError(f"{path}: looks for weights outside its folder ({quoted(tensor.name)}). Do not use it.")
 
 
 def _check_operators(model: ir.Model, path: Path) -> None:

@@ -125,6 +125,15 @@ def _outside(proto: onnx.ModelProto) -> None:
         entry.key, entry.value = key, value
 
 
+def _attribute_outside(proto: onnx.ModelProto) -> None:
+    _outside(proto)
+    tensor = onnx.TensorProto()
+    tensor.CopyFrom(proto.graph.initializer[0])
+    tensor.name = "value"
+    del proto.graph.initializer[:]
+    proto.graph.node.insert(0, helper.make_node("Constant", [], ["image_weight"], value=tensor))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -136,13 +145,14 @@ def _outside(proto: onnx.ModelProto) -> None:
         (_one_image, "batches of 1 only"),
         (_channels_last, "takes 4 channels"),
         (_outside, "outside its folder"),
+        (_attribute_outside, "outside its folder"),
     ],
 )
 def test_the_door_is_shut(folder: Path, change: object, reason: str) -> None:
     (folder.parent / "secret.bin").write_bytes(bytes(960))
-    if change is _outside:
+    if change in (_outside, _attribute_outside):  # onnx itself would not write them
         proto = onnx.load(folder / "visual.onnx")
-        _outside(proto)
+        change(proto)  # type: ignore[operator]
         (folder / "visual.onnx").write_bytes(proto.SerializeToString())
     else:
         _changed(folder, "visual.onnx", change)
