@@ -22,6 +22,8 @@ FORMAT = 2
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 # What open_clip does to a text before it falls into tokens, by its names; `runtime.cleaning` does it.
 CLEANINGS = ("lower", "canonicalize", "whitespace")
+# What `ModelInfo.pretrained` says of ONNX files that others exported: there are no torch weights behind them.
+IMPORTED = "onnx"
 # Of `Preprocess`. "random" is what open_clip calls a filter drawn in training; it serves with bicubic then.
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
@@ -49,8 +51,8 @@ class ModelInfo:
 
     Attributes:
         name: as the user gave it; of a folder or a config of one's own its name.
-        pretrained: "embedded", "random", "hub", "folder", a tag or a file's name.
-        weights_sha256: of the torch weights: the same for every width of a model.
+        pretrained: "embedded", "random", "hub", "folder", "onnx" (`IMPORTED`), a tag or a file's name.
+        weights_sha256: of the torch weights, or of imported files: the same for every width of a model.
         quick_gelu: whether a tower runs QuickGELU.
         logit_scale, logit_bias: what similarities are multiplied by, and what is added; None where the model has none.
         normalized: whether embeddings have length 1.

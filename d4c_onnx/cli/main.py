@@ -18,6 +18,7 @@ from d4c_onnx.errors import CheckFailed, D4CError, Report
 
 COMMANDS = {
     "export": "Turn a CLIP model into FP32 ONNX encoders, checked against torch.",
+    "import": "Turn ONNX files that others exported into FP32 encoders, checked against them.",
     "synthesize": "Make a calibration set from the model itself.",
     "quantize": "Quantise both encoders, and measure the files against FP32.",
     "evaluate": "Measure bundles side by side on a labelled set.",
@@ -26,6 +27,9 @@ COMMANDS = {
     "models": "List what can be loaded.",
     "recipe": "Print every recipe key with its default and what it does.",
 }
+
+# a module cannot be called so
+_FILES = {"import": "import_files"}
 
 
 class LazyGroup(click.Group):
@@ -37,7 +41,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"d4c_onnx.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"d4c_onnx.cli.{_FILES.get(cmd_name, cmd_name)}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -3,8 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -43,20 +42,8 @@ class Numbers(click.ParamType):
 
 def weights_options(function: F) -> F:
     """What weights do not say themselves, as one `model_options`."""
-    from d4c_onnx.manifest import INTERPOLATIONS, RESIZE_MODES
-    from d4c_onnx.models.model_options import ModelOptions
-
-    known = [entry.name for entry in fields(ModelOptions)]
-
-    @functools.wraps(function)
-    def command(**given: Any) -> Any:
-        if given["config"] is not None and _is_default("model"):
-            given["model"] = given["config"].stem
-        return function(model_options=ModelOptions(**{name: given.pop(name) for name in known}), **given)
-
     place = click.Path(path_type=Path)
-    channels, filters = Numbers(float, 3), [name for name in INTERPOLATIONS if name != "random"]
-    for option in (
+    given = (
         click.option(
             "--tokenizer", type=place, metavar="FOLDER", help="Files of the tokenizer, in place of the hub's."
         ),
@@ -65,15 +52,45 @@ def weights_options(function: F) -> F:
         click.option(
             "--quick-gelu/--no-quick-gelu", default=None, help="Whether the weights were trained with QuickGELU."
         ),
+        *_pixel_options(),
+    )
+    return _model_options(function, ("like", *_PIXELS, "quick_gelu", "strict", "config", "tokenizer"), given)
+
+
+def pixels_options(function: F) -> F:
+    """What an ONNX file does not say itself, as one `model_options`."""
+    return _model_options(function, ("like", *_PIXELS), _pixel_options())
+
+
+_PIXELS = ("mean", "std", "interpolation", "resize_mode", "image_size")
+
+
+def _model_options(function: F, names: tuple[str, ...], given: Iterable[Callable[..., Any]]) -> F:
+    from d4c_onnx.models.model_options import ModelOptions
+
+    @functools.wraps(function)
+    def command(**found: Any) -> Any:
+        if "config" in names and found["config"] is not None and _is_default("model"):
+            found["model"] = found["config"].stem
+        return function(model_options=ModelOptions(**{name: found.pop(name) for name in names}), **found)
+
+    for option in given:
+        command = option(command)
+    return cast(F, command)
+
+
+def _pixel_options() -> tuple[Callable[..., Any], ...]:
+    from d4c_onnx.manifest import INTERPOLATIONS, RESIZE_MODES
+
+    channels, filters = Numbers(float, 3), [name for name in INTERPOLATIONS if name != "random"]
+    return (
         click.option("--image-size", type=Numbers(int, 2), metavar="N|H,W", help="Pixels that the weights take."),
         click.option("--resize-mode", type=click.Choice(RESIZE_MODES), help="shortest crops, longest pads."),
         click.option("--interpolation", type=click.Choice(filters), help="The filter that resizes images."),
         click.option("--std", type=channels, metavar="S|R,G,B", help="What they are divided by then."),
         click.option("--mean", type=channels, metavar="M|R,G,B", help="What is subtracted from pixels of 0..1."),
         click.option("--like", metavar="TAG", help="A published tag whose pixels and GELU the weights are for."),
-    ):
-        command = option(command)
-    return cast(F, command)
+    )
 
 
 def _is_default(parameter: str) -> bool:

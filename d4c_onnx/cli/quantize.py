@@ -98,6 +98,7 @@ def command(
 
 def _print(report: QuantizeReport) -> None:
     from d4c_onnx.bundle import open_bundle
+    from d4c_onnx.manifest import IMPORTED
     from d4c_onnx.quantization.targets import TARGETS
 
     before, after = report.size_bytes.fp32, report.size_bytes.quantized
@@ -113,6 +114,10 @@ def _print(report: QuantizeReport) -> None:
         click.echo(f"{report.bits} is an accuracy mode: it answers as such a device would, and runs as int8 here")
     if report.target_note != TARGETS["cpu"].note:
         click.echo(f"target {report.target}: {report.target_note}")
-    show.made_for(open_bundle(report.bundle, verify=False).manifest)
+    manifest = open_bundle(report.bundle, verify=False).manifest
+    if manifest.model.pretrained == IMPORTED and manifest.quantization is not None:
+        method = manifest.quantization.recipe["synthesis"]["method"]
+        click.echo(f"calibrated with {method} images: imported files have no torch weights to optimise images by")
+    show.made_for(manifest)
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
     click.echo(f"{report.bundle} ({spent})")

@@ -103,6 +103,11 @@ def _open_clip(top: Node) -> dict[str, Any]:
     return settings
 
 
+def _preprocess_cfg(top: Node) -> dict[str, Any]:
+    """`preprocess_cfg.json`: open_clip's settings alone, as Immich writes them beside its ONNX files."""
+    return _open_clip(Node({"preprocess_cfg": _object(top).value}, top.file, top.place, top.error, top.mend))
+
+
 def _hugging_face(top: Node) -> dict[str, Any]:
     """`preprocessor_config.json` of CLIP's, SigLIP's and other image processors."""
     if not top.take("do_resize", flag, True):
@@ -195,4 +200,5 @@ _READERS: dict[str, Callable[[Node], dict[str, Any]]] = {
     "open_clip_config.json": _open_clip,
     "preprocessor_config.json": _hugging_face,
     "processor_config.json": _processor,
+    "preprocess_cfg.json": _preprocess_cfg,
 }

@@ -52,7 +52,7 @@ class Settings:
 
 def settings_of_tag(name: str, tag: str, options: ModelOptions) -> Settings:
     """Of a published tag's own weights."""
-    size = (f"architecture {name}", {"size": _own(name)["size"]})
+    size = (f"architecture {name}", {"size": architecture_settings(name)["size"]})
     return _first_said([*said_by(options), (f"tag {tag}", tag_settings(name, tag)), size])
 
 
@@ -72,7 +72,7 @@ def settings_of_random(
     source, agreed = _agreed(name, _published(name))
     rest = [
         (source, {setting: value for setting, value in agreed.items() if setting != "quick_gelu"}),
-        (f"architecture {name}", _own(name, config)),
+        (f"architecture {name}", architecture_settings(name, config)),
         ("open_clip's default, for random weights", default_settings()),
     ]
     return _first_said([*said_by(options), *stated, *_liked(name, options), *rest])
@@ -93,7 +93,7 @@ def settings_of_file(
         ModelError: `like` is no tag, or nobody says a setting in which the published tags differ: the choices.
     """
     said = [*said_by(options), *stated, *_liked(name, options)]
-    tags, own = _published(name), _own(name, config)
+    tags, own = _published(name), architecture_settings(name, config)
     if not tags:
         unknown = f"open_clip's default, {name} has no published tags"
         said.append((unknown, default_settings() | {"quick_gelu": own["quick_gelu"]}))
@@ -154,11 +154,11 @@ def tag_settings(name: str, tag: str) -> dict[str, Any]:
 
     cfg = open_clip.get_pretrained_cfg(name, tag)
     # A tag trained with QuickGELU under an architecture that defaults to GELU gives wrong embeddings, silently.
-    quick = bool(cfg.get("quick_gelu")) or _own(name)["quick_gelu"]
+    quick = bool(cfg.get("quick_gelu")) or architecture_settings(name)["quick_gelu"]
     return _plain(merge_preprocess_dict(PreprocessCfg(), cfg)) | {"quick_gelu": quick}
 
 
-def _own(name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def architecture_settings(name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What an architecture's config says: image size, and which GELU."""
     if config is None:
         import open_clip

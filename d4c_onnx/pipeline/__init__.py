@@ -4,6 +4,7 @@ torch is imported inside the steps that need it: quantising a bundle with a cali
 """
 
 from d4c_onnx.pipeline.exporting import bundle_folder, export_bundle
+from d4c_onnx.pipeline.importing import import_bundle
 from d4c_onnx.pipeline.quantize_report import BeforeAfter, QuantizeReport
 from d4c_onnx.pipeline.quantizing import quantize_bundle
 from d4c_onnx.pipeline.synthesizing import synthesize_calibration_set
@@ -13,6 +14,7 @@ __all__ = [
     "QuantizeReport",
     "bundle_folder",
     "export_bundle",
+    "import_bundle",
     "quantize_bundle",
     "synthesize_calibration_set",
 ]

@@ -12,7 +12,7 @@ from d4c_onnx.files import refuse_existing
 from d4c_onnx.measure.accuracy import check_dataset_name
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.pipeline.source import source_folder
+from d4c_onnx.pipeline.source import source_folder, without_model
 from d4c_onnx.progress import OnStep
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import read_nouns
@@ -93,6 +93,7 @@ def decide(
 
     nouns = read_nouns(prompts) if prompts else None
     folder = source_folder(source, output)
+    recipe = without_model(folder, recipe) if calibration is None else recipe
     wants_fp16 = target_of(recipe.quantization).fp16_beside
     resumed = None if overwrite else _unmeasured_bundle(folder, recipe, whole=calibration is None)
     if resumed is None:

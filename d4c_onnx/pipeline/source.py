@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
-from d4c_onnx.errors import BundleError, ModelError
+from d4c_onnx.errors import BundleError, ModelError, RecipeError
 from d4c_onnx.files import refuse_existing
-from d4c_onnx.manifest import ModelInfo
+from d4c_onnx.manifest import IMPORTED, ModelInfo
 from d4c_onnx.models.model_options import ModelOptions, is_local
 from d4c_onnx.pipeline.exporting import bundle_folder, export_loaded, load
 from d4c_onnx.progress import OnStep
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from d4c_onnx.models.load import LoadedModel
 
 _WHOLE = ("embedded", "hub", "folder")  # models that are named without --pretrained
+_ASK_NO_MODEL = ("leaves", "noise", "pink", "real")
 
 
 @dataclass(slots=True)
@@ -50,6 +51,11 @@ class LazyModel:
         if self.loaded is None:
             model = self.bundle.manifest.model
             known = model.pretrained
+            if is_imported(self.bundle):
+                raise ModelError(
+                    f"{self.bundle.path}: was imported from ONNX files, so there are no torch weights. Use images "
+                    "that ask no model: --set synthesis.method=leaves."
+                )
             if Path(known).suffix and not self.pretrained:
                 raise ModelError(
                     f"{self.bundle.path}: synthesis needs the weights again. Add --pretrained PATH/{known}."
@@ -121,6 +127,31 @@ def other_weights(
 def source_folder(source: str, output: str | Path) -> Path:
     """Where the FP32 bundle is, or will be: `source` is a bundle's path or a model's name."""
     return Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
+
+
+def is_imported(bundle: Bundle) -> bool:
+    """Whether there are no torch weights behind a bundle."""
+    return bundle.manifest.model.pretrained == IMPORTED
+
+
+def without_model(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe as it can be followed for the bundle in a folder: behind an imported one there are no torch weights.
+
+    D4C, the default, gives way to dead leaves, which ask no model.
+
+    Raises:
+        RecipeError: another method that asks the weights.
+    """
+    method = recipe.synthesis.method
+    if method in _ASK_NO_MODEL or not is_bundle(folder) or not is_imported(open_bundle(folder, verify=False)):
+        return recipe
+    if method != "d4c":
+        raise RecipeError(
+            f"synthesis.method {method}: needs torch weights, and {folder} was imported from ONNX files. Use "
+            f"{', '.join(_ASK_NO_MODEL)}."
+        )
+    leaves = recipe.synthesis.model_copy(update={"method": "leaves", "early_stop_tolerance": None})
+    return recipe.model_copy(update={"synthesis": leaves})
 
 
 def open_or_export(

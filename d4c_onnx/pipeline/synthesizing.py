@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
+from d4c_onnx.pipeline.controls import draw_real_images, make_control_set
 from d4c_onnx.pipeline.exporting import use_threads
-from d4c_onnx.pipeline.real_images import draw_real_images
-from d4c_onnx.pipeline.source import LazyModel, open_or_export, source_folder
+from d4c_onnx.pipeline.source import LazyModel, is_imported, open_or_export, source_folder, without_model
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import read_nouns
@@ -48,6 +48,7 @@ def synthesize_calibration_set(
     machine = machine or Machine()
     nouns = read_nouns(prompts) if prompts else None
     folder = source_folder(source, output)
+    recipe = without_model(folder, recipe)
     use_threads(machine)
     group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
     model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step, options))
@@ -76,6 +77,8 @@ def find_or_synthesize(
     if target.exists():
         shutil.rmtree(work_folder(target), ignore_errors=True)  # a run was killed after its last rename
         return target, open_calibration_set(target)
+    if is_imported(bundle):
+        return target, make_control_set(bundle, target, recipe, nouns, source, digest)
     from d4c_onnx.synthesis import synthesize
 
     loaded = model.load(on_step)

@@ -10,10 +10,12 @@ import numpy as np
 
 from d4c_onnx.calibration.dataset import CalibrationSet, open_calibration_set
 from d4c_onnx.calibration.method import Method
+from d4c_onnx.errors import RecipeError
 from d4c_onnx.models.load import LoadedModel
+from d4c_onnx.models.random_phrases import random_phrases
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import PromptSection, SynthesisSection
-from d4c_onnx.synthesis.assemble import assemble
+from d4c_onnx.synthesis.assemble import Subject, assemble
 from d4c_onnx.synthesis.make import make_units
 from d4c_onnx.synthesis.process_group import ProcessGroup
 from d4c_onnx.synthesis.task import decide
@@ -73,7 +75,56 @@ def synthesize(
     if group.rank:  # the first process puts the set together
         group.barrier()
         return open_calibration_set(target)
-    saved = assemble(loaded, target, plan, made, given)
+    saved = assemble(_subject(loaded), target, plan, made, given)
     store.remove()
     group.barrier()
     return saved
+
+
+def make_control(
+    subject: Subject,
+    weights_sha256: str,
+    target: Path,
+    section: SynthesisSection,
+    text: PromptSection,
+    nouns: tuple[str, ...],
+    *,
+    seed: int,
+    given: np.ndarray | None = None,
+    source_sha256: str | None = None,
+) -> CalibrationSet:
+    """Make a calibration set of images that ask no model, for one of which there are no torch weights.
+
+    Args:
+        subject: what the set is for.
+        weights_sha256: of its bundle.
+        target, section, text, nouns, seed, given, source_sha256: see `synthesize`.
+
+    Raises:
+        RecipeError: the recipe's method asks the model.
+        BundleError: the disk is full.
+    """
+    plan = decide(
+        weights_sha256,
+        section,
+        text,
+        nouns,
+        seed=seed,
+        device="cpu",
+        source_sha256=source_sha256,
+        method=None,
+        processes=1,
+    )
+    if plan.method is not None:
+        raise RecipeError(f"synthesis.method {section.method}: needs torch weights. Use leaves, noise, pink or real.")
+    return assemble(subject, target, plan, [], given)
+
+
+def _subject(loaded: LoadedModel) -> Subject:
+    def rows(texts: list[str]) -> tuple[tuple[int, ...], ...]:
+        return loaded.cut(loaded.tokenize(texts))
+
+    def phrases(count: int, rng: np.random.Generator) -> list[str]:
+        return random_phrases(loaded.tokenizer, count, rng)
+
+    return Subject(loaded.name, loaded.preprocess, rows, phrases)

@@ -1,0 +1,51 @@
+"""Two towers that somebody else exported become an FP32 bundle."""
+
+from __future__ import annotations
+
+from os.path import commonpath
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.files import refuse_existing
+from d4c_onnx.models.model_options import ModelOptions
+from d4c_onnx.pipeline.exporting import bundle_folder
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.recipe import Recipe
+
+if TYPE_CHECKING:
+    from d4c_onnx.foreign import ForeignFiles
+
+
+def import_bundle(
+    files: ForeignFiles,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    name: str | None = None,
+    options: ModelOptions | None = None,
+    overwrite: bool = False,
+    on_step: OnStep = silent,
+) -> Bundle:
+    """Import two ONNX files into `<output>/<name>/` in FP32, checked against the files.
+
+    Args:
+        files: the towers, and what the user says of their outputs and texts.
+        name: the model's; None: that of the folder that both lie in.
+        options: what the user says of their preprocessing.
+
+    Raises:
+        GraphError, ModelError: a file is not what it must be, or nobody says what it cannot say itself.
+        BundleError: the folder is in the way, or cannot be written.
+        CheckFailed: a rewritten tower answers otherwise than its file.
+    """
+    from d4c_onnx.foreign import import_files
+
+    target = bundle_folder(output, name or _common_folder(files.image, files.text))
+    refuse_existing(target, overwrite)
+    return import_files(files, target, options or ModelOptions(), seed=recipe.seed, on_step=on_step)
+
+
+def _common_folder(*paths: Path) -> str:
+    folder = Path(commonpath([path.resolve().parent for path in paths]))
+    return (folder.parent if folder.name == "onnx" else folder).name or "imported"
