@@ -84,7 +84,7 @@ def test_public_functions_take_paths_as_strings(tmp_path: Path) -> None:
     assert made.bundle == folder.parent / "w4a8"
     compared = d4c_onnx.evaluate_bundles([str(folder.parent), str(made.bundle)], recipe, calibration=str(folder))
     assert len(compared.bundles) == 2
-    assert inspect_bundle(str(made.bundle)).weight_bits_average < 4.3
+    assert inspect_bundle(str(made.bundle)).weight_bits_average <= 4.5
 
 
 def test_source_and_method_belong_together(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_inspection_agrees_with_the_census(
     for layer in inspected.layers:
         assert bool(layer.reason) == (not layer.int8)
         if layer.shape and layer.int8:
-            assert layer.bits in (4, 8)
+            assert layer.bits in (4, 4.25, 8)
             assert layer.activation == "uint8"
             assert layer.activation_range[0] <= 0 < layer.activation_range[1]
             assert 0 < layer.weight_scales[0] <= layer.weight_scales[1]
