@@ -43,7 +43,7 @@ VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size
 TEXTS = ["two", "a photo of a cat.", "x " * 100]
 
 
-@pytest.fixture(scope="module", params=[pytest.param("bert", marks=pytest.mark.slow), "xlm-roberta"])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ENCODERS])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """A CLIP of random weights with a small encoder of a type, and a tokenizer of letters."""
     folder = tmp_path_factory.mktemp(request.param)
