@@ -27,8 +27,8 @@ IMPORTED = "onnx"
 # Of `Preprocess`. "random" is what open_clip calls a filter drawn in training; it serves with bicubic then.
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
-# Far above any model, and low enough that what is allocated by it fits in memory.
-LARGEST_SIDE = 2**13
+# Far above any model, and low enough that what is allocated by them fits in memory.
+LARGEST_SIDE, LONGEST_CONTEXT = 2**13, 2**17
 
 
 @dataclass(frozen=True, slots=True)

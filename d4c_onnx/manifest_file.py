@@ -19,6 +19,7 @@ from d4c_onnx.manifest import (
     FORMAT,
     INTERPOLATIONS,
     LARGEST_SIDE,
+    LONGEST_CONTEXT,
     RESIZE_MODES,
     EncoderRecord,
     FileRecord,
@@ -62,8 +63,6 @@ _COUNTED_IN_1 = ("pooled_row_only", "fused_attention", "fused_biases", "fused_qk
 _VERSIONED = ("d4c-onnx", "torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "numpy", "tokenizers")
 # A manifest names a data set that ships, never a file.
 _EMBEDDED_SETS = ("cifar10",)
-# Far above any model, and low enough that what is allocated by them fits in memory.
-_LONGEST_CONTEXT = 2**17
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -148,7 +147,7 @@ def _model(node: Node) -> ModelInfo:
         logit_scale=node.take("logit_scale", nullable(number)),
         logit_bias=node.take("logit_bias", nullable(number)),
         normalized=node.take("normalized", flag),
-        context_length=node.take("context_length", integer(1, _LONGEST_CONTEXT)),
+        context_length=node.take("context_length", integer(1, LONGEST_CONTEXT)),
         end_id=node.take("end_id", nullable(_token)),
         dataset=node.take("dataset", nullable(one_of(*_EMBEDDED_SETS))),
         sources=node.take("sources", mapping(text), {}),
@@ -177,7 +176,7 @@ def _preprocess(node: Node) -> Preprocess:
 def _tokenizer(node: Node) -> TokenizerInfo:
     return TokenizerInfo(
         type=node.take("type", text),
-        context_length=node.take("context_length", integer(1, _LONGEST_CONTEXT)),
+        context_length=node.take("context_length", integer(1, LONGEST_CONTEXT)),
         cleaning=node.take("cleaning", text),
         sot_id=node.take("sot_id", nullable(_token), None),
         eot_id=node.take("eot_id", nullable(_token), None),

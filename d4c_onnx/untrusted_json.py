@@ -34,6 +34,12 @@ def quoted(value: object) -> str:
     return _short.repr(value)[:QUOTED]
 
 
+def short(error: object) -> str:
+    """An error of another library, on one line and not too long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A value of a JSON file.
@@ -98,7 +104,7 @@ def read_json(
             raise error(f"{file}: has {size:,} bytes, which no such file has. {mend}")
         return Node(json.loads(file.read_bytes().decode("utf-8")), file, error=error, mend=mend)
     except (OSError, ValueError, RecursionError) as cause:
-        raise error(f"{file}: cannot be read ({str(cause)[:QUOTED]}). {mend}") from cause
+        raise error(f"{file}: cannot be read ({short(cause)}). {mend}") from cause
 
 
 def text(node: Node) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from d4c_onnx.cli import options, show
+from d4c_onnx.manifest import LONGEST_CONTEXT
 from d4c_onnx.models.model_options import ModelOptions
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -17,7 +18,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--image-output", metavar="NAME", help="Its embedding, where the file has several outputs.")
 @click.option("--text-output", metavar="NAME", help="Its embedding, where the file has several outputs.")
 @click.option("--tokenizer", type=_FILE, help="A tokenizer.json.  [the one beside the text tower]")
-@click.option("--context-length", type=click.IntRange(2, 2**17), help="Token ids of the longest text.")
+@click.option("--context-length", type=click.IntRange(2, LONGEST_CONTEXT), help="Token ids of the longest text.")
 @click.option("--pad-token", metavar="TOKEN", help="What fills texts up, where the tower sees it.")
 @options.pixels_options
 @click.option("--name", help="The model's name.  [that of the folder that both files lie in]")

@@ -9,6 +9,7 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.runtime.preprocess import preprocess_image
 from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.tokenizer import TextTokenizer
+from d4c_onnx.runtime.vectors import unit
 
 
 class BundleEncoders:
@@ -39,7 +40,7 @@ class BundleEncoders:
 
     def texts(self, texts: list[str], batch: int = 64) -> np.ndarray:
         """float32 [N, D] unit vectors."""
-        tokenizer = TextTokenizer(self.bundle.tokenizer)
+        tokenizer = TextTokenizer(self.bundle.tokenizer, self.bundle.manifest.tokenizer)
         parts = [self._text.run(self._fit(tokenizer(texts[i : i + batch]))) for i in range(0, len(texts), batch)]
         return unit(np.concatenate(parts))
 
@@ -49,11 +50,6 @@ class BundleEncoders:
             return input_ids
         pad = self.bundle.manifest.tokenizer.pad_id or 0
         return np.pad(input_ids, ((0, 0), (0, length - input_ids.shape[1])), constant_values=pad)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows divided by their L2 norm."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def class_embeddings(encoders: BundleEncoders, classes: tuple[str, ...], templates: tuple[str, ...]) -> np.ndarray:

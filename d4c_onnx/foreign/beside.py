@@ -13,11 +13,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from d4c_onnx.errors import ModelError
-from d4c_onnx.manifest import Preprocess
+from d4c_onnx.manifest import LONGEST_CONTEXT, Preprocess
 from d4c_onnx.models.beside import configs_beside
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.models.preprocessing import BESIDE, architecture_settings, said_by, tag_settings
-from d4c_onnx.untrusted_json import QUOTED, Node, integer, nullable, read_json, text
+from d4c_onnx.models.preprocessing import BESIDE, architecture_settings, first_said, said_by, tag_settings
+from d4c_onnx.untrusted_json import Node, integer, nullable, read_json, short, text
 
 _ASKED = {
     "mean": "--mean",
@@ -27,7 +27,6 @@ _ASKED = {
     "size": "--image-size",
 }
 _LARGEST_TOKENIZER = 64 * 2**20  # bytes; XLM-R's has a quarter of it
-_LONGEST = 2**17  # ids of a text; configs write 1e30 for "no limit"
 _MEND = "Mend it, or move it away and name what it says with an option."
 
 
@@ -52,33 +51,30 @@ def pixels_beside(
     """
     said = list(said_by(options))
     for folder in folders_of(image):
-        said += [(f"{name} {BESIDE}", settings) for name, settings in configs_beside(folder / image.name)]
+        said += [(f"{name} {BESIDE}", found) for name, found in configs_beside(folder / image.name)]
     said += _liked(options)
     if taken is not None:
         said.append(("the graph", {"size": taken}))
     said.append(("default", {"fill_color": 0}))
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for source, settings in said:
-        for name, value in settings.items():
-            if name != "quick_gelu" and name not in values:
-                values[name], sources[name] = value, source
-    missing = [option for name, option in _ASKED.items() if name not in values]
+    settings = first_said(said)
+    missing = [option for name, option in _ASKED.items() if name not in settings.values]
     if missing:
         raise ModelError(
             f"{image}: nothing says which pixels it was trained with. Put its preprocessor_config.json, "
             f"preprocess_cfg.json or open_clip_config.json beside it, or say {', '.join(missing)}, or "
             "--like MODEL:TAG, a published tag of open_clip whose pixels it takes."
         )
-    if taken is not None and values["size"] != taken:
+    preprocess, sources = settings.preprocess(), settings.sources
+    if taken is not None and preprocess.size != taken:
         raise ModelError(
-            f"{image}: takes images of {_sides(taken)}, but {sources['size']} says {_sides(values['size'])}. "
+            f"{image}: takes images of {_sides(taken)}, but {sources['size']} says {_sides(preprocess.size)}. "
             f"Add --image-size {taken[0]},{taken[1]} if the graph is right."
         )
-    return Preprocess(**values), sources
+    # which GELU it has is seen in the graph
+    return preprocess, {name: source for name, source in sources.items() if name != "quick_gelu"}
 
 
-def tokenizer_beside(file: Path, given: Path | None) -> tuple[Tokenizer, Path]:
+def read_tokenizer(file: Path, given: Path | None) -> tuple[Tokenizer, Path]:
     """The tokenizer of a text tower, and its file.
 
     Raises:
@@ -97,7 +93,7 @@ def tokenizer_beside(file: Path, given: Path | None) -> tuple[Tokenizer, Path]:
     try:
         return Tokenizer.from_file(str(found)), found
     except Exception as error:  # the library raises this very class
-        raise ModelError(f"{found}: is no tokenizer ({str(error)[:QUOTED]}). Name another one.") from error
+        raise ModelError(f"{found}: is no tokenizer ({short(error)}). Name another one.") from error
 
 
 def padding_beside(tokenizer: Tokenizer, file: Path) -> int | None:
@@ -133,17 +129,18 @@ def _lengths(folder: Path) -> Iterator[int]:
         "config.json": [("text_config", "max_position_embeddings"), ("text_cfg", "context_length")],
         "open_clip_config.json": [("model_cfg", "text_cfg", "context_length")],
     }
-    for place in (folder, folder.parent):
-        for name in ways:
-            if not (place / name).is_file():
-                continue
-            for keys in ways[name]:
-                node: Node | None = read_json(place / name, ModelError, _MEND)
-                for key in keys:
-                    known = node is not None and isinstance(node.value, dict) and key in node.value
-                    node = node.below(key, node.value[key]) if known and node is not None else None
-                if node is not None and isinstance(node.value, int | float) and 1 <= node.value <= _LONGEST:
-                    yield integer(1, _LONGEST)(node)
+    for file in (place / name for place in (folder, folder.parent) for name in ways):
+        if not file.is_file():
+            continue
+        top = read_json(file, ModelError, _MEND)
+        for keys in ways[file.name]:
+            node: Node | None = top
+            for key in keys:
+                known = node is not None and isinstance(node.value, dict) and key in node.value
+                node = node.below(key, node.value[key]) if known and node is not None else None
+            # configs write 1e30 for "no limit"
+            if node is not None and isinstance(node.value, int | float) and 1 <= node.value <= LONGEST_CONTEXT:
+                yield integer(1, LONGEST_CONTEXT)(node)
 
 
 def _token(node: Node) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from d4c_onnx.foreign.probe import Probe, shape_name, sizes_only
+from d4c_onnx.graph.gates import quick_gelu_gates
 from d4c_onnx.graph.model import with_shapes
 from d4c_onnx.graph.values import (
     array,
@@ -207,8 +208,4 @@ def _has(entry: ir.Node, number: float) -> bool:
 
 def holds_quick_gelu(graph: ir.Graph) -> bool:
     """Whether a sigmoid gates what it is made of, scaled by 1.702."""
-    for sigmoid in nodes_of(graph, "Sigmoid"):
-        scaled = maker(sigmoid.inputs[0])
-        if scaled is not None and is_op(scaled, "Mul") and _has(scaled, _QUICK):
-            return True
-    return False
+    return any(_has(gate, _QUICK) for gate in quick_gelu_gates(graph))

@@ -65,9 +65,12 @@ def open_towers(files: ForeignFiles, options: ModelOptions) -> OpenedTowers:
     Raises:
         GraphError, ModelError: a file is not what it must be, or nobody says what it cannot say itself.
     """
-    image = cut_tower(let_in(files.image), "image", files.image, files.image_output)
+    whole = let_in(files.image)
+    # a copy shares the weights
+    other = whole.clone() if files.text == files.image else None
+    image = cut_tower(whole, "image", files.image, files.image_output)
     preprocess, sources = pixels_beside(files.image, options, _taken(image))
-    text = cut_tower(let_in(files.text), "text", files.text, files.text_output)
+    text = cut_tower(other or let_in(files.text), "text", files.text, files.text_output)
     digest = _digest(image, text)
     image.main.shape = ir.Shape(["batch", 3, *preprocess.size])
     return OpenedTowers(image, text, preprocess, sources, digest)

@@ -10,7 +10,8 @@ from d4c_onnx.foreign.tower import Original
 from d4c_onnx.graph.model import drop_unused, load_model
 from d4c_onnx.graph.values import ancestors
 from d4c_onnx.runtime.session import EncoderSession
-from d4c_onnx.untrusted_json import QUOTED
+from d4c_onnx.runtime.vectors import unit
+from d4c_onnx.untrusted_json import short
 
 TOLERANCE = 1e-4  # max abs difference of unit vectors: as between torch and our own exports
 
@@ -21,9 +22,8 @@ class OriginalTower:
     def __init__(self, original: Original) -> None:
         """Raises: BundleError: onnxruntime cannot load it."""
         self.original = original
-        self._session = EncoderSession(original.path)
-        if set(self._session.input_names) - set(original.inputs.values()):  # the other tower's, in a file of both
-            self._session = EncoderSession.of_model(_alone(original))
+        alone = original.alone
+        self._session = EncoderSession(original.path) if alone else EncoderSession.of_model(_alone(original))
 
     def __call__(self, batch: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Embeddings as unit vectors, float32 [batch, width].
@@ -52,7 +52,7 @@ class OriginalTower:
             ]
         except Exception as error:  # onnxruntime raises its own C++ exception types
             raise ModelError(
-                f"{self.original.path}: does not run on {batch.dtype} {list(batch.shape)} ({str(error)[:QUOTED]}). "
+                f"{self.original.path}: does not run on {batch.dtype} {list(batch.shape)} ({short(error)}). "
                 "Are its tokenizer and its image size the right ones?"
             ) from error
         if found.ndim != 2 or found.shape[0] != len(batch):
@@ -74,11 +74,6 @@ def _alone(original: Original) -> ir.Model:
     for value in [entry for entry in model.graph.inputs if entry not in used]:
         model.graph.inputs.remove(value)
     return model
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows divided by their L2 norm."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def check_same(tower: str, expected: np.ndarray, found: np.ndarray) -> float:

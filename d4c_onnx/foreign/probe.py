@@ -11,7 +11,7 @@ import onnx_ir as ir
 from d4c_onnx.errors import BundleError
 from d4c_onnx.graph.values import array, is_op, maker, name_of, node, reads
 from d4c_onnx.runtime.session import EncoderSession
-from d4c_onnx.untrusted_json import QUOTED
+from d4c_onnx.untrusted_json import short
 
 _SHOWN = "_shape_shown"  # behind a value's name: its shape, as an output of the probed copy
 
@@ -43,7 +43,7 @@ class Probe:
         try:
             return [session.run_all(feed) for feed in self.feeds]
         except Exception as error:  # onnxruntime raises its own C++ exception types
-            raise BundleError(f"the graph does not run on batches of another size ({str(error)[:QUOTED]}).") from error
+            raise BundleError(f"the graph does not run on batches of another size ({short(error)}).") from error
 
 
 def shape_name(name: str) -> str:

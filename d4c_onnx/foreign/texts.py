@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from d4c_onnx.errors import ModelError
-from d4c_onnx.foreign.beside import context_beside, padding_beside, tokenizer_beside
+from d4c_onnx.foreign.beside import context_beside, padding_beside, read_tokenizer
 from d4c_onnx.foreign.original import TOLERANCE, OriginalTower
 from d4c_onnx.foreign.tower import ForeignTower
 from d4c_onnx.manifest import TokenizerInfo
@@ -78,7 +78,7 @@ def texts_of(
     Raises:
         ModelError: nobody says what cannot be tried out, or what was said does not fit the graph.
     """
-    found, file = tokenizer_beside(tower.original.path, tokenizer)
+    found, file = read_tokenizer(tower.original.path, tokenizer)
     known = padding_beside(found, file) if pad is None else found.token_to_id(pad)
     if pad is not None and known is None:
         raise ModelError(f"--pad-token {pad!r}: {file} has no such token.")

@@ -36,12 +36,14 @@ class Original:
         inputs: what it takes, by what it is: `pixels`, or `ids` and perhaps `mask` and `type`.
         dtypes: numpy's name of the type of each of them.
         output: the embedding.
+        alone: whether the file takes nothing else, such as the other tower's.
     """
 
     path: Path
     inputs: dict[str, str]
     dtypes: dict[str, str]
     output: str
+    alone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def cut_tower(model: ir.Model, kind: str, path: Path, output: str | None = None)
         {what: name_of(value) for what, value in inputs.items()},
         {what: value.dtype.numpy().name if value.dtype else "" for what, value in inputs.items()},
         name_of(chosen),
+        alone=set(graph.inputs) == set(inputs.values()),
     )
     graph.outputs.clear()
     graph.outputs.append(chosen)

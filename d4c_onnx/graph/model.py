@@ -49,11 +49,20 @@ def load_model(path: Path) -> ir.Model:
 def _check_external(model: ir.Model, folder: Path) -> None:
     """Weights beside the graph are read when they are needed; that they are there, and beside it, is seen now.
 
+    Tensors of graphs inside the graph, of functions and of nodes' attributes count, too.
+
     Raises:
         GraphError: a file is missing, or lies elsewhere.
     """
-    beside = {value.const_value for value in model.graph.initializers.values()}
-    for location in {Path(tensor.path) for tensor in beside if isinstance(tensor, ir.ExternalTensor)}:
+    nodes = [
+        *model.graph.all_nodes(),
+        *(node for function in model.functions.values() for node in function.all_nodes()),
+    ]
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    tensors += [
+        entry.value for node in nodes for entry in node.attributes.values() if entry.type == ir.AttributeType.TENSOR
+    ]
+    for location in {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}:
         if not location.resolve().is_relative_to(folder.resolve()):
             raise GraphError(f"{location}: the graph looks for weights outside its folder {folder}. Do not use it.")
         if not location.is_file():

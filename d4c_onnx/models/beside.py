@@ -24,6 +24,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
 )
 
+CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")  # how names of files of weights end
 _side = integer(1, LARGEST_SIDE)
 
 
@@ -74,7 +75,7 @@ def weights_in(folder: Path) -> Path:
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    others = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin"))
+    others = sorted(file for file in folder.iterdir() if file.suffix in CHECKPOINTS)
     if len(others) != 1:
         found = "several files of weights" if others else "no weights"
         raise ModelError(f"{folder}: holds {found}. Name the one to take {_WEIGHTS[0]}, or {_WEIGHTS[1]}.")

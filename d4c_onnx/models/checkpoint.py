@@ -21,7 +21,7 @@ from d4c_onnx.models.misfit import differences, misfit
 from d4c_onnx.models.preprocessing import WITHIN, Source, default_settings
 from d4c_onnx.models.torchscript import is_torchscript, read_torchscript
 from d4c_onnx.models.wrappers import peel
-from d4c_onnx.untrusted_json import QUOTED, quoted
+from d4c_onnx.untrusted_json import quoted, short
 
 # Numbers that OpenAI's published state dicts carry beside the weights, and nobody else's do
 _OPENAI = ("input_resolution", "context_length", "vocab_size")
@@ -161,12 +161,6 @@ def set_image_size(model: Any, image_size: tuple[int, int]) -> tuple[Resampled, 
     before = _grids(model)
     model.visual.set_input_size(image_size)
     return _changed(before, _grids(model))
-
-
-def short(error: object) -> str:
-    """An error of another library, on one line and not too long."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
 
 
 def _changed(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Resampled, ...]:

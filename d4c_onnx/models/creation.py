@@ -22,9 +22,8 @@ from huggingface_hub import constants as hub
 
 from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import Resampled
-from d4c_onnx.models.checkpoint import short
 from d4c_onnx.models.preprocessing import square_or_sides
-from d4c_onnx.untrusted_json import quoted
+from d4c_onnx.untrusted_json import quoted, short
 
 ImageSize = tuple[int, int] | None
 Fill = Callable[[Any, ImageSize], tuple[Resampled, ...]]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from d4c_onnx.errors import ModelError
-from d4c_onnx.models.checkpoint import short
+from d4c_onnx.untrusted_json import short
 
 
 class FolderTokenizer:

@@ -18,7 +18,7 @@ from safetensors.torch import load as load_safetensors
 
 from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import Resampled
-from d4c_onnx.models.beside import config_of, configs_beside, weights_in
+from d4c_onnx.models.beside import CHECKPOINTS, config_of, configs_beside, weights_in
 from d4c_onnx.models.catalogue import EmbeddedModel, embedded_models
 from d4c_onnx.models.checkpoint import Checkpoint, load_published, load_tensors, read_checkpoint, set_image_size
 from d4c_onnx.models.compact import unpack_token_table
@@ -51,8 +51,6 @@ from d4c_onnx.models.preprocessing import (
     square_or_sides,
 )
 from d4c_onnx.models.transformers_folder import TRANSFORMERS_CONFIG, bert_folder, convert_config, read_weights
-
-_CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +116,12 @@ def load_model(
 def _load_embedded(asked: _Asked) -> LoadedModel:
     """A mini with its own weights, random ones, or a file's."""
     entry, pretrained = embedded_models()[asked.name], asked.pretrained or "embedded"
-    if Path(pretrained).suffix in _CHECKPOINTS:
+    if Path(pretrained).suffix in CHECKPOINTS:
         return _load_weights(asked, Architecture(entry.name, entry.model_cfg), entry=entry)
     if pretrained not in ("embedded", "random"):
         raise ModelError(
             f"--pretrained {pretrained}: {entry.name} ships with its weights. Leave --pretrained away, or name a "
-            f"checkpoint ({', '.join(_CHECKPOINTS)})."
+            f"checkpoint ({', '.join(CHECKPOINTS)})."
         )
     if said := [*asked.options.said(), *asked.options.places()]:
         raise ModelError(f"{', '.join(said)}: {entry.name} ships with its preprocessing. Leave it away.")
@@ -303,9 +301,9 @@ def _check_checkpoint(name: str, path: Path, tags: list[str]) -> Path:
             f"--pretrained {path}: is a folder. Name the file in it; or, where its config lies in it, name the folder "
             f"in place of {name}."
         )
-    if path.suffix not in _CHECKPOINTS:
+    if path.suffix not in CHECKPOINTS:
         raise ModelError(
-            f"--pretrained {path}: neither a tag of {name} ({known}) nor a checkpoint ({', '.join(_CHECKPOINTS)})."
+            f"--pretrained {path}: neither a tag of {name} ({known}) nor a checkpoint ({', '.join(CHECKPOINTS)})."
         )
     if not path.is_file():
         raise ModelError(f"--pretrained {path}: no such file.")

@@ -53,7 +53,7 @@ class Settings:
 def settings_of_tag(name: str, tag: str, options: ModelOptions) -> Settings:
     """Of a published tag's own weights."""
     size = (f"architecture {name}", {"size": architecture_settings(name)["size"]})
-    return _first_said([*said_by(options), (f"tag {tag}", tag_settings(name, tag)), size])
+    return first_said([*said_by(options), (f"tag {tag}", tag_settings(name, tag)), size])
 
 
 def settings_of_random(
@@ -75,7 +75,7 @@ def settings_of_random(
         (f"architecture {name}", architecture_settings(name, config)),
         ("open_clip's default, for random weights", default_settings()),
     ]
-    return _first_said([*said_by(options), *stated, *_liked(name, options), *rest])
+    return first_said([*said_by(options), *stated, *_liked(name, options), *rest])
 
 
 def settings_of_file(
@@ -101,7 +101,7 @@ def settings_of_file(
     missing = [setting for setting in _SETTINGS if not any(setting in values for _, values in said)]
     if missing:
         raise ModelError(_question(name, file, missing, tags))
-    return _first_said(said)
+    return first_said(said)
 
 
 def settings_of_folder(name: str, options: ModelOptions, stated: Iterable[Source]) -> Settings:
@@ -120,13 +120,13 @@ def settings_of_folder(name: str, options: ModelOptions, stated: Iterable[Source
             "wrong embeddings. Put their preprocessor_config.json there, name a published tag that they are like "
             f"(--like MODEL:TAG), or say it yourself ({', '.join(_OPTIONS[setting] for setting in missing)})."
         )
-    return _first_said(said)
+    return first_said(said)
 
 
 def settings_of_hub(name: str, cfg: Mapping[str, Any], quick_gelu: bool, options: ModelOptions) -> Settings:
     """Of a repository of the hub: what open_clip read there, and which GELU the model was made with."""
     own = _plain(cfg) | {"size": square_or_sides(cfg["size"]), "quick_gelu": quick_gelu}
-    return _first_said([*said_by(options), (name, own)])
+    return first_said([*said_by(options), (name, own)])
 
 
 def square_or_sides(size: int | Sequence[int]) -> tuple[int, int]:
@@ -179,7 +179,8 @@ def contradictions(options: ModelOptions, preprocess: Preprocess, model: ModelIn
     return [f"{name} {known[name]}, not {value}" for name, value in asked.items() if known[name] != value]
 
 
-def _first_said(sources: Iterable[Source]) -> Settings:
+def first_said(sources: Iterable[Source]) -> Settings:
+    """Each setting as the first says it who says it at all."""
     values: dict[str, Any] = {}
     found: dict[str, str] = {}
     for source, said in sources:

@@ -18,7 +18,7 @@ from d4c_onnx.manifest import LARGEST_SIDE
 from d4c_onnx.models.beside import weights_in
 from d4c_onnx.models.checkpoint import Checkpoint, read_checkpoint
 from d4c_onnx.models.transformers_names import renamed_chinese, renamed_clip, renamed_siglip
-from d4c_onnx.untrusted_json import Node, integer, mapping, nullable, positive, read_json, text
+from d4c_onnx.untrusted_json import Node, integer, mapping, nullable, positive, quoted, read_json, text
 
 TRANSFORMERS_CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
@@ -128,7 +128,7 @@ def read_weights(folder: Path) -> Checkpoint:
     state: dict[str, torch.Tensor] = {}
     for name in sorted(set(files.values())):
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise ModelError(f"{index}: names {name[:200]!r}, which is no file of weights in {folder}.")
+            raise ModelError(f"{index}: names {quoted(name)}, which is no file of weights in {folder}.")
         state |= read_checkpoint(folder / name).state
     return Checkpoint(index, state, ())
 

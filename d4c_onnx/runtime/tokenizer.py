@@ -15,7 +15,7 @@ from d4c_onnx.manifest import TokenizerInfo
 from d4c_onnx.manifest_file import MANIFEST, read_manifest
 from d4c_onnx.runtime.cleaning import clean
 from d4c_onnx.runtime.clip_words import ClipWords
-from d4c_onnx.untrusted_json import QUOTED
+from d4c_onnx.untrusted_json import short
 
 
 class TextTokenizer:
@@ -43,7 +43,7 @@ class TextTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises this very class
-            raise self._damaged(str(error)[:QUOTED]) from error
+            raise self._damaged(short(error)) from error
         if self._clip:
             self._words = ClipWords(self._tokenizer, self.info)
         elif self.info.clean is not None:

@@ -161,6 +161,7 @@ def test_a_misfit_shows_five_differences_and_what_would_fit(
     assert lines[7] == f"They would fit {name}. Name the architecture that they belong to."
 
 
+@pytest.mark.slow
 def test_architectures_that_fit_are_those_of_the_same_shapes() -> None:
     """On tensors without memory: a ViT-B-16's names and shapes are its own and its QuickGELU twin's."""
     with torch.device("meta"):

@@ -16,11 +16,11 @@ from d4c_onnx import pipeline
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.cli.main import group
 from d4c_onnx.errors import BundleError, ModelError
+from d4c_onnx.graph.gates import quick_gelu_gates
 from d4c_onnx.graph.model import load_model as load_onnx
 from d4c_onnx.manifest import Preprocess, Resampled
 from d4c_onnx.models.load import LoadedModel, load_model
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.quantization.rewrites.mappings import quick_gelu_gates
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.preprocess import preprocess_image
 from d4c_onnx.runtime.session import EncoderSession
@@ -256,6 +256,7 @@ def test_a_timm_tower_takes_another_size_and_tells(tmp_path: Path) -> None:
     assert load_model("tiny-timm", "random", options=options).preprocess.size == (192, 192)
 
 
+@pytest.mark.slow
 def test_a_bundle_is_not_taken_for_another_preprocessing(tmp_path: Path, tags: str, weights: Path) -> None:
     """And the one that it has is not asked about a second time."""
     recipe = load_recipe(None, [f"synthesis.{key}" for key in ("images=2", "held_out=1", "method=noise")])

@@ -16,13 +16,14 @@ Dividing the rows of a layer that is itself quantised changes nothing for it: it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from d4c_onnx.graph.attention import Attention, find_attentions
+from d4c_onnx.graph.gates import is_silu, quick_gelu_gate
 from d4c_onnx.graph.layers import (
     LinearSource,
     WeightedLayer,
@@ -41,7 +42,6 @@ from d4c_onnx.graph.values import (
     name_of,
     node,
     nodes_by_name,
-    nodes_of,
     only_reader,
     readers,
     set_constant,
@@ -118,11 +118,6 @@ def apply_scale(graph: ir.Graph, mapping: SmoothingMapping, scale: np.ndarray) -
         set_constant(graph, layer.weight, columns)
 
 
-def quick_gelu_gates(graph: ir.Graph) -> list[ir.Node]:
-    """The `Mul(h, constant)` of every h * Sigmoid(constant * h)."""
-    return [gate for mul in nodes_of(graph, "Mul") if (gate := _quick_gelu_gate(mul)) is not None]
-
-
 # kind, shrunk, gate: see `SmoothingMapping`
 _Absorber = tuple[str, tuple[tuple[ir.Value, int], ...], ir.Node | None]
 
@@ -148,7 +143,7 @@ def _absorber_of_mul(made: ir.Node, width: int) -> _Absorber | None:
     for entry in made.inputs:
         if entry is not None and dims(entry) == (width,) and _owned(entry):
             return "mul", ((entry, 0),), None
-    gate = _quick_gelu_gate(made)
+    gate = quick_gelu_gate(made)
     if gate is not None:
         hidden = next((entry for entry in gate.inputs if entry is not None and entry in made.inputs), None)
         source = linear_source(hidden)
@@ -156,7 +151,7 @@ def _absorber_of_mul(made: ir.Node, width: int) -> _Absorber | None:
             alone = len(list(hidden.uses())) == 2 and not hidden.is_graph_output()
             if alone:
                 return ("quick_gelu", _rows_of(source), gate) if _owned_source(source, width) else None
-    return ("activation", (), None) if _is_silu(made) else None
+    return ("activation", (), None) if is_silu(made) else None
 
 
 def _value_source(attention: Attention) -> LinearSource | None:
@@ -164,32 +159,6 @@ def _value_source(attention: Attention) -> LinearSource | None:
     shaped, turned = attention.value_split
     alone = all(only_reader(value) is not None for value in (attention.value, shaped.outputs[0], turned.outputs[0]))
     return linear_source(attention.value) if alone else None
-
-
-def _sigmoids(mul: ir.Node) -> Iterator[tuple[ir.Value, ir.Node]]:
-    """The h and the Sigmoid of h * Sigmoid(...), when `mul` is that product."""
-    for hidden, gated in (tuple(mul.inputs), tuple(reversed(mul.inputs))):
-        sigmoid = maker(gated)
-        if hidden is None or gated is None or sigmoid is None or not is_op(sigmoid, "Sigmoid"):
-            continue
-        if only_reader(gated) is mul:
-            yield hidden, sigmoid
-
-
-def _quick_gelu_gate(mul: ir.Node) -> ir.Node | None:
-    """The `Mul(h, constant)` of h * Sigmoid(constant * h), when `mul` is its outer product."""
-    for hidden, sigmoid in _sigmoids(mul):
-        gate = maker(sigmoid.inputs[0])
-        if gate is None or not is_op(gate, "Mul") or only_reader(gate.outputs[0]) is not sigmoid:
-            continue
-        if sum(is_constant(entry) for entry in gate.inputs) == 1 and hidden in gate.inputs:
-            return gate
-    return None
-
-
-def _is_silu(mul: ir.Node) -> bool:
-    """Whether a Mul is the outer product of h * Sigmoid(h): what is left of QuickGELU without its constant."""
-    return any(sigmoid.inputs[0] is hidden for hidden, sigmoid in _sigmoids(mul))
 
 
 def _scale_gate(graph: ir.Graph, mapping: SmoothingMapping, gate: ir.Node, scale: np.ndarray) -> None:

@@ -8,10 +8,11 @@ processor has AVX-512.
 import numpy as np
 import onnx_ir as ir
 
+from d4c_onnx.graph.gates import quick_gelu_gates
 from d4c_onnx.graph.layers import weighted_layers
 from d4c_onnx.graph.values import constant, is_constant, name_of, only_reader
 from d4c_onnx.manifest import Refusal
-from d4c_onnx.quantization.rewrites.mappings import apply_scale, find_mappings, quick_gelu_gates
+from d4c_onnx.quantization.rewrites.mappings import apply_scale, find_mappings
 from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 
