@@ -55,7 +55,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.mark.parametrize(
     ("name", "fused"),
     [
-        ("tiny-coca", 2),
+        pytest.param("tiny-coca", 2, marks=pytest.mark.slow),
         pytest.param("tiny-bidirectional", 9, marks=pytest.mark.slow),
         pytest.param("tiny-convnext", 0, marks=pytest.mark.slow),
     ],

@@ -17,7 +17,8 @@ from d4c_onnx.manifest import CLEANINGS, TokenizerInfo
 from d4c_onnx.models.cleaning_normalizers import cleaning_normalizers
 from d4c_onnx.models.folder_tokenizer import FolderTokenizer
 
-_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# Whatever the case: of a long s, which is no capital and stays, too
+_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _READ_AS_EXPRESSION = set(r"\.^$*+?{}[]|()")
 
 

@@ -145,6 +145,7 @@ def test_quantize_json_is_one_object_with_the_promised_keys(own: Path, capsys: p
     assert "37 of 38 weighted products in int8, 6 attentions in one float kernel each" in plain
 
 
+@pytest.mark.slow
 def test_synthesize_exports_first_and_quantize_uses_both(tmp_path: Path) -> None:
     done = CliRunner().invoke(group, ["synthesize", "-o", str(tmp_path), "--quiet", "--json", *TINY])
     assert done.exit_code == 0, done.output
@@ -308,6 +309,7 @@ def test_models_lists_both_kinds() -> None:
     assert set(json.loads(result.stdout)["embedded"]) == {"mini-rn", "mini-vit"}
 
 
+@pytest.mark.slow
 def test_synthesize_report_shows_a_set_beside_others(tmp_path: Path) -> None:
     keys = ["--set", "synthesis.held_out=1", "--set", "synthesis.steps=2", "--set", "text.prompts=4"]
     common = ["synthesize", "mini-vit", "-o", str(tmp_path), "--images", "3", "--quiet", "--json", *keys]

@@ -149,7 +149,10 @@ def test_w4a8_file(model: str, tower: str, tmp_path: Path, request: pytest.Fixtu
     # a 16th of a multiplier, and the levels of a channel's group are at most 16
     layers = layer_bits(made)
     assert sum(layer.bits == 8 for layer in layers) <= 2
-    assert {4.25} < {layer.bits for layer in layers} <= {4.25, 8, 16, 32}
+    narrow = {layer.op: layer.bits for layer in layers if layer.bits < 8}
+    assert narrow
+    assert all(bits == (4 if op == "Conv" else 4.25) for op, bits in narrow.items())  # convolutions have no groups
+    assert {layer.bits for layer in layers if layer.bits >= 8} <= {8, 16, 32}
     assert all(layer.shape[0] <= 4 for layer in layers if layer.bits == 32)
     assert report.layers == tuple(layers)
     for node in made.graph:
@@ -324,7 +327,7 @@ def test_a_bit_budget_is_spent_and_not_exceeded(request: pytest.FixtureRequest, 
         assert written.manifest.quantization.weight_bits_average == pytest.approx(counted, abs=1e-4)
         made[keys] = counted, written.manifest.quantization.encoders
     (base, _), (spent, encoders) = made.values()
-    assert base < 4.3
+    assert base <= 4.5
     assert 4.7 < spent <= 4.8
     wide = {name: sum(row.bits == 8 for row in report.layers.values()) for name, report in encoders.items()}
     assert sum(wide.values()) > 4
