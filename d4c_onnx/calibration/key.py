@@ -24,12 +24,14 @@ def calibration_key(
     seed: int,
     source_sha256: str | None = None,
     method: Method | None = None,
+    texts: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """Everything that was asked for, and an `id` that names the set's folder.
 
     Args:
         source_sha256: stands in for `section.source`: a key holds what was read, not where it lay.
         method: instead of the one that `section.method` names.
+        texts: the user's own, in place of nouns in templates; a key holds their SHA-256.
     """
     method = method or METHODS.get(section.method)
     key: dict[str, Any] = {
@@ -41,5 +43,12 @@ def calibration_key(
         "text": text.model_dump(mode="json"),
         "nouns": list(nouns),
     }
+    if texts is not None:
+        key["texts_sha256"] = texts_sha256(texts)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return {"id": digest[:12], **key}
+
+
+def texts_sha256(texts: tuple[str, ...]) -> str:
+    """Of a user's own texts, in their order."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()

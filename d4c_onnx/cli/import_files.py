@@ -1,39 +1,36 @@
 """d4c-onnx import."""
 
-from dataclasses import asdict
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from d4c_onnx.cli import options, show
-from d4c_onnx.manifest import LONGEST_CONTEXT
 from d4c_onnx.models.model_options import ModelOptions
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+if TYPE_CHECKING:
+    from d4c_onnx.foreign import ForeignFiles
 
 
 @click.command("import")
-@click.option("--image", type=_FILE, required=True, help="The image tower; or a file with both.")
-@click.option("--text", type=_FILE, required=True, help="The text tower; or the same file again.")
-@click.option("--image-output", metavar="NAME", help="Its embedding, where the file has several outputs.")
-@click.option("--text-output", metavar="NAME", help="Its embedding, where the file has several outputs.")
-@click.option("--tokenizer", type=_FILE, help="A tokenizer.json.  [the one beside the text tower]")
-@click.option("--context-length", type=click.IntRange(2, LONGEST_CONTEXT), help="Token ids of the longest text.")
-@click.option("--pad-token", metavar="TOKEN", help="What fills texts up, where the tower sees it.")
+@functools.partial(options.files_options, required=True)
+@click.option(
+    "--tokenizer",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A tokenizer.json.  [the one beside the text tower]",
+)
 @options.pixels_options
-@click.option("--name", help="The model's name.  [that of the folder that both files lie in]")
 @options.output_option
 @options.overwrite_option
 @options.recipe_options
 @options.output_modes
 def command(
-    image: Path,
-    text: Path,
-    image_output: str | None,
-    text_output: str | None,
+    files: ForeignFiles,
     tokenizer: Path | None,
-    context_length: int | None,
-    pad_token: str | None,
     model_options: ModelOptions,
     name: str | None,
     output: Path,
@@ -47,13 +44,12 @@ def command(
     """Turn the ONNX files of a CLIP that others exported into an FP32 bundle, checked against the files.
 
     Tokenizer and preprocessing are taken from configs beside the files, or from options. Quantise the bundle with
-    d4c-onnx quantize FOLDER.
+    d4c-onnx quantize FOLDER; or do both at once: d4c-onnx quantize --image FILE --text FILE.
     """
     recipe = options.resolve_recipe(recipe_name, overrides, seed)
     from d4c_onnx import pipeline
-    from d4c_onnx.foreign import ForeignFiles
 
-    files = ForeignFiles(image, text, image_output, text_output, tokenizer, context_length, pad_token)
+    files = replace(files, tokenizer=tokenizer)
     with show.stdout_to_stderr(), show.progress(quiet) as on_step:
         bundle = pipeline.import_bundle(
             files, output, recipe, name=name, options=model_options, overwrite=overwrite, on_step=on_step
@@ -78,7 +74,9 @@ def command(
         )
         return
     rows = [[path.name, show.size(sizes[tower]), f"{parity[tower]:.1e}"] for tower, path in bundle.encoders.items()]
-    show.table(f"{image.name}, {text.name} -> {bundle.path}", ["file", "size", "max difference to its file"], rows)
+    show.table(
+        f"{files.image.name}, {files.text.name} -> {bundle.path}", ["file", "size", "max difference to its file"], rows
+    )
     show.made_for(manifest)
     if manifest.tokenizer.why_fixed:
         click.echo(f"texts are padded to {manifest.tokenizer.context_length} ids: {manifest.tokenizer.why_fixed}")

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -45,7 +46,10 @@ def weights_options(function: F) -> F:
     place = click.Path(path_type=Path)
     given = (
         click.option(
-            "--tokenizer", type=place, metavar="FOLDER", help="Files of the tokenizer, in place of the hub's."
+            "--tokenizer",
+            type=place,
+            metavar="FOLDER",
+            help="Files of the tokenizer, in place of the hub's; with --image a tokenizer.json.",
         ),
         click.option("--config", type=place, metavar="FILE", help="Your own architecture, as open_clip's configs are."),
         click.option("--strict", is_flag=True, help="Refuse weights whose positions would have to be resampled."),
@@ -70,7 +74,7 @@ def _model_options(function: F, names: tuple[str, ...], given: Iterable[Callable
 
     @functools.wraps(function)
     def command(**found: Any) -> Any:
-        if "config" in names and found["config"] is not None and _is_default("model"):
+        if "config" in names and found["config"] is not None and is_default("model"):
             found["model"] = found["config"].stem
         return function(model_options=ModelOptions(**{name: found.pop(name) for name in names}), **found)
 
@@ -93,9 +97,112 @@ def _pixel_options() -> tuple[Callable[..., Any], ...]:
     )
 
 
-def _is_default(parameter: str) -> bool:
+def is_default(parameter: str) -> bool:
+    """Whether a parameter of the command that runs was left out."""
     source = click.get_current_context().get_parameter_source(parameter)
     return source is click.core.ParameterSource.DEFAULT
+
+
+def files_options(function: F, required: bool = False) -> F:
+    """ONNX files that others exported, as one `files`, None where none are named, and the model's `name`."""
+    file = click.Path(dir_okay=False, path_type=Path)
+    given = (
+        click.option("--name", help="The files' model.  [the name of the folder that both lie in]"),
+        click.option("--pad-token", metavar="TOKEN", help="What fills texts up, where the tower sees it."),
+        click.option("--context-length", type=_context_length(), help="Token ids of the longest text."),
+        click.option("--text-output", metavar="NAME", help="Its embedding, where the file has several outputs."),
+        click.option("--image-output", metavar="NAME", help="Its embedding, where the file has several outputs."),
+        click.option("--text", type=file, required=required, help="The text tower's file; or the same file again."),
+        click.option("--image", type=file, required=required, help="The image tower's file; or one with both towers."),
+    )
+
+    @functools.wraps(function)
+    def command(**found: Any) -> Any:
+        said = {name: found.pop(name) for name in _FILES}
+        towers = said["image"], said["text"]
+        if None in towers:
+            named = [name for name in (*_FILES, "name") if (said | found)[name] is not None]
+            if named:
+                raise click.UsageError(f"--{named[0].replace('_', '-')} belongs to --image FILE and --text FILE.")
+            return function(files=None, **found)
+        from d4c_onnx.foreign import ForeignFiles
+
+        return function(files=ForeignFiles(**said), **found)
+
+    for option in given:
+        command = option(command)
+    return cast(F, command)
+
+
+_FILES = ("image", "text", "image_output", "text_output", "context_length", "pad_token")
+
+
+def _context_length() -> click.IntRange:
+    from d4c_onnx.manifest import LONGEST_CONTEXT
+
+    return click.IntRange(2, LONGEST_CONTEXT)
+
+
+def texts_option(function: F) -> F:
+    return click.option(
+        "--texts",
+        type=click.Path(path_type=Path),
+        help="Your own texts, one a line, as clients send them, to calibrate with in place of nouns in templates.",
+    )(function)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrate:
+    """What a quantisation is to calibrate with; None: not said.
+
+    Attributes:
+        images: a folder of real images, or a .parquet file.
+        prompts, texts: files of nouns, and of whole texts.
+        calibration: a set that is there.
+    """
+
+    images: str | None
+    prompts: Path | None
+    texts: Path | None
+    calibration: Path | None
+
+    def keys(self) -> dict[str, object]:
+        """The recipe's keys that this decides."""
+        return {"synthesis.method": "real" if self.images else None, "synthesis.source": self.images}
+
+
+def calibrate_options(function: F) -> F:
+    """What calibrates, as one `calibrate`."""
+
+    @functools.wraps(function)
+    def command(
+        images: str | None, prompts: Path | None, texts: Path | None, calibration: Path | None, **found: Any
+    ) -> Any:
+        if images and calibration:
+            raise click.UsageError(
+                "--images makes a calibration set, --calibration names one. Leave one of the two out."
+            )
+        return function(calibrate=Calibrate(images, prompts, texts, calibration), **found)
+
+    images = click.option(
+        "--images",
+        type=click.Path(exists=True, path_type=str),
+        metavar="FOLDER",
+        help="Calibrate with real images, a folder of them or a .parquet file, in place of synthetic ones.",
+    )
+    return cast(F, images(prompts_option(texts_option(calibration_option(command)))))
+
+
+def machine_options(function: F) -> F:
+    """Where things run, as one `machine`."""
+
+    @functools.wraps(function)
+    def command(provider: str, device: str, threads: int, **found: Any) -> Any:
+        from d4c_onnx.measure import Machine
+
+        return function(machine=Machine(provider, device, threads), **found)
+
+    return cast(F, provider_option(device_option(threads_option(command))))
 
 
 def recipe_options(function: F) -> F:
@@ -127,7 +234,7 @@ def prompts_option(function: F) -> F:
     return click.option(
         "--prompts",
         type=click.Path(path_type=Path),
-        help="Vocabulary: one noun a line.  [the model's own, or 192 nouns]",
+        help="Vocabulary, for templates: one noun a line.  [the model's own, or 192 nouns]",
     )(function)
 
 

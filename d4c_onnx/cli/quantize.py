@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,14 @@ from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.progress import OnStep
 
 if TYPE_CHECKING:
+    from d4c_onnx.foreign import ForeignFiles
+    from d4c_onnx.measure import Machine
     from d4c_onnx.pipeline import QuantizeReport
 
 
 @click.command("quantize")
 @options.model_argument
+@options.files_options
 @click.option(
     "--bits",
     metavar="wNaM",
@@ -36,64 +40,79 @@ if TYPE_CHECKING:
 @options.pretrained_option
 @options.weights_options
 @options.output_option
-@options.prompts_option
-@options.calibration_option
+@options.calibrate_options
 @click.option("--dataset", help="cifar10, fidelity, or a .parquet file.  [the model's own, else fidelity]")
 @options.overwrite_option
 @options.recipe_options
-@options.provider_option
-@options.device_option
-@options.threads_option
+@options.machine_options
 @options.output_modes
 def command(
     model: str,
+    files: ForeignFiles | None,
+    name: str | None,
     bits: str | None,
     average_bits: float | None,
     target: str | None,
     pretrained: str | None,
     model_options: ModelOptions,
     output: Path,
-    prompts: Path | None,
-    calibration: Path | None,
+    calibrate: options.Calibrate,
     dataset: str | None,
     overwrite: bool,
     recipe_name: str,
     overrides: tuple[str, ...],
     seed: int | None,
-    provider: str,
-    device: str,
-    threads: int,
+    machine: Machine,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Quantise both encoders of MODEL (a name, or an FP32 bundle's path), and measure the files against FP32.
 
-    Exports and synthesises first where that has not been done yet. No real image is used before the measuring.
+    With --image FILE --text FILE in place of MODEL: the ONNX files of a CLIP that others exported. Exports (or imports)
+    and synthesises first where that has not been done yet. No real image is used before the measuring, unless --images
+    brings some.
     """
+    source = model if files is None else _alone(files, pretrained, model_options)
     extra: dict[str, object] = {
         "quantization.bits": bits,
         "quantization.average_bits": average_bits,
         "quantization.target": target,
         "evaluation.dataset": dataset,
+        **calibrate.keys(),
     }
     recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
-    from d4c_onnx import measure, pipeline
+    from d4c_onnx import pipeline
 
     def quantize(on_step: OnStep) -> QuantizeReport:
         return pipeline.quantize_bundle(
-            model,
+            source,
             recipe,
             output=output,
             pretrained=pretrained,
-            options=model_options,
-            prompts=prompts,
-            calibration=calibration,
+            options=model_options if files is None else replace(model_options, tokenizer=None),
+            name=name,
+            prompts=calibrate.prompts,
+            texts=calibrate.texts,
+            calibration=calibrate.calibration,
             overwrite=overwrite,
-            machine=measure.Machine(provider, device, threads),
+            machine=machine,
             on_step=on_step,
         )
 
     show.measured(quantize, _print, as_json, quiet)
+
+
+def _alone(files: ForeignFiles, pretrained: str | None, said: ModelOptions) -> ForeignFiles:
+    """The files with their tokenizer; refused beside what is said of models that are named."""
+    named = [("MODEL", not options.is_default("model")), ("--pretrained", pretrained is not None)]
+    named += [(f"--{name}", bool(getattr(said, name))) for name in ("config", "strict")]
+    named += [("--quick-gelu", said.quick_gelu is not None)]
+    for option, given in named:
+        if given:
+            raise click.UsageError(
+                f"{option} is about a model that is named, --image and --text name files. Leave it out."
+            )
+    return replace(files, tokenizer=said.tokenizer)
 
 
 def _print(report: QuantizeReport) -> None:
@@ -115,9 +134,13 @@ def _print(report: QuantizeReport) -> None:
     if report.target_note != TARGETS["cpu"].note:
         click.echo(f"target {report.target}: {report.target_note}")
     manifest = open_bundle(report.bundle, verify=False).manifest
-    if manifest.model.pretrained == IMPORTED and manifest.quantization is not None:
-        method = manifest.quantization.recipe["synthesis"]["method"]
-        click.echo(f"calibrated with {method} images: imported files have no torch weights to optimise images by")
+    used = report.calibrated_with
+    no_weights = manifest.model.pretrained == IMPORTED and used.method == "leaves"
+    click.echo(
+        f"calibrated with {used.images} {used.method} images"
+        + (" (imported files have no torch weights to optimise images by)" if no_weights else "")
+        + f" and {used.texts} {'texts of your own' if used.own_texts else 'texts of nouns in templates'}"
+    )
     show.made_for(manifest)
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
     click.echo(f"{report.bundle} ({spent})")

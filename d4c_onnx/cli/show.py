@@ -152,7 +152,7 @@ def accuracy_table(accuracy: Accuracy, names: Sequence[str] | None = None) -> No
             for name, row in zip(names, rows, strict=True)
         ]
     else:
-        title = f"fidelity to FP32 on {accuracy.images} held-out synthetic images (agreement, not accuracy: no labels)"
+        title = f"fidelity to FP32 on {accuracy.images} held-out images (agreement, not accuracy: no labels)"
         header = ["", "agreement %", "cosine image (least)", "cosine text (least)", "similarity rmse"]
         lines = [[name, *_fidelity(row.versus_first)] for name, row in zip(names, rows, strict=True)]
     table(title, header, lines)

@@ -16,6 +16,7 @@ from d4c_onnx.models.model_options import ModelOptions
 @options.weights_options
 @options.output_option
 @options.prompts_option
+@options.texts_option
 @click.option(
     "--method",
     type=click.Choice(["d4c", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"]),
@@ -44,6 +45,7 @@ def command(
     model_options: ModelOptions,
     output: Path,
     prompts: Path | None,
+    texts: Path | None,
     method: str | None,
     source: str | None,
     images: int | None,
@@ -81,6 +83,7 @@ def command(
             pretrained=pretrained,
             options=model_options,
             prompts=prompts,
+            texts=texts,
             machine=machine,
             on_step=on_step,
         )

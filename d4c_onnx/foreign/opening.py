@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import onnx_ir as ir
@@ -37,6 +37,11 @@ class ForeignFiles:
     tokenizer: Path | None = None
     context_length: int | None = None
     pad_token: str | None = None
+
+    def words(self) -> list[str]:
+        """The files again, as they stand on a command line."""
+        given = ((f"--{entry.name.replace('_', '-')}", getattr(self, entry.name)) for entry in fields(self))
+        return [word for option, value in given if value is not None for word in (option, str(value))]
 
 
 @dataclass(frozen=True, slots=True)

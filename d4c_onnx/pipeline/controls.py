@@ -14,6 +14,7 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import DatasetError
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.recipe import Recipe
+from d4c_onnx.vocabulary import OwnWords
 
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
@@ -29,7 +30,8 @@ def draw_real_images(source: Path, recipe: Recipe, preprocess: Preprocess) -> np
     count = recipe.synthesis.images + recipe.synthesis.held_out
     if len(found) < count:
         raise DatasetError(
-            f"{source}: holds {len(found)} images; images + held_out are {count}. Lower synthesis.images."
+            f"{source}: holds {len(found)} images; images + held_out are {count}. Bring more, or add "
+            "--set synthesis.images=N."
         )
     chosen = np.random.default_rng([recipe.seed, 9]).choice(len(found), count, replace=False)
     batches = found.select(chosen).batches(64)
@@ -37,13 +39,18 @@ def draw_real_images(source: Path, recipe: Recipe, preprocess: Preprocess) -> np
 
 
 def make_control_set(
-    bundle: Bundle, target: Path, recipe: Recipe, nouns: tuple[str, ...], source: Path | None, digest: str | None
+    bundle: Bundle,
+    target: Path,
+    recipe: Recipe,
+    words: OwnWords,
+    source: Path | None,
+    digest: str | None,
 ) -> CalibrationSet:
     """A calibration set for an imported bundle, behind which there are no torch weights.
 
     Args:
         target: the set's folder.
-        nouns: the vocabulary.
+        words: nouns, and the user's own texts where there are any.
         source, digest: method real: a folder or file of images, and the SHA-256 of what is in it.
 
     Raises:
@@ -57,10 +64,11 @@ def make_control_set(
         target,
         recipe.synthesis,
         recipe.text,
-        nouns,
+        words.nouns or (),
         seed=recipe.seed,
         given=draw_real_images(source, recipe, bundle.manifest.preprocess) if source else None,
         source_sha256=digest,
+        texts=words.texts,
     )
 
 

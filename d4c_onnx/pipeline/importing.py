@@ -6,7 +6,7 @@ from os.path import commonpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d4c_onnx.bundle import Bundle
+from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
 from d4c_onnx.files import refuse_existing
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.exporting import bundle_folder
@@ -44,6 +44,34 @@ def import_bundle(
     target = bundle_folder(output, name or _common_folder(files.image, files.text))
     refuse_existing(target, overwrite)
     return import_files(files, target, options or ModelOptions(), seed=recipe.seed, on_step=on_step)
+
+
+def find_or_import(
+    files: ForeignFiles,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    name: str | None = None,
+    options: ModelOptions | None = None,
+    on_step: OnStep = silent,
+) -> Bundle:
+    """The bundle of two ONNX files in `<output>/<name>/`: the one that is there, or a new one.
+
+    Args:
+        files, name, options: see `import_bundle`.
+
+    Raises:
+        BundleError: what is there was made of other files, or with other settings.
+        GraphError, ModelError, CheckFailed: see `import_bundle`.
+    """
+    from d4c_onnx.foreign import check_made_of
+
+    target = bundle_folder(output, name or _common_folder(files.image, files.text))
+    if not is_bundle(target):
+        return import_bundle(files, output, recipe, name=target.name, options=options, on_step=on_step)
+    bundle = open_bundle(target)
+    check_made_of(bundle, files, options or ModelOptions())
+    return bundle
 
 
 def _common_folder(*paths: Path) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from d4c_onnx.bundle import Bundle, encoder_size_bytes
 from d4c_onnx.results import Accuracy
+
+if TYPE_CHECKING:
+    from d4c_onnx.calibration.dataset import CalibrationSet
 
 T = TypeVar("T")
 
@@ -22,6 +25,22 @@ class BeforeAfter(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
+class CalibratedWith:
+    """What a quantisation looked at.
+
+    Attributes:
+        images, texts: how many.
+        method: how the images came into being (`synthesis.method`).
+        own_texts: whether the texts are the user's, and not nouns and random words in templates.
+    """
+
+    images: int
+    method: str
+    texts: int
+    own_texts: bool
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeReport:
     """A quantised bundle and what was measured of it.
 
@@ -29,6 +48,7 @@ class QuantizeReport:
         model, pretrained, bits, target, target_note, accuracy_mode_only, weight_bits_average: as in its manifest.
         bundle: its folder.
         calibration: the calibration set's id.
+        calibrated_with: what is in it.
         size_bytes, size_ratio: image, text and total.
         top1: in percent; None without labels.
         accuracy: the FP32 bundle's row first, then the quantised one's, then an FP16 bundle's.
@@ -40,6 +60,7 @@ class QuantizeReport:
     bits: str
     bundle: Path
     calibration: str | None
+    calibrated_with: CalibratedWith
     accuracy_mode_only: bool
     target: str
     target_note: str
@@ -55,7 +76,9 @@ class QuantizeReport:
         return {**asdict(self), "bundle": str(self.bundle), "accuracy": self.accuracy.as_dict()}
 
 
-def report_of(fp32: Bundle, quantized: Bundle, accuracy: Accuracy, seconds: Mapping[str, float]) -> QuantizeReport:
+def report_of(
+    fp32: Bundle, quantized: Bundle, dataset: CalibrationSet, accuracy: Accuracy, seconds: Mapping[str, float]
+) -> QuantizeReport:
     """The report of a measured bundle."""
     made = quantized.manifest.quantization
     assert made is not None
@@ -66,6 +89,7 @@ def report_of(fp32: Bundle, quantized: Bundle, accuracy: Accuracy, seconds: Mapp
         bits=made.bits,
         bundle=quantized.path,
         calibration=made.calibration,
+        calibrated_with=calibrated_with(dataset),
         accuracy_mode_only=made.accuracy_mode_only,
         target=made.target,
         target_note=made.target_note,
@@ -76,3 +100,10 @@ def report_of(fp32: Bundle, quantized: Bundle, accuracy: Accuracy, seconds: Mapp
         accuracy=accuracy,
         seconds={name: round(value, 2) for name, value in seconds.items()},
     )
+
+
+def calibrated_with(dataset: CalibrationSet) -> CalibratedWith:
+    """What is in a set, by its own word."""
+    key = dataset.manifest["key"]
+    images, texts = len(dataset.pixel_values), len(dataset.texts)
+    return CalibratedWith(images, str(key["synthesis"]["method"]), texts, "texts_sha256" in key)

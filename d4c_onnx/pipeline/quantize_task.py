@@ -15,7 +15,7 @@ from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.source import source_folder, without_model
 from d4c_onnx.progress import OnStep
 from d4c_onnx.recipe import Recipe
-from d4c_onnx.vocabulary import read_nouns
+from d4c_onnx.vocabulary import OwnWords, read_words
 
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
@@ -28,7 +28,7 @@ class QuantizeTask:
     Attributes:
         source, pretrained, options, recipe, machine, on_step: as asked.
         folder: of the FP32 bundle, which may have to be exported.
-        nouns: the user's vocabulary; None: the model's own.
+        words: the user's vocabulary and texts.
         given: the user's calibration set; None: the one of the recipe's key.
         resumed: this very bundle, which an interrupted run wrote and did not come to measure.
         wants_fp16: whether an FP16 bundle goes beside.
@@ -42,7 +42,7 @@ class QuantizeTask:
     machine: Machine
     on_step: OnStep
     folder: Path
-    nouns: tuple[str, ...] | None
+    words: OwnWords
     given: CalibrationSet | None
     resumed: Bundle | None
     wants_fp16: bool
@@ -77,6 +77,7 @@ def decide(
     pretrained: str | None,
     options: ModelOptions | None,
     prompts: str | Path | None,
+    texts: str | Path | None,
     calibration: str | Path | None,
     overwrite: bool,
     machine: Machine,
@@ -86,12 +87,12 @@ def decide(
 
     Raises:
         BundleError: the folder of the result, or of the FP16 bundle, holds something else.
-        RecipeError: keys contradict the target, or the given set was made for other nouns.
+        RecipeError: keys contradict the target, or the given set was made for other nouns or texts.
         CalibrationError, DatasetError: what was given cannot be opened.
     """
     from d4c_onnx.quantization import target_of
 
-    nouns = read_nouns(prompts) if prompts else None
+    words = read_words(prompts, texts)
     folder = source_folder(source, output)
     recipe = without_model(folder, recipe) if calibration is None else recipe
     wants_fp16 = target_of(recipe.quantization).fp16_beside
@@ -102,18 +103,24 @@ def decide(
     if wants_fp16 and fp16 is None:
         refuse_existing(fp16_folder(folder), overwrite)
     check_dataset_name(recipe)
-    given = _given_set(calibration, prompts, nouns) if calibration else None
+    given = _given_set(calibration, prompts, texts, words) if calibration else None
     return QuantizeTask(
-        source, pretrained, options, recipe, machine, on_step, folder, nouns, given, resumed, wants_fp16, fp16
+        source, pretrained, options, recipe, machine, on_step, folder, words, given, resumed, wants_fp16, fp16
     )
 
 
-def _given_set(calibration: str | Path, prompts: str | Path | None, nouns: tuple[str, ...] | None) -> CalibrationSet:
+def _given_set(
+    calibration: str | Path, prompts: str | Path | None, texts: str | Path | None, words: OwnWords
+) -> CalibrationSet:
     from d4c_onnx.calibration.dataset import open_calibration_set
+    from d4c_onnx.calibration.key import texts_sha256
 
     given = open_calibration_set(calibration)
-    if nouns is not None and given.manifest["key"]["nouns"] != list(nouns):
+    key = given.manifest["key"]
+    if words.nouns is not None and key["nouns"] != list(words.nouns):
         raise RecipeError(f"--prompts {prompts}: {calibration} was made for other nouns. Leave one of the two out.")
+    if words.texts is not None and key.get("texts_sha256") != texts_sha256(words.texts):
+        raise RecipeError(f"--texts {texts}: {calibration} was made for other texts. Leave one of the two out.")
     return given
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.measure.accuracy import check_limits, evaluate
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
+from d4c_onnx.pipeline.importing import find_or_import
 from d4c_onnx.pipeline.quantize_report import QuantizeReport, report_of
 from d4c_onnx.pipeline.quantize_run import Clock, MadeBundles, run
 from d4c_onnx.pipeline.quantize_task import QuantizeTask, decide
@@ -16,15 +18,20 @@ from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.results import Accuracy
 
+if TYPE_CHECKING:
+    from d4c_onnx.foreign import ForeignFiles
+
 
 def quantize_bundle(
-    source: str,
+    source: str | ForeignFiles,
     recipe: Recipe,
     *,
     output: str | Path,
     pretrained: str | None = None,
     options: ModelOptions | None = None,
+    name: str | None = None,
     prompts: str | Path | None = None,
+    texts: str | Path | None = None,
     calibration: str | Path | None = None,
     overwrite: bool = False,
     machine: Machine | None = None,
@@ -32,20 +39,27 @@ def quantize_bundle(
 ) -> QuantizeReport:
     """Quantise both encoders of a model or bundle, and measure the written files against FP32.
 
-    Exports first when the model has no bundle yet, synthesises when there is no calibration set of the recipe's key.
-    The result goes to `<bundle>/<bits>/`; with `target: cuda` an FP16 bundle goes to `<bundle>/fp16/`, too, unless the
-    same one is there from another width.
+    Exports (or imports) first when the model has no bundle yet, synthesises when there is no calibration set of the
+    recipe's key. The result goes to `<bundle>/<bits>/`; with `target: cuda` an FP16 bundle goes to `<bundle>/fp16/`,
+    too, unless the same one is there from another width.
 
     Args:
-        source: a model's name, or an FP32 bundle's path.
-        options: what the user says of weights that do not say it themselves.
+        source: a model's name, an FP32 bundle's path, or ONNX files that others exported.
+        options: what the user says of weights, or files, that do not say it themselves.
+        name: of the model behind such files; None: that of the folder that both lie in.
+        prompts, texts: files of the user's nouns, and of whole texts, which calibrate the text tower in place of nouns.
         calibration: a set's folder; none is then synthesised and torch is not needed for a bundle.
 
     Raises:
         BundleError: the folder of the result, or of the FP16 bundle, holds something else.
+        ModelError: the model cannot be loaded, or nobody says what its weights or files do not.
         RecipeError: keys contradict the target.
         CheckFailed: top-1 or cosine fell by more than is allowed; the files are written, its `report` has the rest.
     """
+    clock = Clock()
+    if not isinstance(source, str):
+        found = find_or_import(source, output, recipe, name=name, options=options, on_step=on_step)
+        source, options = str(found.path), None
     task = decide(
         source,
         recipe,
@@ -53,12 +67,12 @@ def quantize_bundle(
         pretrained=pretrained,
         options=options,
         prompts=prompts,
+        texts=texts,
         calibration=calibration,
         overwrite=overwrite,
         machine=machine or Machine(),
         on_step=on_step,
     )
-    clock = Clock()
     return _measure(task, run(task, clock), clock)
 
 
@@ -71,7 +85,7 @@ def _measure(task: QuantizeTask, made: MadeBundles, clock: Clock) -> QuantizeRep
     # the quantised one last: until its manifest has its accuracy, a rerun measures both
     for bundle in (*beside, made.quantized):
         write_manifest(bundle.path, bundle.manifest.measured(kept))
-    report = report_of(made.fp32, made.quantized, accuracy, clock.seconds)
+    report = report_of(made.fp32, made.quantized, made.dataset, accuracy, clock.seconds)
     check_limits(accuracy, task.recipe, report)
     return report
 

@@ -13,7 +13,7 @@ from d4c_onnx.pipeline.exporting import use_threads
 from d4c_onnx.pipeline.source import LazyModel, is_imported, open_or_export, source_folder, without_model
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
-from d4c_onnx.vocabulary import read_nouns
+from d4c_onnx.vocabulary import OwnWords, read_words
 
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
@@ -28,6 +28,7 @@ def synthesize_calibration_set(
     pretrained: str | None = None,
     options: ModelOptions | None = None,
     prompts: str | Path | None = None,
+    texts: str | Path | None = None,
     machine: Machine | None = None,
     on_step: OnStep = silent,
 ) -> tuple[Path, CalibrationSet]:
@@ -38,7 +39,8 @@ def synthesize_calibration_set(
     Args:
         source: a model's name, or the path of an FP32 bundle (its model is loaded again).
         options: what the user says of weights that do not say it themselves.
-        prompts: the user's vocabulary.
+        prompts: the user's vocabulary: a file of nouns.
+        texts: a file of the user's own texts, which calibrate the text tower in place of nouns in templates.
 
     Returns:
         The set's folder, and the set.
@@ -46,19 +48,19 @@ def synthesize_calibration_set(
     from d4c_onnx.synthesis import init_process_group
 
     machine = machine or Machine()
-    nouns = read_nouns(prompts) if prompts else None
+    words = read_words(prompts, texts)
     folder = source_folder(source, output)
     recipe = without_model(folder, recipe)
     use_threads(machine)
     group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
     model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step, options))
-    return find_or_synthesize(model, recipe, nouns, machine, on_step, group)
+    return find_or_synthesize(model, recipe, words, machine, on_step, group)
 
 
 def find_or_synthesize(
     model: LazyModel,
     recipe: Recipe,
-    nouns: tuple[str, ...] | None,
+    words: OwnWords,
     machine: Machine,
     on_step: OnStep,
     group: ProcessGroup | None = None,
@@ -69,16 +71,17 @@ def find_or_synthesize(
     from d4c_onnx.evaluation.datasets import content_sha256
 
     bundle = model.bundle
-    nouns = nouns or model.own_nouns()
+    nouns = words.nouns or model.own_nouns()
     source = Path(recipe.synthesis.source) if recipe.synthesis.source else None
     digest = content_sha256(source) if source else None
-    key = calibration_key(bundle.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed, digest)
+    asked = recipe.synthesis, recipe.text, nouns, recipe.seed, digest
+    key = calibration_key(bundle.weights_sha256, *asked, texts=words.texts)
     target = bundle.path / f"calibration-{key['id']}"
     if target.exists():
         shutil.rmtree(work_folder(target), ignore_errors=True)  # a run was killed after its last rename
         return target, open_calibration_set(target)
     if is_imported(bundle):
-        return target, make_control_set(bundle, target, recipe, nouns, source, digest)
+        return target, make_control_set(bundle, target, recipe, OwnWords(nouns, words.texts), source, digest)
     from d4c_onnx.synthesis import synthesize
 
     loaded = model.load(on_step)
@@ -93,6 +96,7 @@ def find_or_synthesize(
         given=draw_real_images(source, recipe, loaded.preprocess) if source else None,
         source_sha256=digest,
         group=group,
+        texts=words.texts,
         on_step=on_step,
     )
     return target, made

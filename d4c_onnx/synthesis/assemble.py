@@ -12,7 +12,7 @@ from d4c_onnx.calibration.dead_leaves import dead_leaves
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.manifest_file import versions
 from d4c_onnx.runtime.preprocess import denormalize, normalize
-from d4c_onnx.synthesis.prompts import draw_texts
+from d4c_onnx.synthesis.prompts import draw_texts, split_texts
 from d4c_onnx.synthesis.task import Plan
 from d4c_onnx.synthesis.units import MadeUnit
 from d4c_onnx.vocabulary import templates
@@ -60,11 +60,7 @@ def assemble(
     else:
         pixels = noise_images(plan.section.method, (plan.total, 3, *subject.preprocess.size), plan.seed)
     guided = plan.method is not None and plan.method.loss == "d4c"  # the others are made for no noun
-    random = round(plan.text.prompts * plan.text.random_words)
-    phrases = subject.phrases(random, np.random.default_rng([plan.seed, 4]))
-    texts, held_out_texts = draw_texts(
-        plan.nouns, templates(), plan.text.prompts, plan.text.held_out, plan.seed, phrases
-    )
+    texts, held_out_texts = _texts(subject, plan)
     content = CalibrationSet(
         pixel_values=pixels[numbers < plan.section.images],
         held_out=pixels[numbers >= plan.section.images],
@@ -76,3 +72,12 @@ def assemble(
         manifest={"model": subject.name, "key": plan.key, "compute": plan.compute, "versions": versions()},
     )
     return save_calibration_set(target, content, denormalize(pixels, subject.preprocess))
+
+
+def _texts(subject: Subject, plan: Plan) -> tuple[list[str], list[str]]:
+    """Calibration prompts and held-out ones: the user's own texts, or nouns and random words in templates."""
+    if plan.texts is not None:
+        return split_texts(plan.texts, plan.text.prompts, plan.text.held_out, plan.seed)
+    random = round(plan.text.prompts * plan.text.random_words)
+    phrases = subject.phrases(random, np.random.default_rng([plan.seed, 4]))
+    return draw_texts(plan.nouns, templates(), plan.text.prompts, plan.text.held_out, plan.seed, phrases)

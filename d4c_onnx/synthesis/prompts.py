@@ -18,6 +18,18 @@ def draw_labels(count: int, classes: int, how: str, seed: int) -> np.ndarray:
     return np.concatenate([rng.permutation(classes) for _ in range(-(-count // classes))])[:count]
 
 
+def split_texts(texts: tuple[str, ...], count: int, held_out: int, seed: int) -> tuple[list[str], list[str]]:
+    """Calibration prompts and held-out prompts of a user's own texts: a random order of them, cut apart.
+
+    Fewer come back when there are fewer texts; at most a fifth of them is held out then.
+    """
+    order = np.random.default_rng([seed, 2]).permutation(len(texts))
+    spare = min(held_out, len(texts) // 5) if len(texts) < count + held_out else held_out
+    chosen = [texts[index] for index in order]
+    used = min(count, len(texts) - spare)
+    return chosen[:used], chosen[used : used + spare]
+
+
 def draw_texts(
     nouns: tuple[str, ...],
     templates: tuple[str, ...],

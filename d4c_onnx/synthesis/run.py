@@ -35,6 +35,7 @@ def synthesize(
     source_sha256: str | None = None,
     group: ProcessGroup | None = None,
     method: Method | None = None,
+    texts: tuple[str, ...] | None = None,
     on_step: OnStep = silent,
 ) -> CalibrationSet:
     """Make a calibration set for a model from the model itself.
@@ -50,6 +51,7 @@ def synthesize(
         source_sha256: method real only: of what they were read from.
         group: the processes that share the work; none: this one alone.
         method: how images are optimised, instead of what `section.method` names.
+        texts: the user's own, in place of nouns in templates.
         on_step: told after each optimiser pass.
 
     Raises:
@@ -69,6 +71,7 @@ def synthesize(
         source_sha256=source_sha256,
         method=method,
         processes=group.size,
+        texts=texts,
     )
     store = group.rank_zero_first(lambda: open_unit_store(target, plan.key, plan.compute))
     made = make_units(loaded, plan, store, group, on_step)
@@ -92,13 +95,14 @@ def make_control(
     seed: int,
     given: np.ndarray | None = None,
     source_sha256: str | None = None,
+    texts: tuple[str, ...] | None = None,
 ) -> CalibrationSet:
     """Make a calibration set of images that ask no model, for one of which there are no torch weights.
 
     Args:
         subject: what the set is for.
         weights_sha256: of its bundle.
-        target, section, text, nouns, seed, given, source_sha256: see `synthesize`.
+        target, section, text, nouns, seed, given, source_sha256, texts: see `synthesize`.
 
     Raises:
         RecipeError: the recipe's method asks the model.
@@ -114,6 +118,7 @@ def make_control(
         source_sha256=source_sha256,
         method=None,
         processes=1,
+        texts=texts,
     )
     if plan.method is not None:
         raise RecipeError(f"synthesis.method {section.method}: needs torch weights. Use leaves, noise, pink or real.")

@@ -28,6 +28,7 @@ class Plan:
         device, precision: of the tower.
         labels: int64 [images + held_out], the index of the noun that each image is made for; empty for controls.
         units: what is made together; none for controls.
+        texts: the user's own, in place of nouns in templates.
     """
 
     section: SynthesisSection
@@ -40,6 +41,7 @@ class Plan:
     precision: torch.dtype
     labels: np.ndarray
     units: tuple[Unit, ...]
+    texts: tuple[str, ...] | None = None
 
     @property
     def total(self) -> int:
@@ -63,18 +65,20 @@ def decide(
     source_sha256: str | None,
     method: Method | None,
     processes: int,
+    texts: tuple[str, ...] | None = None,
 ) -> Plan:
     """Resolve what the recipe leaves open.
 
     Args:
         method: instead of the one that `section.method` names.
         processes: that share the work.
+        texts: the user's own, in place of nouns in templates.
 
     Raises:
         RecipeError: batches depend on each other where processes share them or an early stop ends them.
         ModelError: cuda was asked for and is not there.
     """
-    key = calibration_key(weights_sha256, section, text, nouns, seed, source_sha256, method)
+    key = calibration_key(weights_sha256, section, text, nouns, seed, source_sha256, method, texts)
     method = method or METHODS.get(section.method)
     where = resolve_device(device)
     labels = np.zeros(0, np.int64)
@@ -84,7 +88,7 @@ def decide(
         labels = draw_labels(section.images + section.held_out, len(nouns), method.labels, seed)
         units = divide(section.images, section.held_out, section.images if method.shared_optimizer else section.batch)
     precision = resolve_precision(section.precision, where)
-    return Plan(section, text, method, nouns, seed, key, where, precision, labels, units)
+    return Plan(section, text, method, nouns, seed, key, where, precision, labels, units, texts)
 
 
 def _check_independence(section: SynthesisSection, method: Method, processes: int) -> None:
