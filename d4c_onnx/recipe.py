@@ -256,6 +256,11 @@ class EvaluationSection(_Section):
 
     dataset: str = Field("auto", description="auto, cifar10, fidelity, or a .parquet file in the Hugging Face layout")
     batch: int = Field(100, ge=1, le=4096, description="images that are embedded at once")
+    exif_rotation: bool = Field(
+        False,
+        description="turn real images upright first, as their EXIF entry says, those that calibrate and those that are "
+        "measured on; open_clip does not",
+    )
     max_drop: float | None = Field(
         None, ge=0, description="fail (exit code 1) when top-1 falls by more points than this"
     )

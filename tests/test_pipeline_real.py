@@ -1,18 +1,26 @@
 """The real-image control: a folder or a parquet file becomes a calibration set, and its place stays private."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 import d4c_onnx
 from d4c_onnx import pipeline
+from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration.dataset import work_folder
+from d4c_onnx.cli.main import group
 from d4c_onnx.errors import DatasetError, RecipeError
+from d4c_onnx.evaluation.datasets import open_dataset
+from d4c_onnx.evaluation.embed import BundleEncoders
+from d4c_onnx.manifest import Preprocess
 from d4c_onnx.measure import inspect_bundle
 from d4c_onnx.recipe import load_recipe
+from d4c_onnx.runtime.preprocess import preprocess_image
 
 
 def _recipe(source: Path, images: int = 3, more: tuple[str, ...] = ()):
@@ -95,3 +103,43 @@ def test_source_and_method_belong_together(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="holds no image"):
         pipeline.synthesize_calibration_set("mini-vit", _recipe(tmp_path / "empty"), output=tmp_path / "out")
+
+
+def test_pictures_are_turned_upright_where_that_is_asked_for(tmp_path: Path, vit_bundle: Bundle) -> None:
+    own, folder = tmp_path / "mini-vit", tmp_path / "turned"
+    shutil.copytree(vit_bundle.path, own, ignore=shutil.ignore_patterns("w*a*", "calib*"))
+    folder.mkdir()
+    lying = np.zeros((48, 48, 3), np.uint8)
+    lying[:24] = 200  # its first row is on the right of what the camera saw
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(4):
+        Image.fromarray(lying).save(folder / f"{number}.png", exif=exif)
+    made = {}
+    for word in ("false", "true"):
+        recipe = _recipe(folder, more=(f"evaluation.exif_rotation={word}",))
+        made[word] = pipeline.synthesize_calibration_set(str(own), recipe, output=tmp_path)
+    assert made["false"][0] != made["true"][0]
+    seen = {word: one.pixel_values[0] for word, (_, one) in made.items()}
+    assert np.array_equal(seen["true"], np.rot90(seen["false"], -1, axes=(1, 2)))
+    assert not np.array_equal(seen["true"], seen["false"])
+    encoders, image = BundleEncoders(vit_bundle), Image.open(folder / "0.png")
+    asked = encoders.image_batches([[image]], exif_rotation=True)
+    assert np.array_equal(asked, encoders.image_batches([[Image.fromarray(np.rot90(lying, -1))]]))
+    assert not np.array_equal(asked, encoders.image_batches([[image]]))
+
+
+def test_evaluate_passes_the_rotation_on(tmp_path: Path, vit_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def preprocess(image: Image.Image, config: Preprocess, exif_rotation: bool = False) -> np.ndarray:
+        asked.append(exif_rotation)
+        return preprocess_image(image, config)
+
+    few = open_dataset("cifar10").select(range(2))
+    monkeypatch.setattr("d4c_onnx.evaluation.datasets.open_dataset", lambda name: few)
+    monkeypatch.setattr("d4c_onnx.evaluation.embed.preprocess_image", preprocess)
+    for words in ([], ["--exif-rotation"]):
+        done = CliRunner().invoke(group, ["evaluate", str(vit_bundle.path), "--quiet", *words])
+        assert done.exit_code == 0, done.output
+    assert asked == [False, False, True, True]

@@ -13,6 +13,7 @@ from d4c_onnx.results import Accuracy
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--dataset", help="cifar10, fidelity, or a .parquet file.  [the model's own]")
 @options.calibration_option
+@options.exif_option
 @options.recipe_options
 @options.provider_option
 @options.threads_option
@@ -21,6 +22,7 @@ def command(
     bundles: tuple[Path, ...],
     dataset: str | None,
     calibration: Path | None,
+    exif_rotation: bool | None,
     recipe_name: str,
     overrides: tuple[str, ...],
     seed: int | None,
@@ -33,7 +35,8 @@ def command(
 
     Zero-shot on a labelled set; with --dataset fidelity and --calibration DIR, agreement on held-out synthetic input.
     """
-    recipe = options.resolve_recipe(recipe_name, overrides, seed, {"evaluation.dataset": dataset})
+    extra: dict[str, object] = {"evaluation.dataset": dataset, "evaluation.exif_rotation": exif_rotation}
+    recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
     from d4c_onnx import measure
 
     machine = measure.Machine(provider=provider, threads=threads)

@@ -143,6 +143,15 @@ def _context_length() -> click.IntRange:
     return click.IntRange(2, LONGEST_CONTEXT)
 
 
+def exif_option(function: F) -> F:
+    return click.option(
+        "--exif-rotation",
+        is_flag=True,
+        default=None,
+        help="Turn real images upright first, as their EXIF entry says; open_clip does not.",
+    )(function)
+
+
 def texts_option(function: F) -> F:
     return click.option(
         "--texts",
@@ -158,6 +167,7 @@ class Calibrate:
     Attributes:
         images: a folder of real images, or a .parquet file.
         prompts, texts: files of nouns, and of whole texts.
+        exif_rotation: whether real images are turned upright, here and where accuracy is measured.
         calibration: a set that is there.
     """
 
@@ -165,24 +175,28 @@ class Calibrate:
     prompts: Path | None
     texts: Path | None
     calibration: Path | None
+    exif_rotation: bool | None
 
     def keys(self) -> dict[str, object]:
         """The recipe's keys that this decides."""
-        return {"synthesis.method": "real" if self.images else None, "synthesis.source": self.images}
+        return {
+            "synthesis.method": "real" if self.images else None,
+            "synthesis.source": self.images,
+            "evaluation.exif_rotation": self.exif_rotation,
+        }
 
 
 def calibrate_options(function: F) -> F:
     """What calibrates, as one `calibrate`."""
 
     @functools.wraps(function)
-    def command(
-        images: str | None, prompts: Path | None, texts: Path | None, calibration: Path | None, **found: Any
-    ) -> Any:
+    def command(images: str | None, calibration: Path | None, **found: Any) -> Any:
         if images and calibration:
             raise click.UsageError(
                 "--images makes a calibration set, --calibration names one. Leave one of the two out."
             )
-        return function(calibrate=Calibrate(images, prompts, texts, calibration), **found)
+        words = {name: found.pop(name) for name in ("prompts", "texts", "exif_rotation")}
+        return function(calibrate=Calibrate(images, calibration=calibration, **words), **found)
 
     images = click.option(
         "--images",
@@ -190,7 +204,7 @@ def calibrate_options(function: F) -> F:
         metavar="FOLDER",
         help="Calibrate with real images, a folder of them or a .parquet file, in place of synthetic ones.",
     )
-    return cast(F, images(prompts_option(texts_option(calibration_option(command)))))
+    return cast(F, images(prompts_option(texts_option(calibration_option(exif_option(command))))))
 
 
 def machine_options(function: F) -> F:

@@ -1,13 +1,18 @@
 """d4c-onnx synthesize."""
 
+from __future__ import annotations
+
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from d4c_onnx.cli import options, show
 from d4c_onnx.models.model_options import ModelOptions
+
+if TYPE_CHECKING:
+    from d4c_onnx.calibration.dataset import CalibrationSet
 
 
 @click.command("synthesize")
@@ -27,6 +32,7 @@ from d4c_onnx.models.model_options import ModelOptions
     type=click.Path(exists=True, path_type=str),
     help="With --method real: a folder of images, or a .parquet file.",
 )
+@options.exif_option
 @click.option("--images", type=click.IntRange(1), help="Number of calibration images.  [recipe: 128]")
 @click.option("--report", is_flag=True, help="Also write one HTML page: images, losses, ranges and ranks per layer.")
 @click.option(
@@ -48,6 +54,7 @@ def command(
     texts: Path | None,
     method: str | None,
     source: str | None,
+    exif_rotation: bool | None,
     images: int | None,
     report: bool,
     against: tuple[Path, ...],
@@ -69,6 +76,7 @@ def command(
     if against and not report:
         raise click.UsageError("--against belongs to --report.")
     extra: dict[str, object] = {"synthesis.method": method, "synthesis.source": source, "synthesis.images": images}
+    extra["evaluation.exif_rotation"] = exif_rotation
     recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
     from d4c_onnx import measure, pipeline
 
@@ -90,17 +98,19 @@ def command(
         page = measure.report_calibration_set(folder, against=against, on_step=on_step) if report and first else None
     if not first:
         return
-    result = {
-        "model": model,
+    result = {"model": model, **_result(folder, made, page), "seconds": round(time.perf_counter() - start, 2)}
+    (show.print_json if as_json else _print)(result)
+
+
+def _result(folder: Path, made: CalibrationSet, page: Path | None) -> dict[str, Any]:
+    return {
         "calibration": str(folder),
         "images": len(made.pixel_values),
         "held_out": len(made.held_out),
         "prompts": len(made.texts),
         "contact_sheet": str(folder / "contact_sheet.png"),
         "report": str(page) if page else None,
-        "seconds": round(time.perf_counter() - start, 2),
     }
-    (show.print_json if as_json else _print)(result)
 
 
 def _print(result: dict[str, Any]) -> None:

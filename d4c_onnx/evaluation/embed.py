@@ -21,12 +21,16 @@ class BundleEncoders:
         self._text = EncoderSession(bundle.text_encoder, provider, threads, entries=bundle.session_entries)
 
     def image_batches(
-        self, batches: Iterable[list[Image.Image]], on_batch: Callable[[int], None] | None = None
+        self,
+        batches: Iterable[list[Image.Image]],
+        on_batch: Callable[[int], None] | None = None,
+        exif_rotation: bool = False,
     ) -> np.ndarray:
-        """float32 [N, D] unit vectors."""
+        """float32 [N, D] unit vectors; of images turned upright as their EXIF entry says, where that is asked for."""
         config = self.bundle.manifest.preprocess
         return self.pixel_batches(
-            (np.stack([preprocess_image(image, config) for image in batch]) for batch in batches), on_batch
+            (np.stack([preprocess_image(image, config, exif_rotation) for image in batch]) for batch in batches),
+            on_batch,
         )
 
     def pixel_batches(self, batches: Iterable[np.ndarray], on_batch: Callable[[int], None] | None = None) -> np.ndarray:

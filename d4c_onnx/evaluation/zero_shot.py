@@ -30,6 +30,7 @@ def evaluate_zero_shot(
     dataset: LabelledImages,
     *,
     batch: int = 100,
+    exif_rotation: bool = False,
     provider: str = "cpu",
     threads: int = 0,
     on_step: OnStep = silent,
@@ -39,6 +40,7 @@ def evaluate_zero_shot(
     Args:
         bundles: the baseline first (FP32, where there is one).
         dataset: all of its images are used.
+        exif_rotation: turn them upright first, as their EXIF entry says.
 
     Returns:
         In percent and percentage points; rows after the first hold the paired 95 % interval of top-1, agreement of the
@@ -56,7 +58,8 @@ def evaluate_zero_shot(
             on_step("evaluate", done, total, {})
 
         texts = class_embeddings(encoders, dataset.classes, templates())
-        seen = _answer(encoders.image_batches(dataset.batches(batch), count), texts, dataset.labels)
+        vectors = encoders.image_batches(dataset.batches(batch), count, exif_rotation)
+        seen = _answer(vectors, texts, dataset.labels)
         row = BundleAccuracy(
             bundle=str(bundle.path),
             top1=100 * float(seen.hits.mean()),

@@ -76,6 +76,7 @@ def evaluate(
             bundles,
             open_dataset(name),
             batch=recipe.evaluation.batch,
+            exif_rotation=recipe.evaluation.exif_rotation,
             provider=provider,
             threads=machine.threads,
             on_step=on_step,

@@ -35,7 +35,8 @@ def draw_real_images(source: Path, recipe: Recipe, preprocess: Preprocess) -> np
         )
     chosen = np.random.default_rng([recipe.seed, 9]).choice(len(found), count, replace=False)
     batches = found.select(chosen).batches(64)
-    return np.stack([preprocess_image(image, preprocess) for images in batches for image in images])
+    upright = recipe.evaluation.exif_rotation
+    return np.stack([preprocess_image(image, preprocess, upright) for images in batches for image in images])
 
 
 def make_control_set(

@@ -74,6 +74,8 @@ def find_or_synthesize(
     nouns = words.nouns or model.own_nouns()
     source = Path(recipe.synthesis.source) if recipe.synthesis.source else None
     digest = content_sha256(source) if source else None
+    if digest and recipe.evaluation.exif_rotation:
+        digest = f"{digest} upright"  # other images to the model, so another set
     asked = recipe.synthesis, recipe.text, nouns, recipe.seed, digest
     key = calibration_key(bundle.weights_sha256, *asked, texts=words.texts)
     target = bundle.path / f"calibration-{key['id']}"
