@@ -27,6 +27,7 @@ _ASKED = {
     "size": "--image-size",
 }
 _LARGEST_TOKENIZER = 64 * 2**20  # bytes; XLM-R's has a quarter of it
+_OTHER_POSITIONS = ("roberta", "camembert", "mpnet", "longformer")
 _MEND = "Mend it, or move it away and name what it says with an option."
 
 
@@ -120,6 +121,32 @@ def context_beside(tokenizer: Tokenizer, file: Path) -> int | None:
     if tokenizer.truncation is not None:
         return int(tokenizer.truncation["max_length"])
     return next(_lengths(file.parent), None)
+
+
+def check_positions(file: Path) -> None:
+    """Refuse to fill in positions where a config says that they are not 0, 1, ...
+
+    Args:
+        file: of a text tower that takes them as an input.
+
+    Raises:
+        ModelError: it is a RoBERTa or of its kin, which begin behind the padding's id.
+    """
+    for config in (folder / "config.json" for folder in folders_of(file)):
+        if not config.is_file():
+            continue
+        top = read_json(config, ModelError, _MEND)
+        kinds = [top.take("model_type", nullable(text), None), _kind_of_texts(top)]
+        if any(kind and any(word in kind for word in _OTHER_POSITIONS) for kind in kinds):
+            raise ModelError(
+                f"{file}: takes positions as an input, and {config.name} says that it counts them as RoBERTa does, "
+                "from behind the padding's id on. Export it without position_ids, so that the graph counts them."
+            )
+
+
+def _kind_of_texts(top: Node) -> str | None:
+    value = top.value.get("text_config") if isinstance(top.value, dict) else None
+    return top.below("text_config", value).take("model_type", nullable(text), None) if isinstance(value, dict) else None
 
 
 def _lengths(folder: Path) -> Iterator[int]:

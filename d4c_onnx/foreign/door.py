@@ -16,6 +16,7 @@ from onnx_ir.passes.common import (
 )
 
 from d4c_onnx.errors import ModelError
+from d4c_onnx.foreign.contrib import expand_contrib, is_expanded
 from d4c_onnx.graph.model import PROTOBUF_LIMIT_BYTES, clear_notes, drop_unused, load_model, opset_of, raise_opset
 from d4c_onnx.graph.values import attribute, set_constant
 from d4c_onnx.untrusted_json import quoted, short
@@ -31,7 +32,8 @@ _REDUCTIONS = ("Max", "Mean", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", 
 def let_in(path: Path) -> ir.Model:
     """Read a float32 graph of standard operators, in the opset that our rewrites know.
 
-    Functions are written out, constants are initialisers, and nothing but what the outputs need is left.
+    Functions and onnxruntime's own operators are written out, constants are initialisers, and nothing but what the
+    outputs need is left.
 
     Raises:
         GraphError: it is no ONNX model, or its weights are missing or lie outside its folder.
@@ -56,6 +58,7 @@ def let_in(path: Path) -> ir.Model:
     drop_unused(model)
     _check_operators(model, path)
     _raise(model, path)
+    expand_contrib(model, path)
     return model
 
 
@@ -75,12 +78,12 @@ def _check_weights(model: ir.Model, path: Path) -> None:
 
 
 def _check_operators(model: ir.Model, path: Path) -> None:
-    """Only ONNX's own operators, on float32."""
+    """Only ONNX's own operators, and those of onnxruntime that can be written in them, on float32."""
     for node in model.graph.all_nodes():
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain not in ("", "ai.onnx") and not is_expanded(node):
             raise ModelError(
-                f"{path}: holds {quoted(f'{node.domain}:{node.op_type}')}, which is no standard operator. Export it "
-                "again without optimisations for one runtime."
+                f"{path}: holds {quoted(f'{node.domain}:{node.op_type}')}, which is no standard operator, and none of "
+                "onnxruntime's that are known here. Export it again without optimisations for one runtime."
             )
         if node.op_type in _QUANTIZED or node.op_type.startswith("QLinear"):
             raise ModelError(f"{path}: is quantised already ({node.op_type}). Import the float32 file.")

@@ -44,6 +44,7 @@ class OriginalTower:
             "ids": batch,
             "mask": np.ones_like(batch) if mask is None else mask,
             "type": np.zeros_like(batch),
+            "position": self._positions(batch),
         }
         feed = {name: given[what].astype(self.original.dtypes[what]) for what, name in self.original.inputs.items()}
         try:
@@ -61,6 +62,11 @@ class OriginalTower:
                 "another output."
             )
         return found
+
+    def _positions(self, batch: np.ndarray) -> np.ndarray:
+        """0, 1, ... along the second axis."""
+        shape = (1 if self.original.shared_positions else len(batch), batch.shape[1])
+        return np.broadcast_to(np.arange(batch.shape[1]), shape)
 
 
 def _alone(original: Original) -> ir.Model:

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from d4c_onnx.errors import ModelError
-from d4c_onnx.foreign.beside import context_beside, padding_beside, read_tokenizer
+from d4c_onnx.foreign.beside import check_positions, context_beside, padding_beside, read_tokenizer
 from d4c_onnx.foreign.original import TOLERANCE, OriginalTower
 from d4c_onnx.foreign.tower import ForeignTower
 from d4c_onnx.manifest import TokenizerInfo
@@ -78,6 +78,8 @@ def texts_of(
     Raises:
         ModelError: nobody says what cannot be tried out, or what was said does not fit the graph.
     """
+    if "position" in tower.others:
+        check_positions(tower.original.path)
     found, file = read_tokenizer(tower.original.path, tokenizer)
     known = padding_beside(found, file) if pad is None else found.token_to_id(pad)
     if pad is not None and known is None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from d4c_onnx.errors import ModelError
 from d4c_onnx.graph.model import drop_unused
-from d4c_onnx.graph.values import ancestors, name_of, node, prepend, set_constant, values_by_name
+from d4c_onnx.graph.values import ancestors, name_of, node, prepend, set_constant, set_scalar, values_by_name
 from d4c_onnx.untrusted_json import quoted
 
 # What exporters call the embedding, the surest first; a tower may give out hidden states beside it.
@@ -33,10 +33,11 @@ class Original:
 
     Attributes:
         path: of the file.
-        inputs: what it takes, by what it is: `pixels`, or `ids` and perhaps `mask` and `type`.
+        inputs: what it takes, by what it is: `pixels`, or `ids` and perhaps `mask`, `type` and `position`.
         dtypes: numpy's name of the type of each of them.
         output: the embedding.
         alone: whether the file takes nothing else, such as the other tower's.
+        shared_positions: whether it takes positions as [1, length], for the whole batch.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Original:
     dtypes: dict[str, str]
     output: str
     alone: bool
+    shared_positions: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ def cut_tower(model: ir.Model, kind: str, path: Path, output: str | None = None)
         {what: value.dtype.numpy().name if value.dtype else "" for what, value in inputs.items()},
         name_of(chosen),
         alone=set(graph.inputs) == set(inputs.values()),
+        shared_positions="position" in inputs and next(iter(inputs["position"].shape or (None,))) == 1,
     )
     graph.outputs.clear()
     graph.outputs.append(chosen)
@@ -105,7 +108,7 @@ def cut_tower(model: ir.Model, kind: str, path: Path, output: str | None = None)
 
 
 def feed_alone(tower: ForeignTower, pad_id: int | None) -> None:
-    """Let a text tower take ids alone, in place: every token counts, or every one but the padding.
+    """Let a text tower take ids alone, in place: every token counts, or every one but the padding; the first is at 0.
 
     Args:
         pad_id: what is no token; None: nothing.
@@ -121,6 +124,9 @@ def feed_alone(tower: ForeignTower, pad_id: int | None) -> None:
             real = node("Not", [same.outputs[0]], f"{what}_tokens")
             made = node("Cast", [real.outputs[0]], f"{what}_of_ids", attributes={"to": int(dtype)})
             nodes = [same, real, made]
+        elif what == "position":
+            nodes += _positions(graph, sizes.outputs[0], dtype, tower.original.shared_positions)
+            made = nodes[-1]
         else:
             fill = ir.tensor(np.array([1 if what == "mask" else 0], dtype.numpy()))
             made = node("ConstantOfShape", [sizes.outputs[0]], f"{what}_of_ids", attributes={"value": fill})
@@ -129,6 +135,19 @@ def feed_alone(tower: ForeignTower, pad_id: int | None) -> None:
         value.replace_all_uses_with(made.outputs[0])
         graph.inputs.remove(value)
     tower.others.clear()
+
+
+def _positions(graph: ir.Graph, sizes: ir.Value, dtype: ir.DataType, shared: bool) -> list[ir.Node]:
+    """0, 1, ... for each text, or once for all of them."""
+    zero, one, axis = (
+        set_scalar(graph, f"position_{what}", number) for what, number in (("zero", 0), ("one", 1), ("axis", 1))
+    )
+    length = node("Gather", [sizes, axis], "position_length")
+    places = node("Range", [zero, length.outputs[0], one], "position_places")
+    shape = set_constant(graph, "position_shape", np.array([1, 1], np.int64)) if shared else sizes
+    rows = node("Expand", [places.outputs[0], shape], "position_rows")
+    cast = node("Cast", [rows.outputs[0]], "position_of_ids", attributes={"to": int(dtype)})
+    return [length, places, rows, cast]
 
 
 def _inputs(graph: ir.Graph, kind: str, path: Path) -> dict[str, ir.Value]:
@@ -149,8 +168,6 @@ def _inputs(graph: ir.Graph, kind: str, path: Path) -> dict[str, ir.Value]:
         found[what] = value
     if "ids" not in found:
         raise ModelError(f"{path}: has no input of token ids ({_listed(graph.inputs)}).")
-    if "position" in found:
-        raise ModelError(f"{path}: wants positions as an input. Export it without position_ids.")
     return {"ids": found.pop("ids"), **found}
 
 

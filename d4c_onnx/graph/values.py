@@ -148,6 +148,13 @@ def set_constant(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
     return value
 
 
+def set_scalar(graph: ir.Graph, name: str, number: float, dtype: type[np.generic] = np.int64) -> ir.Value:
+    """As `set_constant`, with no axis; that one gives a number an axis of its own."""
+    value = set_constant(graph, name, np.array(number, dtype))
+    value.const_value, value.shape = ir.Tensor(np.array(number, dtype), name=name), ir.Shape([])
+    return value
+
+
 def node(
     op: str,
     inputs: Iterable[ir.Value | None],
