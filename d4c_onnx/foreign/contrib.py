@@ -6,7 +6,7 @@ rotary positions, packed tokens) is refused by name. What comes of it is compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class _Writer:
         self._name = entry.name or entry.op_type
         self.nodes: list[ir.Node] = []
 
-    def __call__(self, op: str, inputs: list[ir.Value | None], what: str, **attributes: Any) -> ir.Value:
+    def __call__(self, op: str, inputs: Sequence[ir.Value | None], what: str, **attributes: Any) -> ir.Value:
         made = node(op, inputs, f"{self._name}_{what}", attributes=attributes)
         self.nodes.append(made)
         return made.outputs[0]

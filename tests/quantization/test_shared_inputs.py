@@ -125,3 +125,53 @@ def test_a_stem_of_two_kernels_is_written(tmp_path: Path) -> None:
     assert {layer.bits for layer in report.layers} == {4}
     expected, got = (run(loaded, batches[0]) for loaded in (model, load_model(made)))
     assert np.abs(got - expected).max() < 0.15 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (2, 3, 1), (4, 1, 1)])
+def test_padding_that_follows_from_the_size(mode: str, kernel: int, stride: int, dilation: int) -> None:
+    """What a view's rows times the weight give is what onnxruntime computes."""
+    weight = np.random.default_rng(0).standard_normal((5, 8, kernel, kernel)).astype(np.float32)
+    line = f'[conv] y = Conv<auto_pad = "{mode}", strides = [{stride}, {stride}], dilations = [{dilation}, {dilation}]>'
+    model = parse(f"g ({IMAGE}) => (float[n, a, b, c] y) {{ {line}(x, weight) }}", weight=weight)
+    batch = _batches(IMAGE)[0]
+    expected = run(model, batch).transpose(0, 2, 3, 1).reshape(-1, 5)
+    rows = input_view(nodes_by_name(model.graph)["conv"], weight.shape, "x").rows(batch)[0]
+    assert np.allclose(rows @ weight.reshape(5, -1).T, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_a_weight_on_the_left(method: str) -> None:
+    """It sums over the axis before the last, and is rounded like the same product with the weight on the right."""
+    weight = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
+    batches, found = [np.ascontiguousarray(batch.swapaxes(1, 2)) for batch in _batches(IMAGE)], []
+    for line, values in (
+        ("[left] y = MatMul(weight, x)", weight),
+        ("t = Transpose<perm = [0, 1, 3, 2]>(x) [left] y = MatMul(t, weight)", weight.T),
+    ):
+        text = f"g (float[n, 6, 8, 16] x) => (float[n, 6, b, c] y) {{ {line} }}"
+        model, section = parse(text, weight=values), section_of("bits=w4a8", "boundary_bits=4", "group=0")
+        plan, reader = make_plan(model.graph, section), Feeds(batches)
+        ranges = collect_ranges(model, plan, reader, section, threads=1)
+        task = RoundingTask(model, plan, ranges, reader, "none", threads=1)
+        [made] = METHODS[method].round_weights(task).weights.values()
+        found.append(made)
+    assert np.array_equal(found[0].integers, found[1].integers)
+    assert np.allclose(found[0].scale, found[1].scale)
+
+
+def test_a_stack_of_matrices_is_rounded_to_nearest(tmp_path: Path) -> None:
+    """A matrix for each head: a channel has no moments of one kind."""
+    draw = np.random.default_rng(0)
+    text = "g (float[n, 4, 6, 16] x) => (float[n, 4, 6, 8] y) { [stack] y = MatMul(x, weight) }"
+    weight = draw.standard_normal((4, 16, 8)).astype(np.float32)
+    batches = [draw.standard_normal((4, 4, 6, 16)).astype(np.float32) for _ in range(2)]
+    found = {}
+    for method in ("gptaq", "gptq", "nearest"):
+        model, section = parse(text, weight=weight), section_of("bits=w4a8", "boundary_bits=4", f"rounding={method}")
+        plan, reader = make_plan(model.graph, section), Feeds(batches)
+        ranges = collect_ranges(model, plan, reader, section, threads=1)
+        task = RoundingTask(model, plan, ranges, reader, "none", threads=1)
+        [found[method]] = METHODS[method].round_weights(task).weights.values()
+    assert np.array_equal(found["gptaq"].integers, found["nearest"].integers)
+    assert np.array_equal(found["gptq"].integers, found["nearest"].integers)

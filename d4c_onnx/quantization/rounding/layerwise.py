@@ -19,6 +19,7 @@ from d4c_onnx.quantization.rounding.base import (
 )
 from d4c_onnx.quantization.rounding.bias_room import least_scales, with_room
 from d4c_onnx.quantization.rounding.corrections import correct_affine, correct_mean
+from d4c_onnx.quantization.rounding.nearest import NearestRounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,9 @@ class _Layers:
                 if key not in moments:
                     moments[key] = _moments(found, key[1])
                 self._round(layer, moments[key])
-            if self._corrects:  # a weight that two layers share has its gain from the first; biases are a layer's own
+            if self._corrects and not self._is_stack(
+                layer
+            ):  # a weight that two layers share has its gain from the first; biases are a layer's own
                 self._correct(layer, bias, found, fresh and self._task.correction == "affine")
             if not more:  # nobody will look at the twin again
                 continue
@@ -92,6 +95,8 @@ class _Layers:
 
     def _on_grid(self, layer: WeightedLayer, rows: np.ndarray, moments: list[InputMoments]) -> QuantizedWeight:
         plan, rounding = self._task.plan, self._rounding
+        if self._is_stack(layer):
+            rounding = NearestRounding()
         bits, groups = plan.weight_bits[layer.weight], plan.groups.get(layer.weight)
         if not rounding.uses_data or len(moments) == 1:
             return rounding.round(rows, bits, moments[0] if rounding.uses_data else None, groups)
@@ -110,6 +115,10 @@ class _Layers:
             bias = correct_mean(rows, weights[layer.weight], bias, found)
         if value is not None and bias is not None:
             self._result.biases[name_of(value)] = bias
+
+    def _is_stack(self, layer: WeightedLayer) -> bool:
+        """Whether a product has a matrix for every sample or head, so that one channel sums rows of several kinds."""
+        return layer.op != "Conv" and len(dims(self._graph.initializers[layer.weight]) or ()) > 2
 
     def _bias(self, layer: WeightedLayer) -> ir.Value | None:
         return bias_of(self._nodes[layer.node])
