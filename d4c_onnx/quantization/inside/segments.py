@@ -2,7 +2,8 @@
 
 Sequential rounding looks at one layer after the other, over all samples. Running the encoder from its input for every
 layer would cost the square of its depth; kept between two cuts are only the values that later nodes still read (the
-residual stream and the activation at hand), a few tens of megabytes for a ViT-B/32 and 128 images.
+residual stream and the activation at hand), a few tens of megabytes for a ViT-B/32 and 128 images, and gigabytes for
+a conv net's first stages: `live` keeps those on disk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,12 @@ import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.graph.values import constant, name_of, reads, set_constant
+from d4c_onnx.quantization.inside.live import LiveValues
 from d4c_onnx.runtime.session import EncoderSession
 
 
 class SegmentedEncoder:
-    """An encoder that stands at a position of its own node list, with the live values of every batch in memory."""
+    """An encoder that stands at a position of its own node list, with the live values of every batch at hand."""
 
     def __init__(self, model: ir.Model, reader: CalibrationDataReader, provider: str = "cpu", threads: int = 0) -> None:
         """Read all batches.
@@ -29,10 +31,15 @@ class SegmentedEncoder:
         self._nodes = list(self._model.graph)
         self._provider, self._threads = provider, threads
         self._position = 0
-        self._live: list[dict[str, np.ndarray]] = []
+        self._live = LiveValues()
         reader.rewind()
         while (feed := reader.get_next()) is not None:
-            self._live.append(dict(feed))
+            self._live.append(feed)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the live values take in memory."""
+        return self._live.held_bytes
 
     @property
     def graph(self) -> ir.Graph:
@@ -61,19 +68,21 @@ class SegmentedEncoder:
         for value in self._model.graph.initializers.values():
             if name_of(value) not in later:
                 value.const_value = None  # weights that were replaced would stay in memory
-        for number, live in enumerate(self._live):
+        for number in range(len(self._live)):
+            live = self._live.read(number)
             fed = {name: live[name] for name in session.input_names} if session else {}
             fresh = session.run_named(fed) if session else {}
+            self._live.update(number, fresh, later)
             everything = {**live, **fresh}
-            self._live[number] = {name: value for name, value in everything.items() if name in later}
             yield {name: everything[name] for name in names}
 
     def _session(self, nodes: list[ir.Node], outputs: list[ir.Value]) -> EncoderSession:
         read = dict.fromkeys(value for node in nodes for value in reads(node))
-        inputs = [value for value in read if name_of(value) in self._live[0] and value.const_value is None]
+        live = self._live.read(0)
+        inputs = [value for value in read if name_of(value) in live and value.const_value is None]
         inputs = sorted((value for value in inputs if value.producer() not in set(nodes)), key=name_of)
         for value in inputs:
-            fed = self._live[0][name_of(value)]
+            fed = live[name_of(value)]
             value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(fed.dtype)), ir.Shape([None] * fed.ndim)
         graph = self._model.graph
         view = ir.GraphView(
