@@ -279,6 +279,15 @@ class Recipe(_Section):
     evaluation: EvaluationSection = EvaluationSection()
 
 
+# What --effort sets, by name: of the rows of docs/synthesis.md the one that asks no gradient, the default, and the
+# longest that was measured.
+EFFORTS: dict[str, dict[str, object]] = {
+    "quick": {"synthesis.method": "leaves"},
+    "default": {},
+    "best": {"synthesis.images": 512, "synthesis.steps": 100},
+}
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
     return sorted(

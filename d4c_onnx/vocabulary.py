@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import unicodedata
 from dataclasses import dataclass
 from importlib import resources
@@ -74,6 +76,11 @@ def read_texts(path: str | Path) -> tuple[str, ...]:
             "hundred are good."
         )
     return texts
+
+
+def texts_sha256(texts: tuple[str, ...]) -> str:
+    """Of a user's own texts, in their order."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def _lines(option: str, path: str | Path) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from d4c_onnx.calibration.method import METHODS, Method
 from d4c_onnx.recipe import PromptSection, SynthesisSection
+from d4c_onnx.vocabulary import texts_sha256
 
 # Raise it when the same ask makes other images or texts, such as when the optimisation itself changes: sets and
 # half-done work of an earlier release are then not taken for this one's. A method's constants are in the key anyway.
@@ -47,8 +48,3 @@ def calibration_key(
         key["texts_sha256"] = texts_sha256(texts)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return {"id": digest[:12], **key}
-
-
-def texts_sha256(texts: tuple[str, ...]) -> str:
-    """Of a user's own texts, in their order."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()

@@ -295,15 +295,20 @@ def launched() -> tuple[int, int, int]:
 
 
 def resolve_recipe(
-    name: str, overrides: tuple[str, ...], seed: int | None, extra: dict[str, object] | None = None
+    name: str,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    extra: dict[str, object] | None = None,
+    preset: dict[str, object] | None = None,
 ) -> Any:
-    """The recipe of a command line; options win over --set, --set over the file."""
+    """The recipe of a command line; options win over --set, --set over a preset, that over the file."""
     from d4c_onnx.recipe import load_recipe
 
-    given = {"seed": seed, **(extra or {})}
-    return load_recipe(
-        name, [*overrides, *(f"{key}={_literal(value)}" for key, value in given.items() if value is not None)]
-    )
+    return load_recipe(name, [*_words(preset or {}), *overrides, *_words({"seed": seed, **(extra or {})})])
+
+
+def _words(keys: dict[str, object]) -> list[str]:
+    return [f"{key}={_literal(value)}" for key, value in keys.items() if value is not None]
 
 
 def _literal(value: object) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from d4c_onnx.cli import options, show
+from d4c_onnx.cli.effort import Effort, effort_option
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.progress import OnStep
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @options.weights_options
 @options.output_option
 @options.calibrate_options
+@effort_option
 @click.option("--dataset", help="cifar10, fidelity, or a .parquet file.  [the model's own, else fidelity]")
 @options.overwrite_option
 @options.recipe_options
@@ -57,6 +59,7 @@ def command(
     model_options: ModelOptions,
     output: Path,
     calibrate: options.Calibrate,
+    effort: Effort,
     dataset: str | None,
     overwrite: bool,
     recipe_name: str,
@@ -80,7 +83,8 @@ def command(
         "evaluation.dataset": dataset,
         **calibrate.keys(),
     }
-    recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
+    effort.refuse(calibrate.calibration)
+    recipe = options.resolve_recipe(recipe_name, overrides, seed, extra, effort.keys())
     from d4c_onnx import pipeline
 
     def quantize(on_step: OnStep) -> QuantizeReport:
@@ -97,9 +101,10 @@ def command(
             overwrite=overwrite,
             machine=machine,
             on_step=on_step,
+            on_ahead=effort.on_ahead,
         )
 
-    show.measured(quantize, _print, as_json, quiet)
+    show.measured(quantize, _print, as_json, quiet, effort.as_dict)
 
 
 def _alone(files: ForeignFiles, pretrained: str | None, said: ModelOptions) -> ForeignFiles:

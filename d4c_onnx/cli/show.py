@@ -79,8 +79,17 @@ def stdout_to_stderr() -> Iterator[None]:
         yield
 
 
-def measured(measure: Callable[[OnStep], R], table: Callable[[R], None], as_json: bool, quiet: bool) -> None:
+def measured(
+    measure: Callable[[OnStep], R],
+    table: Callable[[R], None],
+    as_json: bool,
+    quiet: bool,
+    beside: Callable[[], dict[str, Any]] = dict,
+) -> None:
     """Measure under a progress bar and show what came out, also where a check at the end has failed.
+
+    Args:
+        beside: what --json shows beside the report.
 
     Raises:
         CheckFailed: the check's, once its report is shown; with --json the command group prints both as one object.
@@ -96,7 +105,7 @@ def measured(measure: Callable[[OnStep], R], table: Callable[[R], None], as_json
     if not as_json:
         table(report)
     elif failed is None:
-        print_json(report.as_dict())
+        print_json({**report.as_dict(), **beside()})
     if failed is not None:
         raise failed
 

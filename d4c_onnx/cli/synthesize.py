@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d4c_onnx.cli import options, show
+from d4c_onnx.cli.effort import Effort, effort_option
 from d4c_onnx.models.model_options import ModelOptions
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     help="With --method real: a folder of images, or a .parquet file.",
 )
 @options.exif_option
+@effort_option
 @click.option("--images", type=click.IntRange(1), help="Number of calibration images.  [recipe: 128]")
 @click.option("--report", is_flag=True, help="Also write one HTML page: images, losses, ranges and ranks per layer.")
 @click.option(
@@ -55,6 +57,7 @@ def command(
     method: str | None,
     source: str | None,
     exif_rotation: bool | None,
+    effort: Effort,
     images: int | None,
     report: bool,
     against: tuple[Path, ...],
@@ -77,7 +80,7 @@ def command(
         raise click.UsageError("--against belongs to --report.")
     extra: dict[str, object] = {"synthesis.method": method, "synthesis.source": source, "synthesis.images": images}
     extra["evaluation.exif_rotation"] = exif_rotation
-    recipe = options.resolve_recipe(recipe_name, overrides, seed, extra)
+    recipe = options.resolve_recipe(recipe_name, overrides, seed, extra, effort.keys())
     from d4c_onnx import measure, pipeline
 
     start = time.perf_counter()
@@ -94,11 +97,13 @@ def command(
             texts=texts,
             machine=machine,
             on_step=on_step,
+            on_ahead=effort.on_ahead if first else None,
         )
         page = measure.report_calibration_set(folder, against=against, on_step=on_step) if report and first else None
     if not first:
         return
-    result = {"model": model, **_result(folder, made, page), "seconds": round(time.perf_counter() - start, 2)}
+    seconds = round(time.perf_counter() - start, 2)
+    result = {"model": model, **_result(folder, made, page), "seconds": seconds, **effort.as_dict()}
     (show.print_json if as_json else _print)(result)
 
 

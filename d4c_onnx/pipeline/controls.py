@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import DatasetError
 from d4c_onnx.manifest import Preprocess
+from d4c_onnx.progress import Ahead
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import OwnWords
 
@@ -37,6 +38,13 @@ def draw_real_images(source: Path, recipe: Recipe, preprocess: Preprocess) -> np
     batches = found.select(chosen).batches(64)
     upright = recipe.evaluation.exif_rotation
     return np.stack([preprocess_image(image, preprocess, upright) for images in batches for image in images])
+
+
+def work_ahead(recipe: Recipe, preprocess: Preprocess) -> Ahead:
+    """How long images that ask no model will take."""
+    from d4c_onnx.calibration.ahead import control_ahead
+
+    return control_ahead(recipe.synthesis, preprocess.size)
 
 
 def make_control_set(

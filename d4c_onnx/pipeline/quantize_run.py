@@ -80,7 +80,7 @@ def _calibrated(task: QuantizeTask, clock: Clock) -> tuple[Bundle, CalibrationSe
     clock.lap("export")
     if given is not None:
         return model.bundle, given
-    _, dataset = find_or_synthesize(model, recipe, task.words, task.machine, task.on_step)
+    _, dataset = find_or_synthesize(model, recipe, task.words, task.machine, task.on_step, on_ahead=task.on_ahead)
     return model.bundle, dataset
 
 

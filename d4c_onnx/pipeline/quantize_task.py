@@ -13,9 +13,9 @@ from d4c_onnx.measure.accuracy import check_dataset_name
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.source import source_folder, without_model
-from d4c_onnx.progress import OnStep
+from d4c_onnx.progress import OnAhead, OnStep
 from d4c_onnx.recipe import Recipe
-from d4c_onnx.vocabulary import OwnWords, read_words
+from d4c_onnx.vocabulary import OwnWords, read_words, texts_sha256
 
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
@@ -26,7 +26,7 @@ class QuantizeTask:
     """A quantisation that was asked for, and what of it is there already.
 
     Attributes:
-        source, pretrained, options, recipe, machine, on_step: as asked.
+        source, pretrained, options, recipe, machine, on_step, on_ahead: as asked.
         folder: of the FP32 bundle, which may have to be exported.
         words: the user's vocabulary and texts.
         given: the user's calibration set; None: the one of the recipe's key.
@@ -47,6 +47,7 @@ class QuantizeTask:
     resumed: Bundle | None
     wants_fp16: bool
     fp16: Bundle | None
+    on_ahead: OnAhead | None = None
 
     @property
     def target(self) -> Path:
@@ -82,6 +83,7 @@ def decide(
     overwrite: bool,
     machine: Machine,
     on_step: OnStep,
+    on_ahead: OnAhead | None = None,
 ) -> QuantizeTask:
     """See what is there, and refuse what is in the way.
 
@@ -105,7 +107,7 @@ def decide(
     check_dataset_name(recipe)
     given = _given_set(calibration, prompts, texts, words) if calibration else None
     return QuantizeTask(
-        source, pretrained, options, recipe, machine, on_step, folder, words, given, resumed, wants_fp16, fp16
+        source, pretrained, options, recipe, machine, on_step, folder, words, given, resumed, wants_fp16, fp16, on_ahead
     )
 
 
@@ -113,7 +115,6 @@ def _given_set(
     calibration: str | Path, prompts: str | Path | None, texts: str | Path | None, words: OwnWords
 ) -> CalibrationSet:
     from d4c_onnx.calibration.dataset import open_calibration_set
-    from d4c_onnx.calibration.key import texts_sha256
 
     given = open_calibration_set(calibration)
     key = given.manifest["key"]

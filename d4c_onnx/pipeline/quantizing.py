@@ -14,7 +14,7 @@ from d4c_onnx.pipeline.importing import find_or_import
 from d4c_onnx.pipeline.quantize_report import QuantizeReport, report_of
 from d4c_onnx.pipeline.quantize_run import Clock, MadeBundles, run
 from d4c_onnx.pipeline.quantize_task import QuantizeTask, decide
-from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.progress import OnAhead, OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.results import Accuracy
 
@@ -36,6 +36,7 @@ def quantize_bundle(
     overwrite: bool = False,
     machine: Machine | None = None,
     on_step: OnStep = silent,
+    on_ahead: OnAhead | None = None,
 ) -> QuantizeReport:
     """Quantise both encoders of a model or bundle, and measure the written files against FP32.
 
@@ -49,6 +50,7 @@ def quantize_bundle(
         name: of the model behind such files; None: that of the folder that both lie in.
         prompts, texts: files of the user's nouns, and of whole texts, which calibrate the text tower in place of nouns.
         calibration: a set's folder; none is then synthesised and torch is not needed for a bundle.
+        on_ahead: told before the first image is made how long they will take.
 
     Raises:
         BundleError: the folder of the result, or of the FP16 bundle, holds something else.
@@ -72,6 +74,7 @@ def quantize_bundle(
         overwrite=overwrite,
         machine=machine or Machine(),
         on_step=on_step,
+        on_ahead=on_ahead,
     )
     return _measure(task, run(task, clock), clock)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.pipeline.controls import draw_real_images, make_control_set
+from d4c_onnx.pipeline.controls import draw_real_images, make_control_set, work_ahead
 from d4c_onnx.pipeline.exporting import use_threads
 from d4c_onnx.pipeline.source import LazyModel, is_imported, open_or_export, source_folder, without_model
-from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.progress import Ahead, OnAhead, OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import OwnWords, read_words
 
@@ -31,6 +31,7 @@ def synthesize_calibration_set(
     texts: str | Path | None = None,
     machine: Machine | None = None,
     on_step: OnStep = silent,
+    on_ahead: OnAhead | None = None,
 ) -> tuple[Path, CalibrationSet]:
     """Make a calibration set in the model's bundle folder, or return the one of the same key that is there.
 
@@ -41,6 +42,7 @@ def synthesize_calibration_set(
         options: what the user says of weights that do not say it themselves.
         prompts: the user's vocabulary: a file of nouns.
         texts: a file of the user's own texts, which calibrate the text tower in place of nouns in templates.
+        on_ahead: told before the first image is made how long they will take; timing that makes no other images.
 
     Returns:
         The set's folder, and the set.
@@ -54,7 +56,7 @@ def synthesize_calibration_set(
     use_threads(machine)
     group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
     model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step, options))
-    return find_or_synthesize(model, recipe, words, machine, on_step, group)
+    return find_or_synthesize(model, recipe, words, machine, on_step, group, on_ahead)
 
 
 def find_or_synthesize(
@@ -64,6 +66,7 @@ def find_or_synthesize(
     machine: Machine,
     on_step: OnStep,
     group: ProcessGroup | None = None,
+    on_ahead: OnAhead | None = None,
 ) -> tuple[Path, CalibrationSet]:
     """The set of a recipe's key beside a bundle: the one that is there, or a new one."""
     from d4c_onnx.calibration.dataset import open_calibration_set, work_folder
@@ -81,7 +84,11 @@ def find_or_synthesize(
     target = bundle.path / f"calibration-{key['id']}"
     if target.exists():
         shutil.rmtree(work_folder(target), ignore_errors=True)  # a run was killed after its last rename
+        if on_ahead is not None:
+            on_ahead(Ahead(recipe.synthesis.method, 0, 0, 0.0))
         return target, open_calibration_set(target)
+    if on_ahead is not None and key["method"] is None:
+        on_ahead(work_ahead(recipe, bundle.manifest.preprocess))
     if is_imported(bundle):
         return target, make_control_set(bundle, target, recipe, OwnWords(nouns, words.texts), source, digest)
     from d4c_onnx.synthesis import synthesize
@@ -100,5 +107,6 @@ def find_or_synthesize(
         group=group,
         texts=words.texts,
         on_step=on_step,
+        on_ahead=on_ahead,
     )
     return target, made

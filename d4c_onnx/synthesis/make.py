@@ -8,24 +8,33 @@ import torch
 
 from d4c_onnx.calibration.dead_leaves import dead_leaves
 from d4c_onnx.models.load import LoadedModel
-from d4c_onnx.progress import OnStep
+from d4c_onnx.progress import Ahead, OnAhead, OnStep
 from d4c_onnx.synthesis.early_stop import InputStatistics
+from d4c_onnx.synthesis.estimate import units_ahead
 from d4c_onnx.synthesis.guide import Guide, build_guide
 from d4c_onnx.synthesis.loop import optimize_unit
-from d4c_onnx.synthesis.param import start_images
+from d4c_onnx.synthesis.param import Images, start_images
 from d4c_onnx.synthesis.process_group import ProcessGroup
 from d4c_onnx.synthesis.task import Plan
 from d4c_onnx.synthesis.units import MadeUnit, Unit, UnitStore
 
 
 def make_units(
-    loaded: LoadedModel, plan: Plan, store: UnitStore, group: ProcessGroup, on_step: OnStep
+    loaded: LoadedModel,
+    plan: Plan,
+    store: UnitStore,
+    group: ProcessGroup,
+    on_step: OnStep,
+    on_ahead: OnAhead | None = None,
 ) -> list[MadeUnit]:
     """Every unit of a plan; none of a control.
 
     In a group every process makes its share, and the first one reads them all; the others return none. Once another
     batch changes too little for calibration to notice, what is left of the calibration images is skipped; held-out
     ones are made.
+
+    Args:
+        on_ahead: told before the first step how long it will take.
 
     Raises:
         RecipeError: the method or the recipe asks for what the tower does not have.
@@ -34,6 +43,8 @@ def make_units(
         return []
     guide = build_guide(loaded, plan.method, plan.section, plan.nouns, plan.device, plan.precision)
     maker = _Maker(loaded, plan, store, guide, on_step)
+    if on_ahead is not None:
+        on_ahead(maker.ahead(group.size))
     if group.size > 1:
         for unit in plan.units:
             if group.owns(unit.number):
@@ -64,16 +75,30 @@ class _Maker:
             skipped: images that need not be made, for the progress.
         """
         if not self.store.finished(unit):
-            plan = self.plan
-            generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + unit.number)
-            mean, std = (value.to(plan.device) for value in self.loaded.normalization())
-            shape = (len(unit), 3, *self.loaded.preprocess.size)
-            start = start_images(self.guide.method.image, shape, mean, std, generator, self._pictures(unit))
-            labels = torch.from_numpy(plan.labels[unit.start : unit.stop]).to(plan.device)
+            start, labels, generator = self._begin(unit)
             checkpoint, report = self.store.checkpoint(unit), self._reporter(unit, skipped)
-            images, losses = optimize_unit(start, labels, self.guide, plan.section, generator, checkpoint, report)
+            images, losses = optimize_unit(start, labels, self.guide, self.plan.section, generator, checkpoint, report)
             self.store.save(unit, images.numpy(), losses)
         return self.store.load(unit)
+
+    def ahead(self, processes: int) -> Ahead:
+        """What is left to do, by a step of the first batch of it."""
+        section, units = self.plan.section, [unit for unit in self.plan.units if not self.store.finished(unit)]
+        if not units:
+            return Ahead(section.method, 0, 0, 0.0)
+        start, labels, _ = self._begin(units[0])
+        found = units_ahead(section, units, start, labels, self.guide, processes)
+        self.guide.hooks.clear()
+        return found
+
+    def _begin(self, unit: Unit) -> tuple[Images, torch.Tensor, torch.Generator]:
+        """What a unit starts from: images, the labels that they are made for, and the generator of all that follows."""
+        plan = self.plan
+        generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + unit.number)
+        mean, std = (value.to(plan.device) for value in self.loaded.normalization())
+        shape = (len(unit), 3, *self.loaded.preprocess.size)
+        start = start_images(self.guide.method.image, shape, mean, std, generator, self._pictures(unit))
+        return start, torch.from_numpy(plan.labels[unit.start : unit.stop]).to(plan.device), generator
 
     def _pictures(self, unit: Unit) -> torch.Tensor | None:
         """What the unit's images start from, float32 [N, 3, H, W] in 0..1, where that is not noise."""

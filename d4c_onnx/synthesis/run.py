@@ -13,7 +13,7 @@ from d4c_onnx.calibration.method import Method
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.models.random_phrases import random_phrases
-from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.progress import OnAhead, OnStep, silent
 from d4c_onnx.recipe import PromptSection, SynthesisSection
 from d4c_onnx.synthesis.assemble import Subject, assemble
 from d4c_onnx.synthesis.make import make_units
@@ -37,14 +37,14 @@ def synthesize(
     method: Method | None = None,
     texts: tuple[str, ...] | None = None,
     on_step: OnStep = silent,
+    on_ahead: OnAhead | None = None,
 ) -> CalibrationSet:
     """Make a calibration set for a model from the model itself.
 
     Args:
         loaded: the model.
         target: the set's folder; an existing one is replaced.
-        section, text: the recipe's sections.
-        nouns: the vocabulary; one prompt each.
+        section, text, nouns: the recipe's sections, and the vocabulary; one prompt each.
         seed: of every draw.
         device: cpu, cuda or auto.
         given: method real only: float32 [images + held_out, 3, H, W], ready pixel_values.
@@ -52,11 +52,10 @@ def synthesize(
         group: the processes that share the work; none: this one alone.
         method: how images are optimised, instead of what `section.method` names.
         texts: the user's own, in place of nouns in templates.
-        on_step: told after each optimiser pass.
+        on_step, on_ahead: told after each optimiser pass; and before the first one, how long they will take.
 
     Raises:
-        RecipeError: the recipe asks for what the tower does not have, or batches depend on each other where processes
-            share them or an early stop ends them.
+        RecipeError: the tower does not have what the recipe asks for, or batches that are not alone are to be shared.
         ModelError: cuda was asked for and is not there.
         BundleError: the disk is full.
     """
@@ -74,7 +73,7 @@ def synthesize(
         texts=texts,
     )
     store = group.rank_zero_first(lambda: open_unit_store(target, plan.key, plan.compute))
-    made = make_units(loaded, plan, store, group, on_step)
+    made = make_units(loaded, plan, store, group, on_step, on_ahead)
     if group.rank:  # the first process puts the set together
         group.barrier()
         return open_calibration_set(target)
