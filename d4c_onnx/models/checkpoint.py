@@ -3,6 +3,7 @@
 That loader resamples position embeddings of another image size or text length and says so in a log only.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,18 @@ def _content(file: Path) -> Any:
     except (SafetensorError, OSError, EOFError) as error:
         raise ModelError(f"{file}: cannot be read as a checkpoint ({short(error)}). Is the file complete?") from error
     except Exception as error:  # torch's unpickler raises what the file makes it raise
-        raise ModelError(
-            f"{file}: cannot be read with weights_only ({short(error)}). Save it as .safetensors and try again."
-        ) from error
+        raise ModelError(f"{file}: {_why_unread(error)}") from error
+
+
+def _why_unread(error: Exception) -> str:
+    """What torch's unpickler stumbled over, and the way out; the rest of its message is about torch's own options."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    if asked is None:
+        return f"cannot be read with weights_only ({short(error)}). Save it as .safetensors and try again."
+    return (
+        f"holds more than tensors: reading it would call {quoted(asked[1])}, so it is not read. Where you trust it, load "
+        "it in its own program, and save the state_dict() alone, as .safetensors."
+    )
 
 
 def load_published(model: Any, file: str, name: str, image_size: tuple[int, int] | None) -> tuple[Resampled, ...]:

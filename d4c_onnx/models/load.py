@@ -164,6 +164,8 @@ def _load_config(asked: _Asked) -> LoadedModel:
     file, name = Path(str(asked.options.config)), asked.name
     if asked.name.startswith((HUB, LOCAL)):
         raise ModelError(f"--config {file}: {asked.name} says its own architecture. Leave one of the two away.")
+    if not file.is_file():
+        raise ModelError(f"--config {file}: no such file.")
     if asked.pretrained is None:
         raise ModelError(f"{name}: which weights? Add --pretrained FILE, or random, beside --config {file}.")
     config, said = config_of(file)

@@ -200,6 +200,9 @@ def test_a_pickle_is_never_executed(tmp_path: Path, tiny_models: tuple[str, str]
     file.write_bytes(pickle.dumps(_Evil()))
     with pytest.raises(ModelError, match=r"w\.pt"):
         load_model(tiny_models[0], str(file))
+    torch.save({"weight": _Evil()}, file)
+    with pytest.raises(ModelError, match=r"w\.pt: holds more than tensors: reading it would call 'getattr', so it"):
+        load_model(tiny_models[0], str(file))
     assert not Path("/tmp/d4c-onnx-evil").exists()
 
 
