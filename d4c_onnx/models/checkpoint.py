@@ -76,8 +76,8 @@ def _why_unread(error: Exception) -> str:
     if asked is None:
         return f"cannot be read with weights_only ({short(error)}). Save it as .safetensors and try again."
     return (
-        f"holds more than tensors: reading it would call {quoted(asked[1])}, so it is not read. Where you trust it, load "
-        "it in its own program, and save the state_dict() alone, as .safetensors."
+        f"holds more than tensors: reading it would call {quoted(asked[1])}, so it is not read. Where you trust it, "
+        "load it in its own program, and save the state_dict() alone, as .safetensors."
     )
 
 
