@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
 from d4c_onnx.errors import BundleError, ModelError, RecipeError
 from d4c_onnx.files import refuse_existing
-from d4c_onnx.manifest import IMPORTED, ModelInfo
+from d4c_onnx.manifest import ModelInfo
 from d4c_onnx.models.model_options import ModelOptions, is_local
+from d4c_onnx.pipeline.controls import is_imported
 from d4c_onnx.pipeline.exporting import bundle_folder, export_loaded, load
 from d4c_onnx.progress import OnStep
 from d4c_onnx.recipe import Recipe
@@ -127,11 +128,6 @@ def other_weights(
 def source_folder(source: str, output: str | Path) -> Path:
     """Where the FP32 bundle is, or will be: `source` is a bundle's path or a model's name."""
     return Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
-
-
-def is_imported(bundle: Bundle) -> bool:
-    """Whether there are no torch weights behind a bundle."""
-    return bundle.manifest.model.pretrained == IMPORTED
 
 
 def without_model(folder: Path, recipe: Recipe) -> Recipe:

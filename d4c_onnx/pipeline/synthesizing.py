@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from d4c_onnx.extras import need_extra
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.pipeline.controls import draw_real_images, make_control_set
+from d4c_onnx.pipeline.controls import asks_no_model, draw_real_images, make_control_set
 from d4c_onnx.pipeline.exporting import use_threads
-from d4c_onnx.pipeline.source import LazyModel, is_imported, open_or_export, source_folder, without_model
+from d4c_onnx.pipeline.source import LazyModel, open_or_export, source_folder, without_model
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import read_nouns
@@ -43,13 +44,17 @@ def synthesize_calibration_set(
     Returns:
         The set's folder, and the set.
     """
-    from d4c_onnx.synthesis import init_process_group
-
     machine = machine or Machine()
     nouns = read_nouns(prompts) if prompts else None
     folder = source_folder(source, output)
     recipe = without_model(folder, recipe)
     use_threads(machine)
+    if machine.world_size == 1:
+        model = open_or_export(source, folder, recipe, pretrained, on_step, options)
+        return find_or_synthesize(model, recipe, nouns, machine, on_step)
+    need_extra("export", "sharing the work of synthesis")
+    from d4c_onnx.synthesis import init_process_group
+
     group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
     model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step, options))
     return find_or_synthesize(model, recipe, nouns, machine, on_step, group)
@@ -77,8 +82,14 @@ def find_or_synthesize(
     if target.exists():
         shutil.rmtree(work_folder(target), ignore_errors=True)  # a run was killed after its last rename
         return target, open_calibration_set(target)
-    if is_imported(bundle):
-        return target, make_control_set(bundle, target, recipe, nouns, source, digest)
+    if asks_no_model(bundle, recipe):
+
+        def control() -> CalibrationSet:
+            if target.exists():  # another process of the group was first
+                return open_calibration_set(target)
+            return make_control_set(bundle, target, recipe, nouns, source, digest)
+
+        return target, control() if group is None else group.rank_zero_first(control)
     from d4c_onnx.synthesis import synthesize
 
     loaded = model.load(on_step)

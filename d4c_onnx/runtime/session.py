@@ -156,6 +156,12 @@ class EncoderSession:
                 return cls(path, provider, threads, literal=literal)
 
     @property
+    def width(self) -> int:
+        """Numbers of an embedding; 0 where the graph does not say."""
+        size = self._session.get_outputs()[0].shape[-1]
+        return size if isinstance(size, int) else 0
+
+    @property
     def fixed_length(self) -> int | None:
         """The second axis of the input where the graph fixes it (a text tower without a dynamic sequence)."""
         shape = self._session.get_inputs()[0].shape

@@ -68,6 +68,19 @@ class TextTokenizer:
         return ids
 
     @property
+    def all_special_ids(self) -> list[int]:
+        """Ids that are no words."""
+        return [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token -> id."""
+        return dict(self._tokenizer.get_vocab())
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return self._words.decode(ids) if self._clip else str(self._tokenizer.decode(ids))
+
+    @property
     def _clip(self) -> bool:
         """Whether it is open_clip's own, and of a bundle that says how it is cleaned."""
         return self.info.type == "clip-bpe" and self.info.clean is not None
