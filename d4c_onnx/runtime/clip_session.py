@@ -79,12 +79,16 @@ class ClipSession:
         alone = isinstance(images, str | Path | bytes | Image.Image)
         alone = alone or (isinstance(images, np.ndarray) and images.ndim < 4)
         several: Iterable[ImageLike] = [images] if alone else images  # type: ignore[list-item, assignment]
-        pixels = (self._pixels(image, number) for number, image in enumerate(several))
+        pixels = (self._named(image, number) for number, image in enumerate(several))
         return self.embed_pixels((np.stack(some) for some in _batches(pixels, batch or self.batch)), on_batch)
 
     def embed_pixels(self, batches: Iterable[np.ndarray], on_batch: OnBatch | None = None) -> np.ndarray:
         """Unit vectors, float32 [N, D], of pixel_values in batches, float32 [B, 3, H, W] each."""
         return self._embed(self._image, batches, on_batch)
+
+    def embed_ids(self, batches: Iterable[np.ndarray], on_batch: OnBatch | None = None) -> np.ndarray:
+        """Unit vectors, float32 [N, D], of input_ids in batches, int64 [B, sequence] each."""
+        return self._embed(self._text, batches, on_batch)
 
     def embed_texts(
         self, texts: str | Iterable[str], batch: int | None = None, on_batch: OnBatch | None = None
@@ -98,7 +102,7 @@ class ClipSession:
             BundleError: the bundle has no tokenizer.
         """
         several = _batches([texts] if isinstance(texts, str) else texts, batch or self.batch)
-        return self._embed(self._text, map(self.input_ids, several), on_batch)
+        return self.embed_ids(map(self.input_ids, several), on_batch)
 
     def embed_labels(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
         """Prompt ensembling: for each label the mean of its templates' unit vectors, normalised; float32 [K, D].
@@ -144,17 +148,16 @@ class ClipSession:
 
     def input_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int64 [len(texts), sequence], as the text encoder takes them."""
-        ids = self._tokenizer(list(texts))
+        ids = self.tokenizer(list(texts))
         length = self._text.fixed_length
         if length is None or ids.shape[1] == length:
             return ids
         pad = self.bundle.manifest.tokenizer.pad_id or 0
         return np.pad(ids, ((0, 0), (0, length - ids.shape[1])), constant_values=pad)
 
-    def load(self) -> "ClipSession":
-        """Load both encoders and the tokenizer now, and not when they are first used."""
-        _ = self._image, self._text, self._tokenizer
-        return self
+    def encoders(self) -> dict[str, EncoderSession]:
+        """Both encoders by their file's name, loaded."""
+        return {self.bundle.image_encoder.name: self._image, self.bundle.text_encoder.name: self._text}
 
     @cached_property
     def _image(self) -> EncoderSession:
@@ -165,17 +168,26 @@ class ClipSession:
         return self._session(self.bundle.text_encoder)
 
     @cached_property
-    def _tokenizer(self) -> TextTokenizer:
+    def tokenizer(self) -> TextTokenizer:
+        """The bundle's."""
         return TextTokenizer(self.bundle.tokenizer, self.bundle.manifest.tokenizer)
 
     def _session(self, path: Path) -> EncoderSession:
         return EncoderSession(path, self._provider, self._threads, entries=self.bundle.session_entries)
 
-    def _pixels(self, source: ImageLike, number: int) -> np.ndarray:
-        """float32 [3, H, W] of one image."""
+    def pixels(self, source: ImageLike) -> np.ndarray:
+        """pixel_values float32 [3, H, W] of one image.
+
+        Raises:
+            DatasetError: it cannot be read.
+        """
+        image = read_image(source, self._most_pixels)
+        return preprocess_image(image, self.bundle.manifest.preprocess, self._exif_rotation)
+
+    def _named(self, source: ImageLike, number: int) -> np.ndarray:
+        """Its pixels; an error says which one it is."""
         try:
-            image = read_image(source, self._most_pixels)
-            return preprocess_image(image, self.bundle.manifest.preprocess, self._exif_rotation)
+            return self.pixels(source)
         except DatasetError as error:
             place = str(source) if isinstance(source, str | Path) else f"image {number}"
             raise DatasetError(f"{place}: {error}") from error
