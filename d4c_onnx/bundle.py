@@ -4,7 +4,7 @@
       image_encoder.onnx   pixel_values float32 [batch, 3, H, W]  -> image_embeds float32 [batch, D]
       text_encoder.onnx    input_ids    int64   [batch, sequence] -> text_embeds  float32 [batch, D]
       tokenizer.json       Hugging Face `tokenizers` format
-      golden/              a test image, a test text and the embeddings they must give
+      golden/              images, texts and the embeddings they must give
       manifest.json        model, preprocess, tokenizer, I/O, versions, seeds, recipe, SHA-256, measured accuracy
 
 A quantised variant is a bundle of the same form in a sub-folder (`<bundle>/w4a8/`).

@@ -90,9 +90,9 @@ def find_or_synthesize(
             return make_control_set(bundle, target, recipe, nouns, source, digest)
 
         return target, control() if group is None else group.rank_zero_first(control)
+    loaded = model.load(on_step)  # first: it says what to install
     from d4c_onnx.synthesis import synthesize
 
-    loaded = model.load(on_step)
     made = synthesize(
         loaded,
         target,
