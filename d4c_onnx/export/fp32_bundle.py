@@ -20,7 +20,6 @@ from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.runtime.golden import Bounds, golden_texts, write_golden
-from d4c_onnx.runtime.trial import TRIAL_TEXT, trial_pixels
 
 # Of golden vectors in FP32, as `d4c_onnx.runtime.golden` measures distances: other kernels sum in another order.
 GOLDEN_BOUNDS = Bounds(least=1e-4, most=1e-3)
@@ -100,7 +99,7 @@ def _try_text(
     graph = trace_tower(tower, short, "input_ids", "text_embeds", context if dynamic else None)
     signature = _write(graph, _notes(loaded, raw, tokenizer), stage / TEXT_ENCODER)
     del graph, tower  # the weights of a graph are a copy of the tower's
-    difference = check_texts(loaded, stage / TEXT_ENCODER, loaded.tokenize([TRIAL_TEXT]), seed)
+    difference = check_texts(loaded, stage / TEXT_ENCODER, seed)
     return _Text(tokenizer, signature, difference)
 
 
@@ -120,7 +119,7 @@ def _export_image(
     graph = trace_tower(tower, torch.randn(2, 3, *loaded.preprocess.size), "pixel_values", "image_embeds")
     signature = _write(graph, _notes(loaded, raw, tokenizer), stage / IMAGE_ENCODER)
     del graph, tower
-    return signature, check_images(loaded, stage / IMAGE_ENCODER, trial_pixels(loaded.preprocess), seed)
+    return signature, check_images(loaded, stage / IMAGE_ENCODER, seed)
 
 
 def _notes(loaded: LoadedModel, raw: bool, tokenizer: TokenizerInfo) -> dict[str, str]:

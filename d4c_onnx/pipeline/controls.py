@@ -10,7 +10,7 @@ import numpy as np
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration.method import METHODS
 from d4c_onnx.errors import DatasetError
-from d4c_onnx.manifest import IMPORTED, Preprocess
+from d4c_onnx.manifest import Preprocess
 from d4c_onnx.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,12 +42,7 @@ def asks_no_model(bundle: Bundle, recipe: Recipe) -> bool:
     """
     tokenizer = bundle.manifest.tokenizer
     known = tokenizer.type == "clip-bpe" and tokenizer.clean is not None and tokenizer.has_file
-    return is_imported(bundle) or (recipe.synthesis.method not in METHODS and known)
-
-
-def is_imported(bundle: Bundle) -> bool:
-    """Whether there are no torch weights behind a bundle."""
-    return bundle.manifest.model.pretrained == IMPORTED
+    return bundle.imported or (recipe.synthesis.method not in METHODS and known)
 
 
 def make_control_set(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.extras import need_extra
 from d4c_onnx.files import refuse_existing
 from d4c_onnx.measure.accuracy import check_dataset_name
 from d4c_onnx.measure.machine import Machine
@@ -87,14 +86,11 @@ def decide(
 
     Raises:
         BundleError: the folder of the result, or of the FP16 bundle, holds something else.
-        MissingExtra: a rounding needs torch.
         RecipeError: keys contradict the target, or the given set was made for other nouns.
         CalibrationError, DatasetError: what was given cannot be opened.
     """
     from d4c_onnx.quantization import target_of
 
-    if recipe.quantization.rounding.startswith("adaround"):
-        need_extra("export", "quantization.rounding adaround: learning by gradients")
     nouns = read_nouns(prompts) if prompts else None
     folder = source_folder(source, output)
     recipe = without_model(folder, recipe) if calibration is None else recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from d4c_onnx.extras import need_extra
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.measure.accuracy import check_limits, evaluate
 from d4c_onnx.measure.machine import Machine
@@ -44,8 +45,11 @@ def quantize_bundle(
     Raises:
         BundleError: the folder of the result, or of the FP16 bundle, holds something else.
         RecipeError: keys contradict the target.
+        MissingExtra: torch is needed, and not installed.
         CheckFailed: top-1 or cosine fell by more than is allowed; the files are written, its `report` has the rest.
     """
+    if recipe.quantization.rounding.startswith("adaround"):
+        need_extra("export", "quantization.rounding adaround: learning by gradients")
     task = decide(
         source,
         recipe,

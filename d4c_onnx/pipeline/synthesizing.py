@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d4c_onnx.extras import need_extra
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.controls import asks_no_model, draw_real_images, make_control_set
@@ -52,7 +51,6 @@ def synthesize_calibration_set(
     if machine.world_size == 1:
         model = open_or_export(source, folder, recipe, pretrained, on_step, options)
         return find_or_synthesize(model, recipe, nouns, machine, on_step)
-    need_extra("export", "sharing the work of synthesis")
     from d4c_onnx.synthesis import init_process_group
 
     group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
