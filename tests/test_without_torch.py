@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from d4c_onnx.bundle import Bundle
@@ -54,6 +55,27 @@ def _siglip_like(bundle: Bundle, place: Path) -> Path:
     return place
 
 
+def _run(commands: list[list[str]]) -> list[list]:
+    """Name, exit code, output and exception of each command, in one process that has no torch."""
+    code = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[list] = json.loads(done.stdout)
+    return found
+
+
+def test_a_bundle_is_used_without_torch(vit_bundle: Bundle, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (20, 20)).save(photos / "a.png")
+    bundle, output = str(vit_bundle.path), str(tmp_path / "out.npy")
+    commands = [["--help"], ["verify", bundle], ["embed", bundle, str(photos), "-o", output], ["export", "mini-vit"]]
+    results = _run(commands)
+    assert [code for _, code, *_ in results] == [0, 0, 0, 2], results
+    assert "pip install 'd4c-onnx[export]'" in results[-1][2]
+
+
+@pytest.mark.slow
 def test_all_but_making_files_works_without_torch(vit_bundle: Bundle, tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("w*", "calibration*")
     bundle = Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignored))
@@ -81,11 +103,7 @@ def test_all_but_making_files_works_without_torch(vit_bundle: Bundle, tmp_path: 
         ["models"],
         ["import", *files, "--like", "ViT-B-32:openai", "-o", str(tmp_path / "other")],
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([*commands, *refused])], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    results = _run([*commands, *refused])
     assert [(name, code) for name, code, *_ in results[: len(commands)]] == [(command[0], 0) for command in commands], (
         results
     )
