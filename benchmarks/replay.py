@@ -192,7 +192,7 @@ def _contents(path: Path) -> dict[str, Any]:
         feed = np.random.default_rng(0).standard_normal((2, 3, *given.shape[2:]), dtype=np.float32)
     else:
         golden = json.loads((path.parent / "golden" / "golden.json").read_text())
-        feed = np.array([golden["input_ids"]], np.int64)
+        feed = np.array([golden["texts"][0]["input_ids"]], np.int64)
     [answer] = session.run(None, {given.name: feed})
     return {
         **{kind: sorted(found) for kind, found in kinds.items()},

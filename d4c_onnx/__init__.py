@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Bundle": "d4c_onnx.bundle",
     "CalibrationSet": "d4c_onnx.calibration",
+    "ClipSession": "d4c_onnx.runtime",
     "D4CCalibrationDataReader": "d4c_onnx.calibration",
     "D4CError": "d4c_onnx.errors",
     "PromptCalibrationDataReader": "d4c_onnx.calibration",

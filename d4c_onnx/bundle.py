@@ -4,7 +4,7 @@
       image_encoder.onnx   pixel_values float32 [batch, 3, H, W]  -> image_embeds float32 [batch, D]
       text_encoder.onnx    input_ids    int64   [batch, sequence] -> text_embeds  float32 [batch, D]
       tokenizer.json       Hugging Face `tokenizers` format
-      golden/              a test image, a test text and the embeddings they must give
+      golden/              images, texts and the embeddings they must give
       manifest.json        model, preprocess, tokenizer, I/O, versions, seeds, recipe, SHA-256, measured accuracy
 
 A quantised variant is a bundle of the same form in a sub-folder (`<bundle>/w4a8/`).
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
-from d4c_onnx.manifest import FileRecord, Manifest
+from d4c_onnx.manifest import IMPORTED, FileRecord, Manifest
 from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST, read_manifest
 
 IMAGE_ENCODER = "image_encoder.onnx"
@@ -63,6 +63,11 @@ class Bundle:
         """The session config entries that its sessions need, beside onnxruntime's defaults."""
         quantization = self.manifest.quantization
         return dict(quantization.session.config_entries) if quantization else {}
+
+    @property
+    def imported(self) -> bool:
+        """Whether ONNX files of others became it: there are no torch weights behind it."""
+        return self.manifest.model.pretrained == IMPORTED
 
     @property
     def quantized(self) -> bool:

@@ -7,6 +7,7 @@ D4CError
 ├── GraphError         an ONNX graph that a rewrite cannot handle
 ├── BundleError        a bundle folder that cannot be read or written
 ├── DatasetError       an evaluation data set that cannot be read
+├── MissingExtra       packages of an extra that was not installed
 └── CheckFailed        a requested check ran and failed (exit code 1; all others are 2)
 """
 
@@ -46,6 +47,10 @@ class BundleError(D4CError):
 
 class DatasetError(D4CError):
     """An evaluation data set cannot be read."""
+
+
+class MissingExtra(D4CError):
+    """What was asked for needs packages that an extra of d4c-onnx installs."""
 
 
 class CheckFailed(D4CError):

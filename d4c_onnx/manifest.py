@@ -27,6 +27,13 @@ IMPORTED = "onnx"
 # Of `Preprocess`. "random" is what open_clip calls a filter drawn in training; it serves with bicubic then.
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
+# Means and deviations that CLIPs are published with, by who chose them.
+PUBLISHED_PIXELS = {
+    "OpenAI": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "Inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 # Far above any model, and low enough that what is allocated by them fits in memory.
 LARGEST_SIDE, LONGEST_CONTEXT = 2**13, 2**17
 

@@ -385,7 +385,8 @@ def test_golden_vectors_are_not_trusted_either(folder: Path, spoil: Callable[[di
         "tolerance": 1e-4,
     }
     (folder / "golden" / "golden.json").write_text(json.dumps(golden))
-    assert read_golden(folder).input_ids == (1, 2)
+    older = read_golden(folder)
+    assert (older.older, older.texts[0].input_ids, older.images[0].file) == (True, (1, 2), "image.png")
     spoil(golden)
     (folder / "golden" / "golden.json").write_text(json.dumps(golden))
     with pytest.raises(BundleError, match=r"golden\.json"):

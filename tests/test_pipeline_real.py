@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from d4c_onnx.evaluation.embed import BundleEncoders
 from PIL import Image
 
 import d4c_onnx
@@ -16,7 +17,6 @@ from d4c_onnx.calibration.dataset import work_folder
 from d4c_onnx.cli.main import group
 from d4c_onnx.errors import DatasetError, RecipeError
 from d4c_onnx.evaluation.datasets import open_dataset
-from d4c_onnx.evaluation.embed import BundleEncoders
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.measure import inspect_bundle
 from d4c_onnx.recipe import load_recipe

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from d4c_onnx.calibration.dead_leaves import dead_leaves
+from d4c_onnx.dead_leaves import dead_leaves
 from d4c_onnx.progress import Ahead
 from d4c_onnx.recipe import SynthesisSection
 

@@ -2,6 +2,17 @@
 
 import numpy as np
 
+from d4c_onnx.dead_leaves import dead_leaves, frequencies
+from d4c_onnx.manifest import Preprocess
+from d4c_onnx.runtime.preprocess import normalize
+
+
+def control_images(method: str, count: int, preprocess: Preprocess, seed: int) -> np.ndarray:
+    """Images of a method that asks no model and no data: pixel_values float32 [count, 3, H, W]."""
+    if method == "leaves":
+        return normalize(dead_leaves(count, preprocess.size, seed), preprocess)
+    return noise_images(method, (count, 3, *preprocess.size), seed)
+
 
 def noise_images(method: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Noise, float32 of `shape` in the normalised space.
@@ -16,10 +27,3 @@ def noise_images(method: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     height, width = shape[2:]
     pink = np.fft.irfft2(np.fft.rfft2(white) / frequencies(height, width), s=(height, width))
     return (pink / pink.std((2, 3), keepdims=True)).astype(np.float32)
-
-
-def frequencies(height: int, width: int) -> np.ndarray:
-    """Of every coefficient of `rfft2`, in cycles a pixel, float64 [H, W // 2 + 1]; the mean's counts as infinite."""
-    found = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    found[0, 0] = np.inf
-    return found

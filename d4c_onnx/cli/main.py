@@ -23,6 +23,8 @@ COMMANDS = {
     "quantize": "Quantise both encoders, and measure the files against FP32.",
     "evaluate": "Measure bundles side by side on a labelled set.",
     "benchmark": "Time bundles side by side on this machine.",
+    "embed": "Turn images or texts into vectors, in one file.",
+    "verify": "Check a bundle, or a client, by its golden vectors.",
     "inspect": "Show each layer's true bits, ranges and the kernel that runs it.",
     "models": "List what can be loaded.",
     "recipe": "Print every recipe key with its default and what it does.",

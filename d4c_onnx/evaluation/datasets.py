@@ -1,7 +1,6 @@
 """Labelled image sets: the embedded CIFAR-10 test set, or the user's parquet in the Hugging Face layout."""
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from PIL import Image
 
 from d4c_onnx.errors import DatasetError
 from d4c_onnx.files import sha256
+from d4c_onnx.runtime.images import IMAGE_SUFFIXES, read_image
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EMBEDDED = ("cifar10",)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +53,9 @@ class LabelledImages:
             part = slice(start, start + size)
             for place, blob in zip(self.places[part], self.encoded[part], strict=True):
                 try:
-                    image = Image.open(io.BytesIO(blob))
-                    image.load()
-                    batch.append(image)
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    raise DatasetError(f"{self.name}, {place}: not an image ({error}).") from error
+                    batch.append(read_image(blob))
+                except DatasetError as error:
+                    raise DatasetError(f"{self.name}, {place}: {error}") from error
             yield batch
 
     def select(self, indices: Iterable[int]) -> "LabelledImages":

@@ -10,9 +10,11 @@ import numpy as np
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.errors import CalibrationError
-from d4c_onnx.evaluation.embed import BundleEncoders
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.results import Accuracy, BundleAccuracy, Versus
+from d4c_onnx.runtime.clip_session import ClipSession
+
+_TEXTS = 64  # that go through the text encoder together
 
 
 def check_held_out(images: int, prompts: int) -> None:
@@ -49,15 +51,15 @@ def evaluate_fidelity(
     rows: list[BundleAccuracy] = []
     first: tuple[np.ndarray, np.ndarray] | None = None
     for bundle in bundles:
-        encoders = BundleEncoders(bundle, provider, threads)
+        session = ClipSession(bundle, provider=provider, threads=threads)
 
         def count(number: int) -> None:
             nonlocal done
             done += number
             on_step("evaluate", done, total, {})
 
-        pixels = encoders.pixel_batches((images[i : i + batch] for i in range(0, len(images), batch)), count)
-        seen = (pixels, encoders.texts(texts))
+        pixels = session.embed_pixels((images[i : i + batch] for i in range(0, len(images), batch)), count)
+        seen = (pixels, session.embed_texts(texts, _TEXTS))
         rows.append(BundleAccuracy(str(bundle.path), versus_first=None if first is None else _compare(seen, first)))
         first = first or seen
     return Accuracy("fidelity", len(images), tuple(rows), prompts=len(texts))

@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.evaluation.datasets import LabelledImages
-from d4c_onnx.evaluation.embed import BundleEncoders, class_embeddings
 from d4c_onnx.evaluation.intervals import paired_difference
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.results import Accuracy, BundleAccuracy, Versus
+from d4c_onnx.runtime.clip_session import ClipSession
 from d4c_onnx.vocabulary import templates
+
+_TEXTS = 64  # that go through the text encoder together
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +53,16 @@ def evaluate_zero_shot(
     rows: list[BundleAccuracy] = []
     first: _Answers | None = None
     for bundle in bundles:
-        encoders = BundleEncoders(bundle, provider, threads)
+        session = ClipSession(bundle, provider=provider, threads=threads, batch=_TEXTS, exif_rotation=exif_rotation)
 
         def count(images: int) -> None:
             nonlocal done
             done += images
             on_step("evaluate", done, total, {})
 
-        texts = class_embeddings(encoders, dataset.classes, templates())
-        vectors = encoders.image_batches(dataset.batches(batch), count, exif_rotation)
-        seen = _answer(vectors, texts, dataset.labels)
+        texts = session.embed_labels(dataset.classes, templates())
+        images = chain.from_iterable(dataset.batches(batch))
+        seen = _answer(session.embed_images(images, batch, count), texts, dataset.labels)
         row = BundleAccuracy(
             bundle=str(bundle.path),
             top1=100 * float(seen.hits.mean()),

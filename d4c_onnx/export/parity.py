@@ -1,4 +1,4 @@
-"""The written file against torch, on random and on golden input, at several batch sizes and lengths."""
+"""The written file against torch, on random input and on a person's, at several batch sizes and lengths."""
 
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from d4c_onnx.errors import CheckFailed
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.trial import TRIAL_TEXT, trial_pixels
 
 TOLERANCE = 1e-4  # max abs difference of normalised embeddings: the project's bar for FP32
 _BATCHES = (1, 2, 7)  # traced at 2; 1 and 7 prove that the batch axis is really dynamic
 
 
-def check_images(loaded: LoadedModel, file: Path, golden: np.ndarray, seed: int) -> float:
+def check_images(loaded: LoadedModel, file: Path, seed: int) -> float:
     """Run an image encoder and the untouched torch model on the same input.
 
     Args:
-        golden: float32 [1, 3, H, W].
         seed: of the random input.
 
     Returns:
@@ -31,14 +31,15 @@ def check_images(loaded: LoadedModel, file: Path, golden: np.ndarray, seed: int)
     rng = np.random.default_rng(seed)
     height, width = loaded.preprocess.size
     images = [rng.standard_normal((batch, 3, height, width), dtype=np.float32) for batch in _BATCHES]
-    return _compare("image", EncoderSession(file), [*images, golden], loaded.model.encode_image)
+    return _compare(
+        "image", EncoderSession(file), [*images, trial_pixels(loaded.preprocess)], loaded.model.encode_image
+    )
 
 
-def check_texts(loaded: LoadedModel, file: Path, golden: np.ndarray, seed: int) -> float:
+def check_texts(loaded: LoadedModel, file: Path, seed: int) -> float:
     """Run a text encoder and the untouched torch model on the same texts, cut short where its sequence is dynamic.
 
     Args:
-        golden: int64 [1, context_length].
         seed: of the random texts.
 
     Returns, Raises: as `check_images`.
@@ -46,7 +47,8 @@ def check_texts(loaded: LoadedModel, file: Path, golden: np.ndarray, seed: int) 
     rng = np.random.default_rng([seed, 1])
     session = EncoderSession(file)
     texts = [row for batch in _BATCHES for row in _random_texts(rng, loaded, batch, session.fixed_length is None)]
-    texts.append((golden, golden))
+    trial = loaded.tokenize([TRIAL_TEXT])
+    texts.append((trial, trial))
     return max(_compare("text", session, [short], loaded.model.encode_text, [full]) for short, full in texts)
 
 

@@ -18,9 +18,9 @@ from d4c_onnx.foreign.opening import ForeignFiles, OpenedTowers, open_towers
 from d4c_onnx.foreign.original import OriginalTower, check_same
 from d4c_onnx.manifest import IMPORTED
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.runtime.golden import TEXT, golden_input
 from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.tokenizer import TextTokenizer
+from d4c_onnx.runtime.trial import TRIAL_TEXT, trial_pixels
 
 
 def check_made_of(bundle: Bundle, files: ForeignFiles, options: ModelOptions) -> None:
@@ -71,13 +71,13 @@ def _bare(tokenizer: Tokenizer) -> str:
 def _other_answers(bundle: Bundle, opened: OpenedTowers) -> list[str]:
     """Towers whose embedding is another output of the same file."""
     info = bundle.manifest.tokenizer
-    ids = TextTokenizer(bundle.tokenizer, info)([TEXT])
+    ids = TextTokenizer(bundle.tokenizer, info)([TRIAL_TEXT])
     mask = None if info.causal or info.pad_id is None else (ids != info.pad_id).astype(np.int64)
     asked: dict[str, tuple[OriginalTower, Path, np.ndarray, np.ndarray | None]] = {
         "image": (
             OriginalTower(opened.image.original),
             bundle.image_encoder,
-            golden_input(bundle.manifest.preprocess),
+            trial_pixels(bundle.manifest.preprocess),
             None,
         ),
         "text": (OriginalTower(opened.text.original), bundle.text_encoder, ids, mask),

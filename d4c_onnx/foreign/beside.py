@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from d4c_onnx.errors import ModelError
+from d4c_onnx.extras import need_extra
 from d4c_onnx.manifest import LONGEST_CONTEXT, Preprocess
 from d4c_onnx.models.beside import configs_beside
 from d4c_onnx.models.model_options import ModelOptions
@@ -178,6 +179,7 @@ def _token(node: Node) -> str:
 def _liked(options: ModelOptions) -> list[tuple[str, Mapping[str, Any]]]:
     if options.like is None:
         return []
+    need_extra("export", f"--like {options.like}: reading the table of published tags")
     import open_clip
 
     model, _, tag = options.like.rpartition(":")

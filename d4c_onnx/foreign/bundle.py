@@ -8,12 +8,13 @@ from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle
 from d4c_onnx.files import staged_folder
 from d4c_onnx.foreign.encoders import check_widths, write_image_encoder, write_text_encoder
 from d4c_onnx.foreign.opening import ForeignFiles, open_towers
-from d4c_onnx.foreign.original import TOLERANCE
 from d4c_onnx.manifest import IMPORTED, Manifest, ModelInfo
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.runtime.golden import TEXT, write_golden
+from d4c_onnx.runtime.golden import Bounds, golden_texts, write_golden
+
+_GOLDEN_BOUNDS = Bounds(least=1e-4, most=1e-3)
 
 
 def import_files(
@@ -43,7 +44,8 @@ def import_files(
         check_widths(image, text)
         on_step("import", 3, 4, {})
         encoders = (stage / IMAGE_ENCODER, stage / TEXT_ENCODER)
-        write_golden(stage, *encoders, opened.preprocess, texts.ids([TEXT]), TOLERANCE)
+        rows = [(words, tuple(texts.ids([words])[0].tolist())) for words in golden_texts(texts.context)]
+        write_golden(stage, encoders, opened.preprocess, rows, _GOLDEN_BOUNDS, tokenizer)
         info = ModelInfo(
             name=target.name,
             pretrained=IMPORTED,

@@ -19,8 +19,8 @@ from d4c_onnx.foreign.tower import ForeignTower, feed_alone
 from d4c_onnx.foreign.understand import understand
 from d4c_onnx.graph.model import save_model, set_metadata, signature_of
 from d4c_onnx.manifest import Preprocess, Signature, TokenizerInfo
-from d4c_onnx.runtime.golden import golden_input
 from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.trial import trial_pixels
 
 _BATCHES = (1, 2, 3)
 
@@ -59,7 +59,7 @@ def write_image_encoder(
     """
     rng = np.random.default_rng(seed)
     batches = [rng.standard_normal((batch, 3, *preprocess.size), dtype=np.float32) for batch in _BATCHES]
-    feeds: list[Batch] = [(batch, None) for batch in (*batches, golden_input(preprocess))]
+    feeds: list[Batch] = [(batch, None) for batch in (*batches, trial_pixels(preprocess))]
     asked = OriginalTower(tower.original)
     return _understood(tower, asked, stage / IMAGE_ENCODER, notes, feeds, lambda model: understand(model, batches[1:]))
 

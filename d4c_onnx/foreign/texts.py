@@ -17,9 +17,9 @@ from d4c_onnx.foreign.beside import check_positions, context_beside, padding_bes
 from d4c_onnx.foreign.original import TOLERANCE, OriginalTower
 from d4c_onnx.foreign.tower import ForeignTower
 from d4c_onnx.manifest import TokenizerInfo
-from d4c_onnx.runtime.golden import TEXT
+from d4c_onnx.runtime.trial import TRIAL_TEXT
 
-PROMPTS = ("a photo of a cat.", "two words", TEXT, "red", "the small blue house and the river", "7", "of")
+PROMPTS = ("a photo of a cat.", "two words", TRIAL_TEXT, "red", "the small blue house and the river", "7", "of")
 
 
 @dataclass(frozen=True, slots=True)

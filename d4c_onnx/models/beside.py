@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from d4c_onnx.errors import ModelError
-from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, RESIZE_MODES
+from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, PUBLISHED_PIXELS, RESIZE_MODES
 from d4c_onnx.untrusted_json import Node, flag, integer, nullable, number, one_of, positive, read_json, sequence
 
 _MEND = "Mend it, or move it away and say --mean, --std, --interpolation, --resize-mode and --image-size."
@@ -84,15 +84,14 @@ def weights_in(folder: Path) -> Path:
 
 def _open_clip(top: Node) -> dict[str, Any]:
     """`open_clip_config.json`: what `preprocess_cfg` leaves out is open_clip's default, as open_clip has it."""
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
+    mean, std = PUBLISHED_PIXELS["OpenAI"]
     settings: dict[str, Any] = {}
     if "preprocess_cfg" in _object(top).value:
         cfg = top.take("preprocess_cfg", _without_nulls)
         settings = {
             "size": cfg.take("size", _size, None),
-            "mean": cfg.take("mean", sequence(number, 3), tuple(OPENAI_DATASET_MEAN)),
-            "std": cfg.take("std", sequence(positive, 3), tuple(OPENAI_DATASET_STD)),
+            "mean": cfg.take("mean", sequence(number, 3), mean),
+            "std": cfg.take("std", sequence(positive, 3), std),
             "interpolation": cfg.take("interpolation", one_of(*INTERPOLATIONS), "bicubic"),
             "resize_mode": cfg.take("resize_mode", one_of(*RESIZE_MODES), "shortest"),
             "fill_color": cfg.take("fill_color", integer(0, 255), 0),

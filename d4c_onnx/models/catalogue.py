@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from d4c_onnx.extras import need_extra
+
 DEFAULT_MODEL = "mini-vit"
 
 
@@ -33,7 +35,12 @@ def embedded_models() -> dict[str, EmbeddedModel]:
 
 
 def registry_models() -> dict[str, list[str]]:
-    """open_clip architecture -> pretrained tags. Imports open_clip (and so torch)."""
+    """open_clip architecture -> pretrained tags. Imports open_clip (and so torch).
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    need_extra("export", "open_clip's registry")
     import open_clip
 
     return {name: open_clip.list_pretrained_tags_by_model(name) for name in open_clip.list_models()}

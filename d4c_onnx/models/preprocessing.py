@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from d4c_onnx.errors import ModelError
+from d4c_onnx.extras import need_extra
 from d4c_onnx.manifest import ModelInfo, Preprocess
 from d4c_onnx.models.model_options import ModelOptions
 
@@ -215,6 +216,7 @@ def _liked(name: str, options: ModelOptions) -> list[Source]:
     """The tag that weights are said to be like."""
     if options.like is None:
         return []
+    need_extra("export", f"--like {options.like}: reading the table of published tags")
     import open_clip
 
     model, _, tag = options.like.rpartition(":")

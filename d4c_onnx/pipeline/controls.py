@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from d4c_onnx.bundle import Bundle
+from d4c_onnx.calibration.method import METHODS
 from d4c_onnx.errors import DatasetError
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.progress import Ahead
@@ -18,8 +16,8 @@ from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import OwnWords
 
 if TYPE_CHECKING:
+    from d4c_onnx.calibration.assembly import Subject
     from d4c_onnx.calibration.dataset import CalibrationSet
-    from d4c_onnx.synthesis import Subject
 
 
 def draw_real_images(source: Path, recipe: Recipe, preprocess: Preprocess) -> np.ndarray:
@@ -47,6 +45,17 @@ def work_ahead(recipe: Recipe, preprocess: Preprocess) -> Ahead:
     return control_ahead(recipe.synthesis, preprocess.size)
 
 
+def asks_no_model(bundle: Bundle, recipe: Recipe) -> bool:
+    """Whether a recipe's set can be made from the bundle alone.
+
+    The ids of its texts must then be those of the model's own tokenizer, and so must the words that stand for nouns:
+    they are for CLIP's. An older bundle does not name its cleaning.
+    """
+    tokenizer = bundle.manifest.tokenizer
+    known = tokenizer.type == "clip-bpe" and tokenizer.clean is not None and tokenizer.has_file
+    return bundle.imported or (recipe.synthesis.method not in METHODS and known)
+
+
 def make_control_set(
     bundle: Bundle,
     target: Path,
@@ -55,7 +64,7 @@ def make_control_set(
     source: Path | None,
     digest: str | None,
 ) -> CalibrationSet:
-    """A calibration set for an imported bundle, behind which there are no torch weights.
+    """A calibration set for a bundle from images that ask no model, without torch.
 
     Args:
         target: the set's folder.
@@ -65,7 +74,7 @@ def make_control_set(
     Raises:
         RecipeError: the recipe's method asks the weights.
     """
-    from d4c_onnx.synthesis import make_control
+    from d4c_onnx.calibration.assembly import make_control
 
     return make_control(
         _subject_of(bundle),
@@ -83,45 +92,17 @@ def make_control_set(
 
 def _subject_of(bundle: Bundle) -> Subject:
     """What calibration images and texts are for, where there is a bundle and no torch model."""
+    from d4c_onnx.calibration.assembly import Subject
     from d4c_onnx.models.random_phrases import random_phrases
-    from d4c_onnx.synthesis import Subject
+    from d4c_onnx.runtime.tokenizer import TextTokenizer
 
-    words = _Words(bundle.tokenizer)
-    context = bundle.manifest.tokenizer.context_length
-    dynamic, pad = bundle.manifest.tokenizer.dynamic_sequence, bundle.manifest.tokenizer.pad_id or 0
+    tokenizer = TextTokenizer(bundle.tokenizer, bundle.manifest.tokenizer)
 
     def rows(texts: list[str]) -> tuple[tuple[int, ...], ...]:
-        found = [tuple(ids) for ids in words.encode(texts)]
-        return tuple(row if dynamic else (*row, *[pad] * (context - len(row))) for row in found)
+        # one by one: what is as long as itself needs no padding
+        return tuple(tuple(tokenizer([text])[0].tolist()) for text in texts)
 
     def phrases(count: int, rng: np.random.Generator) -> list[str]:
-        return random_phrases(words, count, rng)
+        return random_phrases(tokenizer, count, rng)
 
     return Subject(bundle.model_name, bundle.manifest.preprocess, rows, phrases)
-
-
-@dataclass
-class _Words:
-    """A tokenizer.json with the names that Hugging Face's classes have."""
-
-    path: Path
-
-    @cached_property
-    def _fast(self) -> Tokenizer:
-        found = Tokenizer.from_file(str(self.path))
-        found.no_padding()
-        return found
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        return [number for number, token in self._fast.get_added_tokens_decoder().items() if token.special]
-
-    def get_vocab(self) -> dict[str, int]:
-        return dict(self._fast.get_vocab())
-
-    def decode(self, ids: list[int]) -> str:
-        return str(self._fast.decode(ids))
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, cut at the context length and not padded."""
-        return [list(encoding.ids) for encoding in self._fast.encode_batch(texts)]

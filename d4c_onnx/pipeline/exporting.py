@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle
+from d4c_onnx.extras import need_extra
 from d4c_onnx.files import refuse_existing
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import LOCAL, ModelOptions, is_local
@@ -55,7 +57,13 @@ def export_bundle(
 def load(
     model: str, pretrained: str | None, seed: int, on_step: OnStep, options: ModelOptions | None = None
 ) -> LoadedModel:
-    """Load a torch model."""
+    """Load a torch model.
+
+    Raises:
+        MissingExtra: torch and open_clip are not installed.
+        ModelError: there is no such model.
+    """
+    need_extra("export", f"{model}: making files from a model")
     on_step("load", 0, 1, {})
     from d4c_onnx.models.load import load_model
 
@@ -74,8 +82,8 @@ def export_loaded(
 
 
 def use_threads(machine: Machine) -> None:
-    """Tell torch how many threads to use, where that was asked for."""
-    if machine.threads:
+    """Tell torch how many threads to use, where that was asked for and it is installed."""
+    if machine.threads and find_spec("torch"):
         import torch
 
         torch.set_num_threads(machine.threads)

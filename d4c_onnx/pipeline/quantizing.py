@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from d4c_onnx.extras import need_extra
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.measure.accuracy import check_limits, evaluate
 from d4c_onnx.measure.machine import Machine
@@ -56,8 +57,11 @@ def quantize_bundle(
         BundleError: the folder of the result, or of the FP16 bundle, holds something else.
         ModelError: the model cannot be loaded, or nobody says what its weights or files do not.
         RecipeError: keys contradict the target.
+        MissingExtra: torch is needed, and not installed.
         CheckFailed: top-1 or cosine fell by more than is allowed; the files are written, its `report` has the rest.
     """
+    if recipe.quantization.rounding.startswith("adaround"):
+        need_extra("export", "quantization.rounding adaround: learning by gradients")
     clock = Clock()
     if not isinstance(source, str):
         found = find_or_import(source, output, recipe, name=name, options=options, on_step=on_step)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
 from d4c_onnx.errors import BundleError, ModelError, RecipeError
 from d4c_onnx.files import refuse_existing
-from d4c_onnx.manifest import IMPORTED, ModelInfo
+from d4c_onnx.manifest import ModelInfo
 from d4c_onnx.models.model_options import ModelOptions, is_local
 from d4c_onnx.pipeline.exporting import bundle_folder, export_loaded, load
 from d4c_onnx.progress import OnStep
@@ -51,7 +51,7 @@ class LazyModel:
         if self.loaded is None:
             model = self.bundle.manifest.model
             known = model.pretrained
-            if is_imported(self.bundle):
+            if self.bundle.imported:
                 raise ModelError(
                     f"{self.bundle.path}: was imported from ONNX files, so there are no torch weights. Use images "
                     "that ask no model: --set synthesis.method=leaves."
@@ -129,11 +129,6 @@ def source_folder(source: str, output: str | Path) -> Path:
     return Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
 
 
-def is_imported(bundle: Bundle) -> bool:
-    """Whether there are no torch weights behind a bundle."""
-    return bundle.manifest.model.pretrained == IMPORTED
-
-
 def without_model(folder: Path, recipe: Recipe) -> Recipe:
     """The recipe as it can be followed for the bundle in a folder: behind an imported one there are no torch weights.
 
@@ -143,7 +138,7 @@ def without_model(folder: Path, recipe: Recipe) -> Recipe:
         RecipeError: another method that asks the weights.
     """
     method = recipe.synthesis.method
-    if method in _ASK_NO_MODEL or not is_bundle(folder) or not is_imported(open_bundle(folder, verify=False)):
+    if method in _ASK_NO_MODEL or not is_bundle(folder) or not open_bundle(folder, verify=False).imported:
         return recipe
     if method != "d4c":
         raise RecipeError(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.pipeline.controls import draw_real_images, make_control_set, work_ahead
+from d4c_onnx.pipeline.controls import asks_no_model, draw_real_images, make_control_set, work_ahead
 from d4c_onnx.pipeline.exporting import use_threads
-from d4c_onnx.pipeline.source import LazyModel, is_imported, open_or_export, source_folder, without_model
+from d4c_onnx.pipeline.source import LazyModel, open_or_export, source_folder, without_model
 from d4c_onnx.progress import Ahead, OnAhead, OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import OwnWords, read_words
@@ -47,13 +47,16 @@ def synthesize_calibration_set(
     Returns:
         The set's folder, and the set.
     """
-    from d4c_onnx.synthesis import init_process_group
-
     machine = machine or Machine()
     words = read_words(prompts, texts)
     folder = source_folder(source, output)
     recipe = without_model(folder, recipe)
     use_threads(machine)
+    if machine.world_size == 1:
+        model = open_or_export(source, folder, recipe, pretrained, on_step, options)
+        return find_or_synthesize(model, recipe, words, machine, on_step, on_ahead=on_ahead)
+    from d4c_onnx.synthesis import init_process_group
+
     group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
     model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step, options))
     return find_or_synthesize(model, recipe, words, machine, on_step, group, on_ahead)
@@ -89,11 +92,17 @@ def find_or_synthesize(
         return target, open_calibration_set(target)
     if on_ahead is not None and key["method"] is None:
         on_ahead(work_ahead(recipe, bundle.manifest.preprocess))
-    if is_imported(bundle):
-        return target, make_control_set(bundle, target, recipe, OwnWords(nouns, words.texts), source, digest)
+    if asks_no_model(bundle, recipe):
+
+        def control() -> CalibrationSet:
+            if target.exists():  # another process of the group was first
+                return open_calibration_set(target)
+            return make_control_set(bundle, target, recipe, OwnWords(nouns, words.texts), source, digest)
+
+        return target, control() if group is None else group.rank_zero_first(control)
+    loaded = model.load(on_step)  # first: it says what to install
     from d4c_onnx.synthesis import synthesize
 
-    loaded = model.load(on_step)
     made = synthesize(
         loaded,
         target,

@@ -11,7 +11,7 @@ from d4c_onnx.graph.model import clear_notes, load_model, save_model
 from d4c_onnx.manifest import Quantization, Session
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.bundle_completion import (
-    FP16_GOLDEN_TOLERANCE,
+    FP16_GOLDEN_BOUNDS,
     FP16_MINIMUM_ORT,
     finish_bundle,
     made_by_same_tools,
@@ -75,7 +75,7 @@ def write_fp16_bundle(
             session=session,
             optimizer_effect={name: effect.record() for name, effect in effects.items()},
         )
-        written = finish_bundle(bundle, stage, made, seed=bundle.manifest.seed, tolerance=FP16_GOLDEN_TOLERANCE)
+        written = finish_bundle(bundle, stage, made, seed=bundle.manifest.seed, bounds=FP16_GOLDEN_BOUNDS)
     return Bundle(target, written)
 
 

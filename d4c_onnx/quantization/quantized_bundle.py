@@ -10,8 +10,8 @@ from d4c_onnx.manifest import EXACT_PRODUCTS, Session
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.bit_budget import spend_budget
 from d4c_onnx.quantization.bundle_completion import (
-    FP16_GOLDEN_TOLERANCE,
-    GOLDEN_TOLERANCE,
+    FP16_GOLDEN_BOUNDS,
+    GOLDEN_BOUNDS,
     describe_quantization,
     finish_bundle,
     source_files,
@@ -70,6 +70,6 @@ def quantize_bundle_files(
         session = Session(config_entries={} if served.reduce_range or section.weights_only else EXACT_PRODUCTS)
         effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
         made = describe_quantization(section, dataset, reports, effects, session, recipe_dump, source_files(bundle))
-        tolerance = FP16_GOLDEN_TOLERANCE if section.weights_only else GOLDEN_TOLERANCE
-        written = finish_bundle(bundle, stage, made, seed=recipe_dump["seed"], tolerance=tolerance)
+        bounds = FP16_GOLDEN_BOUNDS if section.weights_only else GOLDEN_BOUNDS
+        written = finish_bundle(bundle, stage, made, seed=recipe_dump["seed"], bounds=bounds)
     return Bundle(target, written)

@@ -29,7 +29,7 @@ class ClipWords:
         if info.sot_id is None or info.eot_id is None or not {info.sot_id, info.eot_id} <= {*self._special.values()}:
             raise BundleError("tokenizer.json lacks the start and end token of manifest.json. Export the bundle again.")
         self._find = regex.compile("|".join(map(regex.escape, self._special)) + _PATTERN, regex.IGNORECASE).findall
-        self._pairs = tokenizer.model
+        self._tokenizer, self._pairs = tokenizer, tokenizer.model
         self._start, self._end = info.sot_id, info.eot_id
         self._context = info.context_length
         self._fixed = bool((tokenizer.padding or {}).get("length"))
@@ -42,6 +42,11 @@ class ClipWords:
         for row, tokens in zip(ids, rows, strict=True):
             row[: len(tokens)] = tokens
         return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, as open_clip gives it: what is no UTF-8 becomes U+FFFD."""
+        letters = "".join(str(self._tokenizer.id_to_token(index) or "") for index in ids)
+        return bytes(_BYTES[letter] for letter in letters).decode("utf-8", "replace").replace("</w>", " ")
 
     def _row(self, text: str) -> list[int]:
         tokens = [index for word in self._find(text) for index in self._ids(word)]
@@ -61,3 +66,4 @@ def _byte_letters() -> list[str]:
 
 
 _LETTERS = _byte_letters()
+_BYTES = {letter: byte for byte, letter in enumerate(_LETTERS)}

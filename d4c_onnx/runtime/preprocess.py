@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from d4c_onnx.errors import DatasetError
 from d4c_onnx.manifest import Preprocess
 
-_FILTERS = {
+FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
@@ -88,7 +88,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _fit(image: Image.Image, config: Preprocess) -> Image.Image:
     """An image of the config's size, in the mode in which it came where that can be resized and padded."""
     height, width = config.size
-    resample = _FILTERS.get(config.interpolation, Image.Resampling.BICUBIC)
+    resample = FILTERS.get(config.interpolation, Image.Resampling.BICUBIC)
     if image.mode == "PA":  # pillow would average the numbers of its colours
         image = image.convert("RGBA")
     if config.resize_mode == "squash":

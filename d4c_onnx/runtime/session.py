@@ -13,11 +13,13 @@ import numpy as np
 import onnxruntime as ort
 
 from d4c_onnx.errors import BundleError, ModelError
+from d4c_onnx.manifest import TensorInfo
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _IN_MEMORY_BYTES = 2**26  # weights of a graph that may be copied a few times
+_NUMPY = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16", "tensor(int32)": "int32"}
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
@@ -154,6 +156,22 @@ class EncoderSession:
                 path = Path(folder) / "model.onnx"
                 save_model(model, path, limit_bytes=0)
                 return cls(path, provider, threads, literal=literal)
+
+    def takes_and_gives(self) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+        """Inputs and outputs as onnxruntime sees them; an axis of any length is a text."""
+
+        def described(value: Any) -> TensorInfo:
+            axes = tuple(size if size else "?" for size in value.shape)
+            return TensorInfo(value.name, _NUMPY.get(value.type, value.type), axes)
+
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        return tuple(map(described, inputs)), tuple(map(described, outputs))
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding; 0 where the graph does not say."""
+        size = self._session.get_outputs()[0].shape[-1]
+        return size if isinstance(size, int) else 0
 
     @property
     def fixed_length(self) -> int | None:

@@ -4,6 +4,7 @@
 the words that CLIP's tokenizer sees, a token that becomes 0, and one that stands behind the padding.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class TextTokenizer:
                 f"{path}: the bundle has no tokenizer.json; tokenise with the model's own tokenizer{why}."
             )
         self.path, self.info = path, info or TokenizerInfo("tokenizer.json", 1, cleaning="none")
+        self._clean = self.info.clean
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises this very class
@@ -56,7 +58,7 @@ class TextTokenizer:
             int64 [len(texts), longest of them], the others padded; [len(texts), context length] where the text
             encoder takes no other.
         """
-        name = self.info.clean
+        name = self._clean
         cleaned = texts if name is None else [clean(text, name) for text in texts]
         if self._clip:
             return self._words(cleaned)
@@ -66,6 +68,25 @@ class TextTokenizer:
         if self.info.last_id is not None:
             ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=self.info.last_id)
         return ids
+
+    def uncleaned(self) -> "TextTokenizer":
+        """This tokenizer as a client has it that forgets the cleaning: texts fall into tokens as they are."""
+        other = copy.copy(self)
+        other._clean = None
+        return other
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids that are no words."""
+        return [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token -> id."""
+        return dict(self._tokenizer.get_vocab())
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return self._words.decode(ids) if self._clip else str(self._tokenizer.decode(ids))
 
     @property
     def _clip(self) -> bool:

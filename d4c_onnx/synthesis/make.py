@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from d4c_onnx.calibration.dead_leaves import dead_leaves
+from d4c_onnx.dead_leaves import dead_leaves
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.progress import Ahead, OnAhead, OnStep
 from d4c_onnx.synthesis.early_stop import InputStatistics

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from d4c_onnx.calibration.assembly import MadeImages, Subject, assemble, made_control
 from d4c_onnx.calibration.dataset import CalibrationSet, open_calibration_set
 from d4c_onnx.calibration.method import Method
-from d4c_onnx.errors import RecipeError
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.models.random_phrases import random_phrases
 from d4c_onnx.progress import OnAhead, OnStep, silent
 from d4c_onnx.recipe import PromptSection, SynthesisSection
-from d4c_onnx.synthesis.assemble import Subject, assemble
 from d4c_onnx.synthesis.make import make_units
 from d4c_onnx.synthesis.process_group import ProcessGroup
-from d4c_onnx.synthesis.task import decide
-from d4c_onnx.synthesis.units import open_unit_store
+from d4c_onnx.synthesis.task import Plan, decide
+from d4c_onnx.synthesis.units import MadeUnit, open_unit_store
 
 
 def synthesize(
@@ -77,51 +76,27 @@ def synthesize(
     if group.rank:  # the first process puts the set together
         group.barrier()
         return open_calibration_set(target)
-    saved = assemble(_subject(loaded), target, plan, made, given)
+    images = _images(plan, loaded, made, given)
+    saved = assemble(_subject(loaded), target, images, text, nouns, seed=seed, key=plan.key, own_texts=texts)
     store.remove()
     group.barrier()
     return saved
 
 
-def make_control(
-    subject: Subject,
-    weights_sha256: str,
-    target: Path,
-    section: SynthesisSection,
-    text: PromptSection,
-    nouns: tuple[str, ...],
-    *,
-    seed: int,
-    given: np.ndarray | None = None,
-    source_sha256: str | None = None,
-    texts: tuple[str, ...] | None = None,
-) -> CalibrationSet:
-    """Make a calibration set of images that ask no model, for one of which there are no torch weights.
-
-    Args:
-        subject: what the set is for.
-        weights_sha256: of its bundle.
-        target, section, text, nouns, seed, given, source_sha256, texts: see `synthesize`.
-
-    Raises:
-        RecipeError: the recipe's method asks the model.
-        BundleError: the disk is full.
-    """
-    plan = decide(
-        weights_sha256,
-        section,
-        text,
-        nouns,
-        seed=seed,
-        device="cpu",
-        source_sha256=source_sha256,
-        method=None,
-        processes=1,
-        texts=texts,
+def _images(plan: Plan, loaded: LoadedModel, made: list[MadeUnit], given: np.ndarray | None) -> MadeImages:
+    """What finished units hold, in order; a control has none."""
+    if plan.method is None:
+        return made_control(plan.section, loaded.preprocess, plan.seed, given)
+    numbers = np.concatenate([np.arange(one.unit.start, one.unit.stop) for one in made])
+    pixels = np.concatenate([one.images for one in made])
+    guided = plan.method.loss == "d4c"  # the others are made for no noun
+    return MadeImages(
+        pixel_values=pixels[numbers < plan.section.images],
+        held_out=pixels[numbers >= plan.section.images],
+        labels=tuple(plan.nouns[label] for label in plan.labels[numbers]) if guided else (),
+        losses=tuple(one.losses for one in made),
+        compute=plan.compute,
     )
-    if plan.method is not None:
-        raise RecipeError(f"synthesis.method {section.method}: needs torch weights. Use leaves, noise, pink or real.")
-    return assemble(subject, target, plan, [], given)
 
 
 def _subject(loaded: LoadedModel) -> Subject:

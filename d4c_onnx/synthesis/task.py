@@ -8,10 +8,10 @@ import torch
 
 from d4c_onnx.calibration.key import calibration_key
 from d4c_onnx.calibration.method import METHODS, Method
+from d4c_onnx.calibration.prompts import draw_labels
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.recipe import PromptSection, SynthesisSection
 from d4c_onnx.synthesis.compute import resolve_device, resolve_precision
-from d4c_onnx.synthesis.prompts import draw_labels
 from d4c_onnx.synthesis.units import Unit, divide
 
 

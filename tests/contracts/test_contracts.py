@@ -58,8 +58,9 @@ def test_the_oldest_versions_are_those_that_pyproject_allows() -> None:
         if line and not line.startswith("#"):
             name, version = line.split("==")
             tried[canonicalize_name(name)] = Version(version)
-    wanted = [Requirement(text) for text in project["dependencies"]]
-    wanted += [entry for entry in map(Requirement, project["optional-dependencies"]["test"]) if entry.name in tried]
+    extras = project["optional-dependencies"]
+    wanted = [Requirement(text) for text in (*project["dependencies"], *extras["export"])]
+    wanted += [entry for entry in map(Requirement, extras["test"]) if entry.name in tried]
     oldest = {canonicalize_name(entry.name): Version(str(entry.specifier).removeprefix(">=")) for entry in wanted}
     assert tried == oldest
 

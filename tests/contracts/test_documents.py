@@ -105,7 +105,7 @@ def python_blocks(path: Path) -> list[str]:
 
 def test_the_readme_serves_a_bundle(vit_bundle: Bundle) -> None:
     serving = python_blocks(ROOT / "README.md")[0].replace("exported/mini-vit/w4a8", str(vit_bundle.path))
-    [photo] = (vit_bundle.path / "golden").glob("*.png")
+    photo = vit_bundle.path / "golden" / "photo.png"
     names: dict[str, object] = {"photo": photo}
     exec(compile(serving, "README.md", "exec"), names)
     assert np.asarray(names["image_embeds"]).shape[0] == 1

@@ -16,8 +16,9 @@ from PIL import Image
 
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.calibration.dataset import open_calibration_set
-from d4c_onnx.calibration.dead_leaves import dead_leaves
 from d4c_onnx.calibration.method import D4C, PUBLISHED, Method
+from d4c_onnx.calibration.prompts import draw_labels, draw_texts
+from d4c_onnx.dead_leaves import dead_leaves
 from d4c_onnx.errors import CalibrationError, RecipeError
 from d4c_onnx.files import sha256
 from d4c_onnx.recipe import Recipe, load_recipe
@@ -26,7 +27,6 @@ from d4c_onnx.synthesis import ProcessGroup, synthesize
 from d4c_onnx.synthesis.objectives import Seen, build_objective, guidance, structure, total_variation
 from d4c_onnx.synthesis.param import fourier_scale, start_images
 from d4c_onnx.synthesis.perturb import affine, blur, color_jitter, erase, perturb, published
-from d4c_onnx.synthesis.prompts import draw_labels, draw_texts
 from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 
 MEAN, STD = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from d4c_onnx.calibration.dead_leaves import dead_leaves
+from d4c_onnx.dead_leaves import dead_leaves
 
 
 def _amplitude_slope(images: np.ndarray) -> float:

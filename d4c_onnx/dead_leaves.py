@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d4c_onnx.calibration.controls import frequencies
-
 _SMALLEST, _LARGEST = 1 / 50, 1 / 2.2  # radii, as shares of the image's shorter side
 _COVER = 4.0  # summed area of all leaves, in images: exp(-4) of the pixels show what lies behind them all
 _LEAF_AREA = 2.35  # mean over the shapes below, in squared radii
@@ -208,3 +206,10 @@ def _soften(image: np.ndarray, weight: float) -> np.ndarray:
         after = np.concatenate([image.take(range(1, image.shape[axis]), axis), image.take([-1], axis)], axis)
         image = image + np.float32(weight) * (before + after - 2 * image)
     return image
+
+
+def frequencies(height: int, width: int) -> np.ndarray:
+    """Of every coefficient of `rfft2`, in cycles a pixel, float64 [H, W // 2 + 1]; the mean's counts as infinite."""
+    found = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    found[0, 0] = np.inf
+    return found

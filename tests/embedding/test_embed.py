@@ -1,0 +1,137 @@
+"""Embedding of folders, tars and texts: what is broken is listed, interrupted work goes on, names are kept."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.cli.main import group
+from d4c_onnx.embedding import embed_source, run
+from d4c_onnx.errors import BundleError, D4CError, DatasetError
+from d4c_onnx.runtime import ClipSession
+
+
+def _png(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 255, (30, 40, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Seven images in two folders, one of them cut off, one that is none, and a file of another kind."""
+    made = tmp_path / "photos"
+    (made / "b").mkdir(parents=True)
+    for number in range(7):
+        (made / ("b" if number % 2 else ".") / f"{number}.png").write_bytes(_png(number))
+    (made / "3-cut.png").write_bytes(_png(3)[:400])
+    (made / "none.jpg").write_text("no image")
+    (made / "notes.txt").write_text("not asked for")
+    return made
+
+
+def _lines(path: Path) -> list[object]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_a_folder_becomes_vectors_with_names(vit_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.npy"
+    report = embed_source(vit_bundle.path, folder, output, batch=3)
+    names = _lines(tmp_path / "out.npy.names.jsonl")
+    assert names == ["0.png", "2.png", "4.png", "6.png", "b/1.png", "b/3.png", "b/5.png"]
+    vectors = np.load(output)
+    assert vectors.dtype == np.float32
+    assert (report.vectors, report.width, report.broken, report.resumed) == (7, vectors.shape[1], 2, 0)
+    expected = ClipSession(vit_bundle).embed_images(folder / str(name) for name in names)
+    assert np.abs(vectors - expected).max() < 1e-5
+    broken = [entry["name"] for entry in _lines(tmp_path / "out.npy.broken.jsonl")]  # type: ignore[index]
+    assert broken == ["3-cut.png", "none.jpg"]
+    assert not list(tmp_path.glob("*.parts"))
+    with pytest.raises(BundleError, match="--overwrite"):
+        embed_source(vit_bundle.path, folder, output)
+
+
+@pytest.mark.parametrize("name", ["photos.tar", "photos.tar.gz"])
+def test_a_tar_gives_what_its_folder_gives(vit_bundle: Bundle, folder: Path, tmp_path: Path, name: str) -> None:
+    with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as tar:
+        tar.add(folder, "photos")
+    report = embed_source(vit_bundle.path, tmp_path / name, tmp_path / "out.parquet")
+    assert (report.vectors, report.broken) == (7, 2)
+    table = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    expected = ClipSession(vit_bundle).embed_images(folder.parent / name for name in table["name"])
+    assert np.abs(np.array(table["embedding"]) - expected).max() < 1e-5
+
+
+def test_lines_of_a_file_are_texts(vit_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_bytes("\ufeffa cat\r\nzwei Hünde\n".encode() + b"\xff\xfe\n" + b"\nlast")
+    report = embed_source(vit_bundle.path, tmp_path / "texts.txt", tmp_path / "out.npy")
+    names = _lines(tmp_path / "out.npy.names.jsonl")
+    assert names == ["a cat", "zwei Hünde", "", "last"]
+    assert report.first_broken[0][0] == "line 3"
+    assert np.abs(np.load(tmp_path / "out.npy") - ClipSession(vit_bundle).embed_texts(map(str, names))).max() < 1e-5
+
+
+def test_an_interrupted_run_goes_on(
+    vit_bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_PART", 2)
+    whole, output = tmp_path / "whole.npy", tmp_path / "out.npy"
+    embed_source(vit_bundle.path, folder, whole)
+    calls = 0
+
+    def stop(stage: str, done: int, total: int, values: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_source(vit_bundle.path, folder, output, on_step=stop)
+    assert not output.exists()
+    report = embed_source(vit_bundle.path, folder, output)
+    assert report.resumed == 4
+    assert output.read_bytes() == whole.read_bytes()
+    assert (tmp_path / "out.npy.names.jsonl").read_bytes() == (tmp_path / "whole.npy.names.jsonl").read_bytes()
+    assert (report.vectors, report.broken) == (7, 2)
+
+
+def test_what_cannot_be_embedded_is_refused(vit_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.tar").write_text("no tar")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("no image")
+    for source, output, match in (
+        ("photos", "out.csv", r"\.npy or \.parquet"),
+        ("nothing", "out.npy", "no such"),
+        ("empty", "out.npy", "no image"),
+        ("odd.tar", "out.npy", "no tar"),
+        ("broken", "out.npy", "nothing in it"),
+    ):
+        with pytest.raises(D4CError, match=match):
+            embed_source(vit_bundle.path, tmp_path / source, tmp_path / output)
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_the_command_says_what_it_left_out(vit_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        group, ["embed", str(vit_bundle.path), str(folder), "-o", str(tmp_path / "out.npy"), "--quiet", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.output)
+    assert (report["vectors"], report["broken"]) == (7, 2)
+
+
+def test_decompression_bombs_are_refused_by_name(vit_bundle: Bundle) -> None:
+    session = ClipSession(vit_bundle, most_pixels=1000)
+    with pytest.raises(DatasetError, match=r"image 0: an image of 40 x 30 pixels, more than the 1,000"):
+        session.embed_images([_png(0)])
+    with pytest.raises(DatasetError, match="float64"):
+        session.embed_images([np.zeros((4, 4, 3))])
