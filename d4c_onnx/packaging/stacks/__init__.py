@@ -1,12 +1,14 @@
 """The registry: one file per stack, one value in each."""
 
 from d4c_onnx.packaging.stack import Stack
+from d4c_onnx.packaging.stacks.fastembed import FASTEMBED
 from d4c_onnx.packaging.stacks.immich import IMMICH
 from d4c_onnx.packaging.stacks.transformersjs import TRANSFORMERSJS
 
 _ALL = (
     TRANSFORMERSJS,
     IMMICH,
+    FASTEMBED,
 )
 STACKS: dict[str, Stack] = {stack.name: stack for stack in _ALL}
 
