@@ -4,11 +4,13 @@ from d4c_onnx.packaging.stack import Stack
 from d4c_onnx.packaging.stacks.fastembed import FASTEMBED
 from d4c_onnx.packaging.stacks.immich import IMMICH
 from d4c_onnx.packaging.stacks.transformersjs import TRANSFORMERSJS
+from d4c_onnx.packaging.stacks.triton import TRITON
 
 _ALL = (
     TRANSFORMERSJS,
     IMMICH,
     FASTEMBED,
+    TRITON,
 )
 STACKS: dict[str, Stack] = {stack.name: stack for stack in _ALL}
 
