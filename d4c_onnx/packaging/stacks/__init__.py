@@ -3,6 +3,7 @@
 from d4c_onnx.packaging.stack import Stack
 from d4c_onnx.packaging.stacks.fastembed import FASTEMBED
 from d4c_onnx.packaging.stacks.immich import IMMICH
+from d4c_onnx.packaging.stacks.openvino import OPENVINO
 from d4c_onnx.packaging.stacks.optimum import OPTIMUM
 from d4c_onnx.packaging.stacks.transformersjs import TRANSFORMERSJS
 from d4c_onnx.packaging.stacks.triton import TRITON
@@ -13,6 +14,7 @@ _ALL = (
     FASTEMBED,
     TRITON,
     OPTIMUM,
+    OPENVINO,
 )
 STACKS: dict[str, Stack] = {stack.name: stack for stack in _ALL}
 
