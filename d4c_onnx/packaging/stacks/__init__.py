@@ -3,6 +3,7 @@
 from d4c_onnx.packaging.stack import Stack
 from d4c_onnx.packaging.stacks.fastembed import FASTEMBED
 from d4c_onnx.packaging.stacks.immich import IMMICH
+from d4c_onnx.packaging.stacks.librephotos import LIBREPHOTOS
 from d4c_onnx.packaging.stacks.openvino import OPENVINO
 from d4c_onnx.packaging.stacks.optimum import OPTIMUM
 from d4c_onnx.packaging.stacks.transformersjs import TRANSFORMERSJS
@@ -15,6 +16,7 @@ _ALL = (
     TRITON,
     OPTIMUM,
     OPENVINO,
+    LIBREPHOTOS,
 )
 STACKS: dict[str, Stack] = {stack.name: stack for stack in _ALL}
 
