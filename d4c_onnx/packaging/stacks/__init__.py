@@ -6,6 +6,7 @@ from d4c_onnx.packaging.stacks.immich import IMMICH
 from d4c_onnx.packaging.stacks.librephotos import LIBREPHOTOS
 from d4c_onnx.packaging.stacks.openvino import OPENVINO
 from d4c_onnx.packaging.stacks.optimum import OPTIMUM
+from d4c_onnx.packaging.stacks.rclip import RCLIP
 from d4c_onnx.packaging.stacks.transformersjs import TRANSFORMERSJS
 from d4c_onnx.packaging.stacks.triton import TRITON
 
@@ -17,6 +18,7 @@ _ALL = (
     OPTIMUM,
     OPENVINO,
     LIBREPHOTOS,
+    RCLIP,
 )
 STACKS: dict[str, Stack] = {stack.name: stack for stack in _ALL}
 
