@@ -2,6 +2,7 @@
 
 from d4c_onnx.packaging.stack import Stack
 from d4c_onnx.packaging.stacks.fastembed import FASTEMBED
+from d4c_onnx.packaging.stacks.frigate import FRIGATE
 from d4c_onnx.packaging.stacks.immich import IMMICH
 from d4c_onnx.packaging.stacks.librephotos import LIBREPHOTOS
 from d4c_onnx.packaging.stacks.openvino import OPENVINO
@@ -19,6 +20,7 @@ _ALL = (
     OPENVINO,
     LIBREPHOTOS,
     RCLIP,
+    FRIGATE,
 )
 STACKS: dict[str, Stack] = {stack.name: stack for stack in _ALL}
 
