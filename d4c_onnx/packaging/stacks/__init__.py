@@ -10,6 +10,7 @@ from d4c_onnx.packaging.stacks.optimum import OPTIMUM
 from d4c_onnx.packaging.stacks.rclip import RCLIP
 from d4c_onnx.packaging.stacks.transformersjs import TRANSFORMERSJS
 from d4c_onnx.packaging.stacks.triton import TRITON
+from d4c_onnx.packaging.stacks.vespa import VESPA
 
 _ALL = (
     TRANSFORMERSJS,
@@ -21,6 +22,7 @@ _ALL = (
     LIBREPHOTOS,
     RCLIP,
     FRIGATE,
+    VESPA,
 )
 STACKS: dict[str, Stack] = {stack.name: stack for stack in _ALL}
 
