@@ -5,6 +5,7 @@ from d4c_onnx.packaging.stacks.fastembed import FASTEMBED
 from d4c_onnx.packaging.stacks.frigate import FRIGATE
 from d4c_onnx.packaging.stacks.immich import IMMICH
 from d4c_onnx.packaging.stacks.librephotos import LIBREPHOTOS
+from d4c_onnx.packaging.stacks.onnxruntime import ONNXRUNTIME
 from d4c_onnx.packaging.stacks.openvino import OPENVINO
 from d4c_onnx.packaging.stacks.optimum import OPTIMUM
 from d4c_onnx.packaging.stacks.rclip import RCLIP
@@ -23,6 +24,7 @@ _ALL = (
     RCLIP,
     FRIGATE,
     VESPA,
+    ONNXRUNTIME,
 )
 STACKS: dict[str, Stack] = {stack.name: stack for stack in _ALL}
 
