@@ -9,7 +9,13 @@ from d4c_onnx.cli import options, show
 
 @click.command("package")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--target", required=True, metavar="STACK", help="Which serving stack; docs/serving.md has a list.")
+@click.option(
+    "--target",
+    required=True,
+    metavar="STACK",
+    help="transformersjs, immich, fastembed (txtai, too), triton, optimum, openvino, librephotos, rclip, frigate, "
+    "vespa, or onnxruntime (alone, with examples).",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The package's folder.")
 @click.option("--name", help="The model's name, for stacks that know models by name.  [the bundle's]")
 @options.overwrite_option
