@@ -1,11 +1,12 @@
 """Do quantised bundles answer alike elsewhere? Older onnxruntime releases and OpenVINO, each in its own environment.
 
     python benchmarks/other_runtimes.py exported/mini-vit/w4a8 exported/mini-vit/w4a8-nibbles \
-        --runtimes onnxruntime==1.20.1 onnxruntime==1.23.2 openvino
+        --runtimes onnxruntime==1.20.1 onnxruntime==1.23.2 openvino --write runtimes-mini-vit-zen5
 
 Answers are compared with those of the onnxruntime that runs this script, its optimiser off: with what the file says.
 Times are of batch 8 with two threads: each round opens a session in every runtime, runs it 50 times and takes the
-median; printed are the medians of the rounds. Installs each runtime and numpy with pip.
+median; printed are the medians of the rounds. Memory is what the process took at most while it loaded and ran, less
+what it had before. Installs each runtime and numpy with pip, into `--environments` where they stay for the next time.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
+import results
 
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.evaluation.latency import drawn_feeds
@@ -48,6 +51,9 @@ PROBE = """
 import json, sys, time
 import numpy as np
 file, feed, answer, entries = sys.argv[1:]
+def taken():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+before = taken()
 try:
     start = time.perf_counter()
     run = load(file, json.loads(entries))
@@ -62,6 +68,7 @@ try:
         "difference": float(np.abs(got - expected).max()),
         "cosine": float((got * expected).sum(-1).min()),
         "load_ms": load_ms,
+        "memory_mb": taken() - before,
         "ms": 1e3 * float(np.median(times[10:])),
     }
 except Exception as error:
@@ -75,16 +82,17 @@ def main() -> None:
     parser.add_argument("bundles", nargs="+", type=Path)
     parser.add_argument("--runtimes", nargs="+", default=["onnxruntime==1.20.1", "onnxruntime==1.23.2", "openvino"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--environments", type=Path, help="where they are kept  [a temporary folder]")
+    parser.add_argument("--write", metavar="NAME", help="of a result file in docs/results")
     args = parser.parse_args()
-    print("| bundle | needs | runtime | tower | largest difference | least cosine | load ms | batch 8, ms |")
-    print("|---|---|---|---|---|---|---|---|")
+    rows: list[dict[str, Any]] = []
+    print("| bundle | needs | runtime | tower | largest difference | least cosine | load ms | batch 8, ms | MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        pythons = {"onnxruntime, this one": Path(sys.executable)}
+        pythons = {f"onnxruntime {ort.__version__}": Path(sys.executable)}
         for runtime in args.runtimes:
-            home = Path(folder) / runtime
-            venv.create(home, with_pip=True)
-            pythons[runtime] = home / "bin" / "python"
-            subprocess.run([pythons[runtime], "-P", "-m", "pip", "install", "-q", runtime, "numpy"], check=True)
+            shown = runtime.replace("==", " ")
+            pythons[shown] = _environment((args.environments or Path(folder)) / runtime, runtime)
         for path in args.bundles:
             bundle = open_bundle(path)
             feeds = drawn_feeds(bundle, [8], 16)
@@ -102,14 +110,41 @@ def main() -> None:
                 needs = quantization.minimum_onnxruntime if (quantization := bundle.manifest.quantization) else "-"
                 for runtime, found in rounds.items():
                     print(f"| {path.name} | {needs} | {runtime} | {tower} | {_cells(found)} |", flush=True)
+                    told = {"model": bundle.model_name, "bundle": path.name, "needs": needs, "runtime": runtime}
+                    rows.append({**told, "tower": tower, **_summary(found)})
+    if args.write:
+        results.measured_here(rows, threads=2).write(results.FOLDER / f"{args.write}.json")
+
+
+def _environment(home: Path, runtime: str) -> Path:
+    """The python of an environment with that runtime; releases before 1.19 are built for numpy 1."""
+    python = home / "bin" / "python"
+    if not python.exists():
+        venv.create(home, with_pip=True)
+        name, _, version = runtime.partition("==")
+        old = name == "onnxruntime" and version and tuple(map(int, version.split(".")[:2])) < (1, 19)
+        packages = [runtime, "numpy<2" if old else "numpy"]
+        subprocess.run([python, "-P", "-m", "pip", "install", "-q", *packages], check=True)
+    return python
+
+
+def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Worst answers and median times of the rounds; or why there are none."""
+    if "refused" in rounds[0]:
+        return {"refused": rounds[0]["refused"]}
+    load, run, memory = (float(np.median([found[key] for found in rounds])) for key in ("load_ms", "ms", "memory_mb"))
+    return {
+        "difference": float(f"{max(found['difference'] for found in rounds):.3g}"),
+        "cosine": round(min(found["cosine"] for found in rounds), 6),
+        "load_ms": round(load, 1),
+        "batch8_ms": round(run, 3),
+        "memory_mb": round(memory, 1),
+    }
 
 
 def _cells(rounds: list[dict[str, Any]]) -> str:
-    if "refused" in rounds[0]:
-        return f"{rounds[0]['refused']} | | |"
-    cosine = min(found["cosine"] for found in rounds)
-    load, run = (float(np.median([found[name] for found in rounds])) for name in ("load_ms", "ms"))
-    return f"{max(found['difference'] for found in rounds):.2e} | {cosine:.6f} | {load:.0f} | {run:.2f}"
+    found = _summary(rounds)
+    return f"{found['refused']} | | | |" if "refused" in found else " | ".join(str(value) for value in found.values())
 
 
 def _probe(python: Path, loader: str, *arguments: Path | str) -> dict[str, Any]:

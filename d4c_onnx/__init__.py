@@ -19,6 +19,7 @@ _PUBLIC = {
     "evaluate_bundles": "d4c_onnx.measure",
     "export_bundle": "d4c_onnx.pipeline",
     "load_recipe": "d4c_onnx.recipe",
+    "package_bundle": "d4c_onnx.packaging",
     "quantize_bundle": "d4c_onnx.pipeline",
     "synthesize_calibration_set": "d4c_onnx.pipeline",
 }

@@ -113,8 +113,8 @@ class QuantizationSection(_Section):
     target: Literal["cpu", "portable", "tensorrt", "openvino", "cuda"] = Field(
         "cpu",
         validate_default=True,
-        description="where the files are served. cpu: onnxruntime's CPU provider; portable: standard operators only; "
-        "tensorrt: symmetric int8, plain int4; openvino: plain int4; cuda: an FP16 bundle beside",
+        description="where the files are served. cpu: onnxruntime's CPU provider; portable: standard operators, old "
+        "runtimes; tensorrt: symmetric int8, plain int4; openvino: plain int4; cuda: an FP16 bundle beside",
     )
     rounding: Literal["auto", "nearest", "gptq", "gptaq", "adaround", "adaround-published"] = Field(
         "auto",

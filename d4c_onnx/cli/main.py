@@ -21,6 +21,7 @@ COMMANDS = {
     "import": "Turn ONNX files that others exported into FP32 encoders, checked against them.",
     "synthesize": "Make a calibration set from the model itself.",
     "quantize": "Quantise both encoders, and measure the files against FP32.",
+    "package": "Write a bundle as a serving stack wants it.",
     "evaluate": "Measure bundles side by side on a labelled set.",
     "benchmark": "Time bundles side by side on this machine.",
     "embed": "Turn images or texts into vectors, in one file.",

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 @click.option(
     "--target",
     metavar="NAME",
-    help="Where the files are served: cpu, portable (standard operators only), tensorrt, openvino, or cuda (writes an "
-    "FP16 bundle, too).  [recipe: cpu]",
+    help="Where the files are served: cpu, portable (standard operators, old runtimes), tensorrt, openvino, or cuda "
+    "(writes an FP16 bundle, too).  [recipe: cpu]",
 )
 @options.pretrained_option
 @options.weights_options

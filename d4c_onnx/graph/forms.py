@@ -3,7 +3,7 @@
 - `int8`: an int8 initialiser.
 - `cast`: an INT4 initialiser and a Cast to int8, which onnxruntime folds when the file is loaded. Needs opset 21 and
   onnxruntime 1.23.
-- `nibbles`: two values a uint8, looked up in a table of 256 pairs of int8 (Gather). Any opset, onnxruntime 1.20.
+- `nibbles`: two values a uint8, looked up in a table of 256 pairs of int8 (Gather). Any opset, onnxruntime 1.15.
   Unpacked by bit operations instead, the weights would be uint8 with zero point 8, and onnxruntime 1.32 multiplies
   those at half the speed of int8 ones.
 - `native`: an INT4 initialiser straight into DequantizeLinear, as compilers want it; onnxruntime has no CPU kernel for
@@ -199,7 +199,7 @@ class _Nibbles:
     itself, looked up in a table like all nibbles.
     """
 
-    name, num_bits, grouped, opset, minimum_onnxruntime = "nibbles", 4, True, 13, "1.20"
+    name, num_bits, grouped, opset, minimum_onnxruntime = "nibbles", 4, True, 13, "1.15"
 
     def find(self, integers: ir.Value) -> ir.Value | None:
         parts = self._parts(integers)

@@ -67,6 +67,7 @@ def quantize_encoder(
     write = to_float16 if section.weights_only else to_qdq
     quantized, applied = write(model, exact.plan, rounded, ranges, task)
     table_bits = store_token_table(quantized, section.table_bits, task.target.token_table)
+    task.target.label(quantized)
     set_metadata(quantized, metadata)
     save_model(quantized, target_path, limit_bytes=0 if section.external_data else None)
     on_step("write", 1, 1, {})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from d4c_onnx.graph.model import opset_of
 from d4c_onnx.graph.stored import LayerBits, layer_bits
 from d4c_onnx.manifest import EncoderRecord, LayerRecord, RewriteRecord
 from d4c_onnx.quantization.exact import RewrittenEncoder
@@ -13,6 +14,8 @@ from d4c_onnx.quantization.storage import TokenTable
 from d4c_onnx.quantization.targets import Target
 
 MINIMUM_ORT = "1.20"  # the oldest release that was tried, for files without 4-bit weights
+# Of files in the lowest opset, from which on: the oldest release that was tried, and those that brought the opset.
+_RELEASES = ((21, "1.20"), (20, "1.17"), (0, "1.15"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +76,15 @@ def report_of(
         exact.smoothed,
         bool(exact.plan.dead_rows),
         (*exact.rewrites, *applied),
-        _minimum_onnxruntime(weights, table_bits, target),
+        _minimum_onnxruntime(weights, table_bits, target, opset_of(quantized)),
     )
 
 
-def _minimum_onnxruntime(weights: Mapping[str, QuantizedWeight], table_bits: int | None, target: Target) -> str:
-    """The oldest release that loads every form of storage in the file."""
-    needed = [MINIMUM_ORT]
+def _minimum_onnxruntime(
+    weights: Mapping[str, QuantizedWeight], table_bits: int | None, target: Target, opset: int
+) -> str:
+    """The oldest release that loads the file's opset and every form of storage in it."""
+    needed = [next(release for since, release in _RELEASES if opset >= since) if target.lowest_opset else MINIMUM_ORT]
     if any(weight.num_bits == 4 for weight in weights.values()):
         needed.append(target.int4.minimum_onnxruntime)
     if table_bits == 4 and target.token_table is TokenTable.FOLDED:

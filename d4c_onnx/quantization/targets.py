@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import onnx_ir as ir
+
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.graph.forms import CAST, FORMS, NATIVE, Form
+from d4c_onnx.graph.forms import CAST, FORMS, NATIVE, NIBBLES, Form
+from d4c_onnx.graph.opsets import lower_opset
 from d4c_onnx.quantization.rewrites import (
     Rewrite,
     batch_norm,
@@ -41,6 +44,7 @@ class Target:
             uint8 and int8 in 16 bits, which full weights overflow: ViT-B/32's W8A8 image embeddings then were seven
             times further from FP32 than the file says.
         fp16_beside: put an FP16 bundle beside.
+        lowest_opset: label files with the lowest opset and IR that express them, for runtimes that refuse newer ones.
     """
 
     float_rewrites: tuple[Rewrite, ...]
@@ -52,11 +56,17 @@ class Target:
     quantize_bias: bool = True
     reduce_range: bool = True
     fp16_beside: bool = False
+    lowest_opset: bool = False
 
     @property
     def grouped(self) -> bool:
         """Whether 4-bit weights may have multipliers of groups."""
         return self.int4.grouped
+
+    def label(self, model: ir.Model) -> None:
+        """Label a finished graph with the opset that its files are to have, in place."""
+        if self.lowest_opset:
+            lower_opset(model)
 
 
 TARGETS = {
@@ -81,9 +91,10 @@ TARGETS = {
             zero_points.OMIT_ZERO_POINTS,
             pools.CONVOLVE_POOLS,
         ),
-        int4=CAST,
+        int4=NIBBLES,
         token_table=TokenTable.PACKED,
-        note="standard operators only; int8 kernels on the CPU provider",
+        note="standard operators only, in the lowest opset: for old runtimes and browsers, too",
+        lowest_opset=True,
     ),
     "tensorrt": Target(
         float_rewrites=_FLOAT,
@@ -125,7 +136,7 @@ def target_of(section: QuantizationSection) -> Target:
     """
     target = TARGETS[section.target]
     if section.int4_layout != "auto":
-        if target.int4 is not CAST or (section.target == "cuda" and section.int4_layout != "cast"):
+        if target.int4 not in (CAST, NIBBLES) or (section.target == "cuda" and section.int4_layout != "cast"):
             raise RecipeError(
                 f"quantization.int4_layout: {section.int4_layout} is for onnxruntime's CPU provider; target "
                 f"{section.target} stores 4-bit weights as {target.int4.name}. Leave it out."

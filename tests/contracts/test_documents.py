@@ -141,3 +141,13 @@ def test_rows_measured_seed_by_seed_become_a_line(results: ModuleType, tmp_path:
     [_, line] = tables.fidelity([results.read_results("mine", tmp_path)])
     seeds, interval = "**-0.20** (-0.10, -0.30)", "[-0.50, -0.20]"
     assert line == ["mini-vit", "w4a8", "d4c", seeds, interval, "98.50", "0.50000", "0.25000", "4.10"]
+
+
+def test_documents_and_help_name_every_stack() -> None:
+    from d4c_onnx.cli.package import command
+    from d4c_onnx.packaging import STACKS
+
+    [target] = [option for option in command.params if option.name == "target"]
+    headings = re.findall(r"^## .*\(`(\w+)`\)$", (ROOT / "docs" / "serving.md").read_text("utf-8"), re.MULTILINE)
+    assert headings == list(STACKS)
+    assert all(re.search(rf"\b{name}\b", target.help) for name in STACKS)

@@ -152,8 +152,12 @@ def test_a_file_in_groups_runs_and_answers_exactly_like_its_int8_twin(
     bundle, dataset = material(request, "vit")
     report, made = quantize(bundle.encoders[tower], dataset, tmp_path / "q.onnx", "group=32", *keys)
     check(made)
-    form = FORMS["nibbles" if "int4_layout=nibbles" in keys else "cast"]
-    assert report.minimum_onnxruntime == form.minimum_onnxruntime
+    portable = "target=portable" in keys
+    form = FORMS["nibbles" if portable or "int4_layout=nibbles" in keys else "cast"]
+    # the other target's attention is an operator of onnxruntime's own, and was not tried with older releases
+    assert report.minimum_onnxruntime == (
+        form.minimum_onnxruntime if portable else max(form.minimum_onnxruntime, "1.20")
+    )
     grouped = [stored for stored in _stored(made) if stored.form is form]
     assert len(grouped) >= (36 if tower == "image" else 18)
     assert {stored.num_bits for stored in grouped} == {4.125}

@@ -1,0 +1,10 @@
+"""Bundles as serving stacks want them: the same numbers under other names, in other folders. No torch.
+
+A package is a boundary rewrite: what happens inside the encoders stays bit for bit what it was, and that is asserted
+when a package is written.
+"""
+
+from d4c_onnx.packaging.package import PackageReport, package_bundle
+from d4c_onnx.packaging.stacks import STACKS
+
+__all__ = ["STACKS", "PackageReport", "package_bundle"]

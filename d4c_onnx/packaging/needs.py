@@ -1,0 +1,59 @@
+"""What stacks take for granted, asked of a bundle before anything is written; what they lack is a reason to refuse."""
+
+from __future__ import annotations
+
+from d4c_onnx.packaging.job import Job
+from d4c_onnx.untrusted_json import short
+
+
+def unit_vectors(job: Job) -> None:
+    """Raises BundleError: the embeddings are raw, and the stack compares them as they come."""
+    if not job.bundle.manifest.model.normalized:
+        raise job.refusal("compares embeddings as they come, and these are not normalised (export without --raw)")
+
+
+def tokenizer_file(job: Job, alone: bool = True) -> None:
+    """Raises BundleError: the bundle has no tokenizer.json; or the stack reads it `alone`, which is not enough."""
+    info = job.tokenizer
+    if not info.has_file:
+        raise job.refusal(f"reads tokenizer.json, and this model's tokenizer has no such form ({short(info.cleaning)})")
+    if alone and (info.zeroed_id is not None or info.last_id is not None):
+        raise job.refusal(f"reads tokenizer.json alone, which cannot express this tokenizer ({short(info.type)})")
+
+
+def byte_pairs(job: Job) -> None:
+    """Raises BundleError: the tokenizer is not CLIP's, and the stack knows no other."""
+    if job.tokenizer.type != "clip-bpe":
+        raise job.refusal(f"knows CLIP's byte-pair tokenizer only, and this model's is {short(job.tokenizer.type)}")
+
+
+def square(job: Job) -> None:
+    """Raises BundleError: the image encoder takes no squares, and the stack makes nothing else."""
+    height, width = job.preprocess.size
+    if height != width:
+        raise job.refusal(f"makes square images only, and this model takes {height} x {width}")
+
+
+def size(job: Job, side: int) -> None:
+    """Raises BundleError: the image encoder takes images of another size than the stack makes."""
+    height, width = job.preprocess.size
+    if (height, width) != (side, side):
+        raise job.refusal(f"makes images of {side} x {side} pixels, and this model takes {height} x {width}")
+
+
+def dimensions(job: Job, count: int) -> None:
+    """Raises BundleError: embeddings have other dimensions than the stack stores."""
+    if job.dimensions != count:
+        raise job.refusal(f"stores {count} numbers an embedding, and this model gives {job.dimensions}")
+
+
+def no_padding_of_images(job: Job) -> None:
+    """Raises BundleError: images are padded, which the stack cannot do."""
+    if job.preprocess.resize_mode == "longest":
+        raise job.refusal("crops or squashes images, and this model's are padded (resize mode longest)")
+
+
+def context(job: Job, most: int) -> None:
+    """Raises BundleError: the stack feeds rows of one length, and the tower takes another."""
+    if job.tokenizer.context_length != most:
+        raise job.refusal(f"feeds {most} ids a text, and this model takes {job.tokenizer.context_length}")

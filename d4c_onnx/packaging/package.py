@@ -1,0 +1,137 @@
+"""The story of a package: refuse, write, prove, list the files with their hashes; or leave nothing behind."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from d4c_onnx.bundle import GOLDEN, Bundle, open_bundle
+from d4c_onnx.errors import BundleError
+from d4c_onnx.files import refuse_existing, sha256, staged_folder, write_json
+from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST
+from d4c_onnx.packaging.edits import LooseLayout
+from d4c_onnx.packaging.job import Job, PackagedModel
+from d4c_onnx.packaging.needs import unit_vectors
+from d4c_onnx.packaging.proof import prove
+from d4c_onnx.packaging.stacks import STACKS
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.untrusted_json import quoted, short
+
+# not package.json: some stacks' folders are read by npm, too
+PACKAGE = "d4c-package.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackageReport:
+    """What was written.
+
+    Attributes:
+        path: the package's folder.
+        target: the stack.
+        models: each .onnx, and what was done at its boundary.
+        files: SHA-256 and size by name, the package's own manifest not counted.
+        remarks: what the stack does badly, and what is left to the user.
+        use: how the stack is pointed to the folder.
+    """
+
+    path: Path
+    target: str
+    models: tuple[PackagedModel, ...]
+    files: dict[str, dict[str, Any]]
+    remarks: tuple[str, ...]
+    use: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "package": str(self.path),
+            "target": self.target,
+            "models": [asdict(model) for model in self.models],
+            "files": self.files,
+            "remarks": list(self.remarks),
+            "use": self.use,
+        }
+
+
+def package_bundle(
+    bundle: str | Path,
+    target: str,
+    output: str | Path,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+    on_step: OnStep = silent,
+) -> PackageReport:
+    """Write a bundle as a serving stack wants it.
+
+    Args:
+        bundle: the folder of an FP32, FP16 or quantised bundle.
+        target: one of `STACKS`.
+        output: the package's folder.
+        name: the model's, for stacks that know models by name.
+        overwrite: replace a folder that is there.
+        on_step: told after each of three steps.
+
+    Raises:
+        BundleError: the bundle is damaged, the stack cannot serve it (the message says why), a folder is in the way, or
+            a written file answers otherwise than the bundle.
+    """
+    if target not in STACKS:
+        raise BundleError(f"--target {quoted(target)}: is no stack that is known; one of {', '.join(STACKS)}.")
+    folder, stack = Path(output), STACKS[target]
+    refuse_existing(folder, overwrite)
+    source = open_bundle(bundle)
+    own = source.path.resolve()
+    if folder.resolve() in (own / GOLDEN_FOLDER, own, *own.parents):
+        raise BundleError(f"{folder}: is the bundle, or holds it, and would be replaced. Choose another --output.")
+    on_step("package", 0, 3, {})
+    with staged_folder(folder) as stage:
+        job = Job(source, stage, target, name)
+        unit_vectors(job)
+        stack.write(job)
+        _remark_on_release(job)
+        on_step("package", 1, 3, {})
+        prove(source, stage, job.models)
+        on_step("package", 2, 3, {})
+        shutil.copytree(source.path / GOLDEN_FOLDER, stage / GOLDEN_FOLDER)
+        report = _report(job, folder, stack.use)
+        write_json(stage / PACKAGE, _manifest(source, report))
+    on_step("package", 3, 3, {})
+    return report
+
+
+def _remark_on_release(job: Job) -> None:
+    """From which release of onnxruntime on the files load, where they lie as the bundle's do."""
+    quantization = job.bundle.manifest.quantization
+    if quantization is not None and not any(LooseLayout().words in model.edits for model in job.models):
+        job.remarks.append(f"needs onnxruntime {short(quantization.minimum_onnxruntime)} or newer where that runs it.")
+
+
+def _report(job: Job, folder: Path, use: str) -> PackageReport:
+    files = {
+        file.relative_to(job.folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
+        for file in sorted(job.folder.rglob("*"))
+        if file.is_file()
+    }
+    return PackageReport(folder, job.target, tuple(job.models), files, tuple(job.remarks), use)
+
+
+def _manifest(bundle: Bundle, report: PackageReport) -> dict[str, Any]:
+    """What the package says of itself: no times, no machine's paths."""
+    content = report.as_dict()
+    content.pop("package")
+    manifest = bundle.manifest
+    return {
+        "format": FORMAT,
+        "kind": "package",
+        "model": manifest.model.name,
+        "bits": manifest.bits,
+        "bundle_manifest_sha256": sha256(bundle.path / MANIFEST),
+        "golden": GOLDEN,
+        "preprocess": asdict(manifest.preprocess),
+        "tokenizer": manifest.tokenizer.as_dict(),
+        **content,
+    }

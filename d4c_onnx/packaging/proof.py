@@ -1,0 +1,81 @@
+"""A package answers what its bundle answers: golden input through both, and nothing may differ.
+
+Both are run with the optimiser off and quantisers left where they stand, so that each number is what the file says:
+edits of the boundary must not change a bit of it. How onnxruntime optimises a file is looked at, too, but fused kernels
+may add in another order there, and the golden tolerance is for that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.errors import BundleError
+from d4c_onnx.manifest_file import GOLDEN_FOLDER
+from d4c_onnx.packaging.job import PackagedModel
+from d4c_onnx.runtime.clip_session import ClipSession
+from d4c_onnx.runtime.golden import read_golden
+from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.vectors import unit
+
+_TYPES = {"int32": np.int32, "int64": np.int64, "float32": np.float32, "float16": np.float16}
+
+
+def prove(bundle: Bundle, folder: Path, models: list[PackagedModel]) -> None:
+    """Compare each written file with the bundle's own.
+
+    Raises:
+        BundleError: a file answers otherwise, or onnxruntime cannot load it: a fault of ours, nothing is written.
+    """
+    vectors = read_golden(bundle.path)
+    session = ClipSession(bundle, verify=False)
+    pixels = np.stack([session.pixels(bundle.path / GOLDEN_FOLDER / image.file) for image in vectors.images])
+    ids = sorted((text.input_ids for text in vectors.texts), key=len)
+    for literal in (True, False):
+
+        def load(path: Path, literal: bool = literal) -> EncoderSession:
+            return EncoderSession(path, optimize=not literal, literal=literal, entries=bundle.session_entries)
+
+        own = {tower: load(path) for tower, path in bundle.encoders.items()}
+        written = {model.file: load(folder / model.file) for model in models}
+        for row in dict.fromkeys((ids[0], ids[-1])):  # towers of a fixed length have rows of one length
+            feeds = {"image": pixels, "text": np.array([row], np.int64)}
+            expected = {tower: own[tower].run(feeds[tower]) for tower in own}
+            for model in models:
+                answers = written[model.file].run_named(_feed(model, feeds))
+                for tower in model.towers:
+                    found = answers[_output(model, tower)].reshape(expected[tower].shape)
+                    _compare(model.file, found, expected[tower], 0.0 if literal else vectors.tolerance[tower])
+
+
+def _feed(model: PackagedModel, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Golden input under a file's own names and in its own types."""
+    given = {}
+    for entry in model.io.inputs:
+        if entry.dtype.startswith("float"):
+            given[entry.name] = feeds["image"].astype(_TYPES[entry.dtype])
+        elif "mask" in entry.name:
+            given[entry.name] = np.ones(feeds["text"].shape, _TYPES[entry.dtype])
+        else:
+            given[entry.name] = feeds["text"].astype(_TYPES[entry.dtype])
+    return given
+
+
+def _output(model: PackagedModel, tower: str) -> str:
+    """The name of a tower's embedding."""
+    names = [entry.name for entry in model.io.outputs]
+    return names[0] if len(model.towers) == 1 else f"{tower}_embeds"
+
+
+def _compare(file: str, found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Every number, where nothing may differ; else unit vectors, as golden vectors are compared."""
+    wide = found.astype(np.float64)
+    apart = np.abs(wide - expected) if tolerance == 0 else np.linalg.norm(unit(wide) - unit(expected), axis=-1)
+    difference = float(apart.max())
+    if not difference <= tolerance:
+        raise BundleError(
+            f"{file}: answers otherwise than the bundle's file, by {difference:.2e} where {tolerance:.2e} may be. "
+            "Please report this with the bundle's manifest; nothing was written."
+        )

@@ -1,0 +1,45 @@
+"""rclip: two files and a vocabulary in the folder of the one CLIP that it runs, ViT-B/32 at 256 pixels.
+
+It tokenises with open_clip's own code, from the list of merges that the byte pairs in tokenizer.json came from.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+from d4c_onnx.packaging import needs
+from d4c_onnx.packaging.edits import RenameInput, RenameOutput
+from d4c_onnx.packaging.job import Job
+from d4c_onnx.packaging.stack import Stack
+
+_FOLDER, _SIDE, _DIMENSIONS, _CONTEXT = "ViT-B-32-256-datacomp_s34b_b86k", 256, 512, 77
+_FIRST_LINE = '"bpe_simple_vocab_16e6.txt#version: 0.2'  # readers skip it
+
+
+def _write(job: Job) -> None:
+    needs.size(job, _SIDE)
+    needs.dimensions(job, _DIMENSIONS)
+    needs.byte_pairs(job)
+    needs.context(job, _CONTEXT)
+    for tower, file in (("image", "visual"), ("text", "textual")):
+        job.encoder(tower, f"{_FOLDER}/{file}.onnx", RenameInput("input"), RenameOutput("output"))
+    job.write("tokenizer/bpe_simple_vocab_16e6.txt.gz", lambda path: _write_merges(job.bundle.tokenizer, path))
+    job.remarks.append("keep the four files about licences that rclip put there; they belong to its own weights.")
+    job.remarks.append("embeddings of two models do not compare: let it index again.")
+
+
+def _write_merges(tokenizer: Path, path: Path) -> None:
+    """The merges of a tokenizer.json, one a line, compressed without a time: equal merges give equal bytes."""
+    merges = json.loads(tokenizer.read_text("utf-8"))["model"]["merges"]
+    lines = [entry if isinstance(entry, str) else " ".join(entry) for entry in merges]
+    path.write_bytes(gzip.compress("\n".join([_FIRST_LINE, *lines, ""]).encode("utf-8"), mtime=0))
+
+
+RCLIP = Stack(
+    "rclip",
+    "rclip",
+    _write,
+    "copy both folders into rclip's data folder (XDG_DATA_HOME/rclip, or ~/.local/share/rclip)",
+)

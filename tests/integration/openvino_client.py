@@ -1,0 +1,25 @@
+"""Embeds pixels and ids with OpenVINO from a package on disk; prints JSON. Runs in OpenVINO's own environment."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino
+
+folder, request = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text("utf-8"))
+core = openvino.Core()
+
+
+def answers(tower: str, feed: np.ndarray) -> list[list[float]]:
+    """What the served file gives."""
+    model = core.compile_model(core.read_model(folder / "model_repository" / tower / "1" / "model.onnx"), "CPU")
+    return model(feed)[model.output(0)].tolist()
+
+
+pixels = np.array(request["pixels"], np.float32).reshape(request["shape"])
+found = {
+    "image_embeds": answers("image_encoder", pixels)[0],
+    "text_embeds": answers("text_encoder", np.array(request["input_ids"], np.int64)),
+}
+print(json.dumps(found))

@@ -1,0 +1,444 @@
+"""Packages: each stack's contract, as far as it can be read off the files; the same numbers; and what is refused."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from encoders import material
+from toys import MERGES, PAD, Toy, bundle_of, changed, json_of, right, tokens
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.cli.main import group
+from d4c_onnx.errors import BundleError
+from d4c_onnx.files import sha256
+from d4c_onnx.graph.model import load_model
+from d4c_onnx.packaging import STACKS, PackageReport, package_bundle
+from d4c_onnx.quantization import quantize_bundle_files
+from d4c_onnx.recipe import load_recipe
+from d4c_onnx.runtime import ClipSession
+from d4c_onnx.runtime.golden import read_golden
+from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime.trial import trial_pixels
+
+TOY = Toy()
+# a toy that each stack can serve
+FITTING = {
+    "immich": changed(TOY, dimensions=512, name="ViT-B-32", pretrained="laion2b_s34b_b79k"),
+    "librephotos": changed(TOY, dimensions=512, side=(224, 224)),
+    "rclip": changed(TOY, dimensions=512, side=(256, 256), context=77),
+    "frigate": changed(TOY, dimensions=768),
+}
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """By stack a bundle that fits it."""
+    folder = tmp_path_factory.mktemp("toys")
+    plain = bundle_of(folder / "plain", TOY)
+    return {name: bundle_of(folder / name, FITTING[name]) if name in FITTING else plain for name in STACKS}
+
+
+@pytest.fixture(scope="module")
+def packages(toys: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> dict[str, PackageReport]:
+    """Every stack's package of its toy."""
+    folder = tmp_path_factory.mktemp("packages")
+    return {name: package_bundle(bundle.path, name, folder / name) for name, bundle in toys.items()}
+
+
+def _io(report: PackageReport, file: str) -> tuple[list[tuple[str, str, tuple]], list[tuple[str, tuple]]]:
+    io = next(model.io for model in report.models if model.file == file)
+    return [(entry.name, entry.dtype, entry.shape) for entry in io.inputs], [(e.name, e.shape) for e in io.outputs]
+
+
+@pytest.mark.parametrize("target", STACKS)
+def test_files_are_listed_with_their_hashes_and_nothing_else_is_there(
+    target: str, packages: dict[str, PackageReport]
+) -> None:
+    report = packages[target]
+    manifest = json_of(report.path / "d4c-package.json")
+    found = {file.relative_to(report.path).as_posix() for file in report.path.rglob("*") if file.is_file()}
+    assert found == {*manifest["files"], "d4c-package.json"}
+    assert all(sha256(report.path / name) == entry["sha256"] for name, entry in manifest["files"].items())
+    assert manifest["target"] == target
+    assert "golden/golden.json" in found
+    assert str(report.path.parent) not in json.dumps(manifest)
+
+
+@pytest.mark.parametrize("target", STACKS)
+def test_answers_are_the_bundles(target: str, packages: dict[str, PackageReport], toys: dict[str, Bundle]) -> None:
+    bundle, report = toys[target], packages[target]
+    ids = [text.input_ids for text in read_golden(bundle.path).texts]
+    feeds = {"image": trial_pixels(bundle.manifest.preprocess), "text": np.array(ids[:1])}
+    for model in report.models:
+        session = EncoderSession(report.path / model.file)
+        given = {}
+        for entry in model.io.inputs:
+            values = feeds["image" if entry.dtype == "float32" else "text"]
+            given[entry.name] = values.astype(entry.dtype)
+        answers = session.run_named(given)
+        for tower in model.towers:
+            name = model.io.outputs[0].name if len(model.towers) == 1 else f"{tower}_embeds"
+            expected = EncoderSession(bundle.encoders[tower]).run(feeds[tower])
+            np.testing.assert_allclose(answers[name].reshape(expected.shape), expected, atol=1e-6)
+
+
+def test_transformersjs(packages: dict[str, PackageReport]) -> None:
+    report = packages["transformersjs"]
+    side = ("batch", 3, 8, 8)
+    vision = ([("pixel_values", "float32", side)], [("image_embeds", ("batch", 4))])
+    text = ([("input_ids", "int64", ("batch", "sequence"))], [("text_embeds", ("batch", 4))])
+    assert _io(report, "onnx/vision_model_quantized.onnx") == vision
+    assert _io(report, "onnx/text_model_quantized.onnx") == text
+    inputs, outputs = _io(report, "onnx/model_quantized.onnx")
+    assert [name for name, *_ in inputs] == ["input_ids", "pixel_values"]
+    assert [name for name, _ in outputs] == ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
+    config = json_of(report.path / "config.json")
+    assert config["model_type"] == "clip"
+    assert config["transformers.js_config"] == {"dtype": "q8"}
+    tokenizer = json_of(report.path / "tokenizer_config.json")
+    assert tokenizer["model_max_length"] == TOY.context
+    assert tokenizer["pad_token"] == "a"
+    pixels = json_of(report.path / "preprocessor_config.json")
+    assert pixels["size"] == {"shortest_edge": 8}
+    assert pixels["crop_size"] == {"height": 8, "width": 8}
+    assert pixels["resample"] == 3
+    for model in report.models:  # browsers have no kernel for INT4
+        loaded = load_model(report.path / model.file)
+        assert model.io.opset <= 18
+        assert loaded.ir_version == 8
+        assert "INT4" not in {value.dtype.name for value in loaded.graph.initializers.values()}
+
+
+@pytest.mark.parametrize(("bits", "suffix", "dtype"), [("fp32", "", "fp32"), ("fp16", "_fp16", "fp16")])
+def test_transformersjs_finds_other_widths(bits: str, suffix: str, dtype: str, tmp_path: Path) -> None:
+    report = package_bundle(
+        bundle_of(tmp_path / "toy", changed(TOY, bits=bits)).path, "transformersjs", tmp_path / "to"
+    )
+    assert (report.path / f"onnx/vision_model{suffix}.onnx").is_file()
+    assert json_of(report.path / "config.json")["transformers.js_config"] == {"dtype": dtype}
+
+
+def test_immich(packages: dict[str, PackageReport]) -> None:
+    report, name = packages["immich"], "ViT-B-32__laion2b-s34b-b79k"
+    given = [("image", "float32", ("batch", 3, 8, 8))]
+    assert _io(report, f"{name}/visual/model.onnx") == (given, [("image_embeds", ("batch", 512))])
+    inputs, _ = _io(report, f"{name}/textual/model.onnx")
+    assert inputs == [("text", "int32", ("batch", "sequence"))]
+    assert json_of(report.path / name / "config.json")["text_cfg"]["context_length"] == TOY.context
+    pixels = json_of(report.path / name / "visual" / "preprocess_cfg.json")
+    assert {"size", "interpolation", "mean", "std", "resize_mode"} <= set(pixels)
+    assert json_of(report.path / name / "textual" / "tokenizer_config.json")["pad_token"] == "a"
+    assert (report.path / name / "textual" / "tokenizer.json").is_file()
+
+
+def test_fastembed(packages: dict[str, PackageReport]) -> None:
+    report = packages["fastembed"]
+    assert [len(model.io.outputs) for model in report.models] == [1, 1]  # the first one is used, silently
+    assert _io(report, "text/model.onnx")[0] == [("input_ids", "int64", ("batch", "sequence"))]
+    assert {"model.onnx", "preprocessor_config.json"} == {file.name for file in (report.path / "image").iterdir()}
+    wanted = {"model.onnx", "tokenizer.json", "tokenizer_config.json", "config.json"}
+    assert wanted == {file.name for file in (report.path / "text").iterdir()}
+
+
+def test_triton(packages: dict[str, PackageReport]) -> None:
+    repository = packages["triton"].path / "model_repository"
+    names = {folder.name for folder in repository.iterdir()}
+    assert names == {"image_encoder", "text_encoder", "image_pixels", "text_ids", "embed_image", "embed_text"}
+    for name in names:
+        config = (repository / name / "config.pbtxt").read_text()
+        assert f'name: "{name}"' in config
+        assert config.count("{") == config.count("}")
+        assert (repository / name / "1").is_dir()
+    assert not any((repository / "embed_text" / "1").iterdir())  # an ensemble has no file
+    assert "dims: [ 3, 8, 8 ]" in (repository / "image_encoder" / "config.pbtxt").read_text()
+    assert "dims: [ -1 ]" in (repository / "text_ids" / "config.pbtxt").read_text()
+    for model in packages["triton"].models:
+        assert all(entry.shape[0] == "batch" for entry in (*model.io.inputs, *model.io.outputs))
+
+
+@pytest.mark.parametrize("name", ["image_pixels", "text_ids"])
+def test_tritons_python_models_answer(name: str, packages: dict[str, PackageReport], toys: dict[str, Bundle]) -> None:
+    """What Triton calls, with tensors of the form that it hands over."""
+    golden = toys["triton"].path / "golden" / read_golden(toys["triton"].path).images[0].file
+    code = """
+import sys, types, numpy as np
+folder, given = sys.argv[1], {"image": open(sys.argv[2], "rb").read(), "text": b"the cat"}
+class Tensor:
+    def __init__(self, name, value): self.name, self.value = name, value
+    def as_numpy(self): return self.value
+class Response:
+    def __init__(self, tensors=(), error=None): self.tensors, self.error = tensors, error
+pb = types.ModuleType("triton_python_backend_utils")
+pb.Tensor, pb.InferenceResponse, pb.TritonError = Tensor, Response, str
+pb.get_input_tensor_by_name = lambda request, name: Tensor(name, request[name])
+sys.modules["triton_python_backend_utils"] = pb
+sys.path.insert(0, folder)
+import model
+served = model.TritonPythonModel(); served.initialize({})
+made = lambda value: {name: np.array([[value], [value]], object) for name in given}
+[good] = served.execute([{name: np.array([[value]] * 2, object) for name, value in given.items()}])
+print(good.tensors[0].name, *good.tensors[0].value.shape)
+[bad] = served.execute([made(b"\\xff\\xfe")])
+print("refused", bool(bad.error), len(bad.tensors))
+"""
+    folder = packages["triton"].path / "model_repository" / name / "1"
+    done = subprocess.run([sys.executable, "-c", code, folder, golden], capture_output=True, text=True, check=True)
+    shown = {"image_pixels": "pixel_values 2 3 8 8", "text_ids": "input_ids 2 7"}[name]
+    assert done.stdout.splitlines() == [shown, "refused True 0"]
+
+
+def test_optimum(packages: dict[str, PackageReport], toys: dict[str, Bundle]) -> None:
+    report, bundle = packages["optimum"], toys["optimum"]
+    rng = np.random.default_rng(0)
+    pixels, ids = rng.standard_normal((2, 3, 8, 8), np.float32), tokens([4, 5, 6], TOY.context)
+    answers = EncoderSession(report.path / "model.onnx").run_named({"pixel_values": pixels, "input_ids": ids})
+    image, text = EncoderSession(bundle.image_encoder).run(pixels), EncoderSession(bundle.text_encoder).run(ids)
+    np.testing.assert_allclose(answers["logits_per_image"], 10 * image @ text.T, rtol=1e-5)
+    np.testing.assert_array_equal(answers["logits_per_text"], answers["logits_per_image"].T)
+    assert {"config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"} <= {*report.files}
+
+
+def test_a_bias_is_added_to_similarities(tmp_path: Path) -> None:
+    made = bundle_of(tmp_path / "toy", changed(TOY, logit_bias=-3.0))
+    report = package_bundle(made.path, "optimum", tmp_path / "to")
+    feed = {"pixel_values": np.ones((1, 3, 8, 8), np.float32), "input_ids": tokens([4], TOY.context)}
+    found = EncoderSession(report.path / "model.onnx").run_named(feed)
+    np.testing.assert_allclose(
+        found["logits_per_image"], 10 * found["image_embeds"] @ found["text_embeds"].T - 3, rtol=1e-5
+    )
+
+
+def test_openvino(packages: dict[str, PackageReport]) -> None:
+    repository = packages["openvino"].path / "model_repository"
+    served = json_of(repository / "config.json")["model_config_list"]
+    for entry in served:
+        assert (repository / entry["config"]["name"] / "1" / "model.onnx").is_file()
+        assert entry["config"]["base_path"] == f"/models/{entry['config']['name']}"
+    assert len(served) == 2
+
+
+def test_librephotos(packages: dict[str, PackageReport]) -> None:
+    folder = packages["librephotos"].path / "clip_vit_b32"
+    assert {file.name for file in folder.iterdir()} == {"vision_model.onnx", "text_model.onnx", "tokenizer.json"}
+    assert all(len(model.io.inputs) == len(model.io.outputs) == 1 for model in packages["librephotos"].models)
+
+
+def test_rclip(packages: dict[str, PackageReport]) -> None:
+    report = packages["rclip"]
+    for tower in ("visual", "textual"):
+        inputs, outputs = _io(report, f"ViT-B-32-256-datacomp_s34b_b86k/{tower}.onnx")
+        assert [name for name, *_ in inputs] == ["input"]
+        assert [name for name, _ in outputs] == ["output"]
+    lines = gzip.decompress((report.path / "tokenizer/bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
+    assert lines[1 : 1 + len(MERGES)] == [" ".join(pair) for pair in MERGES]
+
+
+def test_frigate(packages: dict[str, PackageReport]) -> None:
+    folder = packages["frigate"].path / "model_cache" / "jinaai" / "jina-clip-v1"
+    assert {"text_model_fp16.onnx", "vision_model_quantized.onnx", "preprocessor_config.json"} <= {
+        file.name for file in folder.iterdir()
+    }
+    tree = folder / "tokenizer" / "models--jinaai--jina-clip-v1"
+    revision = (tree / "refs" / "main").read_text()
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {
+        file.name for file in (tree / "snapshots" / revision).iterdir()
+    }
+
+
+def test_vespa(packages: dict[str, PackageReport]) -> None:
+    inputs, outputs = _io(packages["vespa"], "models/text_encoder.onnx")
+    shape = ("batch", "sequence")
+    assert inputs == [("input_ids", "int64", shape), ("attention_mask", "int64", shape)]
+    assert outputs == [("last_hidden_state", ("batch", 1, 4))]
+    names = EncoderSession(packages["vespa"].path / "models/text_encoder.onnx").input_names
+    assert names == ["input_ids", "attention_mask"]  # onnxruntime keeps it, read or not
+
+
+def test_the_example_of_onnxruntime_says_what_the_bundle_says(
+    packages: dict[str, PackageReport], toys: dict[str, Bundle]
+) -> None:
+    folder, bundle = packages["onnxruntime"].path, toys["onnxruntime"]
+    lines = (folder / "example.py").read_text().splitlines()
+    assert len([line for line in lines if line.strip()]) <= 30
+    image = folder / "golden" / read_golden(folder).images[0].file
+    done = subprocess.run(
+        [sys.executable, folder / "example.py", image, "the", "cat is in"], capture_output=True, text=True, check=True
+    )
+    shown = np.array([[float(value) for value in done.stdout.replace("[", " ").replace("]", " ").split()]])
+    ids = [tokens_of(folder, text) for text in ("the", "cat is in")]
+    image_embeds = ClipSession(bundle).embed_images([image])
+    text_embeds = np.concatenate([EncoderSession(bundle.text_encoder).run(row) for row in ids])
+    np.testing.assert_allclose(shown, image_embeds @ text_embeds.T, atol=1e-4)
+
+
+def tokens_of(folder: Path, text: str) -> np.ndarray:
+    from tokenizers import Tokenizer
+
+    return np.array([Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids], np.int64)
+
+
+GUARDED = {
+    "transformersjs": "onnx/text_model_quantized.onnx",
+    "frigate": "model_cache/jinaai/jina-clip-v1/text_model_fp16.onnx",
+    "optimum": "model.onnx",
+    "onnxruntime": "text_encoder.onnx",  # its example in JavaScript tokenises with transformers.js
+}
+
+
+@pytest.mark.parametrize("target", STACKS)
+def test_the_guard_is_on_where_a_stack_needs_it_and_off_elsewhere(
+    target: str, packages: dict[str, PackageReport]
+) -> None:
+    guarded = {model.file for model in packages[target].models if any("ids cut" in words for words in model.edits)}
+    assert (GUARDED[target] in guarded) if target in GUARDED else not guarded
+
+
+@pytest.mark.parametrize("target", GUARDED)
+@pytest.mark.parametrize("lengths", [[20], [8, 12, 3], [4, 6], [9, 5], [2]])
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "without an end"])
+def test_ids_that_servers_get_wrong(
+    target: str, lengths: list[int], ended: bool, packages: dict[str, PackageReport], toys: dict[str, Bundle]
+) -> None:
+    """Rows over the context, cut or not, have the answer of open_clip's tokenizer; others keep theirs."""
+    ids, context = tokens(lengths, TOY.context, ended), TOY.context
+    file = packages[target].path / GUARDED[target]
+    expected = EncoderSession(toys[target].text_encoder)
+    for given in (ids, ids[:, :context]):
+        feed = {"input_ids": given}
+        if target == "optimum":
+            feed["pixel_values"] = np.zeros((1, 3, 8, 8), np.float32)
+        found = EncoderSession(file).run_named(feed)["text_embeds"]
+        np.testing.assert_allclose(found, expected.run(right(given, context)), atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["transformersjs", "fastembed", "optimum", "vespa", "onnxruntime"])
+def test_towers_of_a_fixed_length_take_what_stacks_feed(target: str, tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path / "toy", changed(TOY, dynamic=False))
+    report = package_bundle(bundle.path, target, tmp_path / "to")
+    model = next(model for model in report.models if "text" in model.towers)
+    [ids] = [entry for entry in model.io.inputs if entry.name == "input_ids"]
+    assert ids.shape[1] == "sequence"
+    for lengths in ([3, 5], [8], [12]):
+        given = tokens(lengths, TOY.context)
+        feeds = {"input_ids": given, "attention_mask": given, "pixel_values": np.zeros((1, 3, 8, 8), np.float32)}
+        found = EncoderSession(report.path / model.file).run_named({e.name: feeds[e.name] for e in model.io.inputs})
+        embeds = found["last_hidden_state" if target == "vespa" else "text_embeds"].reshape(len(given), -1)
+        whole = right(np.pad(given, ((0, 0), (0, 8)), constant_values=PAD), TOY.context)
+        np.testing.assert_allclose(embeds, EncoderSession(bundle.text_encoder).run(whole), atol=1e-6)
+
+
+REFUSED = [
+    ("immich", {}, "toy__random is not on it"),
+    ("immich", {"name": "RN50", "pretrained": "openai"}, "stores 1024 numbers"),
+    ("immich", {"name": "ViT-B-32", "pretrained": "openai", "dimensions": 512, "side": (8, 6)}, "square"),
+    ("librephotos", {"dimensions": 512}, "224 x 224 pixels, and this model takes 8 x 8"),
+    ("rclip", {"side": (256, 256)}, "stores 512 numbers"),
+    ("rclip", {"side": (256, 256), "dimensions": 512, "type": "HFTokenizer"}, "HFTokenizer"),
+    ("rclip", {"side": (256, 256), "dimensions": 512}, "feeds 77 ids a text, and this model takes 8"),
+    ("frigate", {}, "stores 768 numbers an embedding, and this model gives 4"),
+    ("transformersjs", {"resize_mode": "longest"}, "padded"),
+    ("transformersjs", {"has_file": False}, "tokenizer.json"),
+    ("fastembed", {"last_id": 3}, "cannot express this tokenizer"),
+    ("optimum", {"logit_scale": None}, "no logit scale"),
+    ("optimum", {"normalized": False}, "without --raw"),
+]
+
+
+@pytest.mark.parametrize(("target", "values", "reason"), REFUSED)
+def test_what_a_stack_cannot_serve_is_refused_with_the_reason(
+    target: str, values: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path / "toy", changed(TOY, **values))
+    with pytest.raises(BundleError, match=reason):
+        package_bundle(bundle.path, target, tmp_path / "out")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"toy"}
+
+
+def test_a_name_on_the_list_may_be_given(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path / "toy", changed(TOY, dimensions=512))
+    report = package_bundle(bundle.path, "immich", tmp_path / "out", name="ViT-B-16__openai")
+    assert (report.path / "ViT-B-16__openai" / "visual" / "model.onnx").is_file()
+
+
+def test_a_folder_in_the_way_is_refused_and_replaced_on_demand(toys: dict[str, Bundle], tmp_path: Path) -> None:
+    bundle, out = toys["openvino"].path, tmp_path / "out"
+    package_bundle(bundle, "openvino", out)
+    before = (out / "d4c-package.json").read_bytes()
+    with pytest.raises(BundleError, match="--overwrite"):
+        package_bundle(bundle, "openvino", out)
+    (out / "stray").write_text("")
+    package_bundle(bundle, "openvino", out, overwrite=True)
+    assert not (out / "stray").exists()
+    assert (out / "d4c-package.json").read_bytes() == before
+
+
+def test_a_bundle_does_not_replace_itself(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path / "above" / "toy", TOY).path
+    for place in (bundle, bundle.parent, bundle / "golden"):
+        with pytest.raises(BundleError, match="would be replaced"):
+            package_bundle(bundle, "openvino", place, overwrite=True)
+    assert bundle.is_dir()
+
+
+def test_a_package_that_answers_otherwise_is_not_left_behind(
+    toys: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from d4c_onnx.graph.values import constant, set_constant
+    from d4c_onnx.packaging import edits
+
+    def wrong(self: edits.RenameInput, model: object) -> None:
+        scale = model.graph.initializers["scale"]
+        set_constant(model.graph, "scale", -constant(scale))
+
+    monkeypatch.setattr(edits.RenameInput, "apply", wrong)
+    with pytest.raises(BundleError, match="answers otherwise"):
+        package_bundle(toys["rclip"].path, "rclip", tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_command_prints_what_a_stack_does_badly(toys: dict[str, Bundle], tmp_path: Path) -> None:
+    bundle, out = str(toys["frigate"].path), tmp_path / "out"
+    arguments = ["package", bundle, "--target", "frigate", "-o"]
+    shown = CliRunner().invoke(group, [*arguments, str(out), "--quiet"])
+    assert shown.exit_code == 0, shown.output
+    assert "ORT_ENABLE_BASIC" in shown.output
+    made = CliRunner().invoke(group, [*arguments, str(tmp_path / "two"), "--quiet", "--json"])
+    report = json.loads(made.stdout)
+    assert set(report) == {"package", "target", "models", "files", "remarks", "use"}
+    again = CliRunner().invoke(group, [*arguments, str(out), "--quiet"])
+    assert again.exit_code == 2
+    unknown = CliRunner().invoke(group, ["package", bundle, "--target", "nothing", "-o", str(tmp_path / "x")])
+    assert unknown.exit_code == 2
+    assert "transformersjs" in unknown.stderr
+
+
+def test_packaging_needs_no_torch(toys: dict[str, Bundle], tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from d4c_onnx.packaging import package_bundle as p; p(*sys.argv[1:])"
+    )
+    subprocess.run([sys.executable, "-c", code, toys["openvino"].path, "openvino", tmp_path / "out"], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["transformersjs", "fastembed", "triton", "optimum", "openvino", "vespa"])
+@pytest.mark.parametrize("bits", ["w4a8", "w8a8"])
+@pytest.mark.parametrize("mini", ["vit", "rn"])
+def test_minis_are_packaged(
+    mini: str, bits: str, target: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """That they answer bit by bit as the bundle does is asserted when a package is written."""
+    folder = tmp_path_factory.getbasetemp() / "packaged" / mini / bits
+    if not folder.exists():
+        bundle, calibration = material(request, mini)
+        section = load_recipe(None, [f"quantization.bits={bits}", "quantization.rounding=nearest"]).quantization
+        recipe = {"seed": 0, "quantization": {}}
+        quantize_bundle_files(bundle, calibration, folder, section, recipe_dump=recipe)
+    report = package_bundle(folder, target, folder.parent / f"{bits}-{target}")
+    assert report.models
+    if target == "transformersjs":
+        assert {model.io.opset for model in report.models} == {18}

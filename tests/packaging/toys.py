@@ -1,0 +1,190 @@
+"""Bundles of any size and kind in a moment: towers of a few nodes with a 4-bit weight each, a tokenizer of letters.
+
+The text tower adds up the rows of all tokens before the first end token and maps the sum; without an end token it reads
+the first token only, as CLIP's does.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle
+from d4c_onnx.graph.forms import CAST
+from d4c_onnx.graph.model import raise_opset, save_model, signature_of
+from d4c_onnx.graph.values import node, set_constant
+from d4c_onnx.manifest import Manifest, ModelInfo, Preprocess, Quantization, TokenizerInfo
+from d4c_onnx.manifest_file import write_manifest
+from d4c_onnx.runtime.golden import Bounds, write_golden
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+START, END, PAD = len(LETTERS), len(LETTERS) + 1, 0
+MERGES = ("th", "in")
+VOCABULARY = {
+    **{letter: index for index, letter in enumerate(LETTERS)},
+    "<start>": START,
+    "<end>": END,
+    "th": 28,
+    "in": 29,
+}
+OWN = 29  # the largest id
+
+
+@dataclass(frozen=True)
+class Toy:
+    """What a toy is made with."""
+
+    side: tuple[int, int] = (8, 8)
+    dimensions: int = 4
+    context: int = 8
+    dynamic: bool = True
+    bits: str = "w4a8"
+    name: str = "toy"
+    pretrained: str = "random"
+    normalized: bool = True
+    logit_scale: float | None = 10.0
+    logit_bias: float | None = None
+    resize_mode: str = "shortest"
+    type: str = "clip-bpe"
+    has_file: bool = True
+    last_id: int | None = None
+
+
+def bundle_of(folder: Path, toy: Toy) -> Bundle:
+    """Write a toy."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    towers = {IMAGE_ENCODER: _image(toy, rng), TEXT_ENCODER: _text(toy, rng)}
+    for name, model in towers.items():
+        save_model(model, folder / name)
+    write_tokenizer(folder / TOKENIZER, toy)
+    preprocess = Preprocess(toy.side, (0.5,) * 3, (0.25,) * 3, resize_mode=toy.resize_mode)
+    tokenizer = TokenizerInfo(
+        toy.type, toy.context, "none", START, END, PAD, True, toy.dynamic, toy.has_file, last_id=toy.last_id
+    )
+    rest = [PAD] * (0 if toy.dynamic else toy.context - 4)
+    texts = [("df", [START, 3, 5, END, *rest]), ("dd", [START, 3, 3, END, *rest])]
+    files = folder / IMAGE_ENCODER, folder / TEXT_ENCODER
+    write_golden(folder, files, preprocess, texts, Bounds(1e-3, 1e-3), tokenizer)
+    quantized = Quantization(toy.bits, "cpu", "", {}, "1.23", False, {})
+    manifest = Manifest(
+        model=_info(toy),
+        preprocess=preprocess,
+        tokenizer=tokenizer,
+        io={name: signature_of(model) for name, model in towers.items()},
+        seed=0,
+        quantization=None if toy.bits == "fp32" else quantized,
+    )
+    if not toy.has_file:
+        (folder / TOKENIZER).unlink()
+    return Bundle(folder, write_manifest(folder, manifest))
+
+
+def _info(toy: Toy) -> ModelInfo:
+    scale, bias = toy.logit_scale, toy.logit_bias
+    return ModelInfo(
+        toy.name, toy.pretrained, "a" * 64, False, scale, bias, toy.normalized, toy.context, END, dataset=None
+    )
+
+
+def changed(toy: Toy, **values: object) -> Toy:
+    """The toy with other values."""
+    return replace(toy, **values)  # type: ignore[arg-type]
+
+
+def write_tokenizer(path: Path, toy: Toy) -> None:
+    """A tokenizer.json that cuts and pads as those of bundles do."""
+    merges = [tuple(pair) for pair in MERGES]
+    made = Tokenizer(models.BPE(VOCABULARY, merges, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("<start>", START), ("<end>", END)]
+    made.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
+    made.add_special_tokens(["<start>", "<end>"])
+    made.enable_truncation(toy.context)
+    made.enable_padding(pad_id=PAD, pad_token="a", length=None if toy.dynamic else toy.context)
+    made.save(str(path))
+
+
+def tokens(lengths: list[int], context: int, ended: bool = True) -> np.ndarray:
+    """Rows of letters, int64 [rows, longest], padded; each with its end token unless `ended` is False."""
+    rng = np.random.default_rng(1)
+    rows = np.full((len(lengths), max(lengths)), PAD, np.int64)
+    for row, length in zip(rows, lengths, strict=True):
+        row[:length] = [START, *rng.integers(1, START, length - 2), END if ended else 1]
+    return rows
+
+
+def right(ids: np.ndarray, context: int) -> np.ndarray:
+    """What open_clip's tokenizer makes of rows that are too long."""
+    cut = ids[:, :context].copy()
+    for row in cut:
+        if END not in row and len(row) == context:
+            row[-1] = END
+    return cut
+
+
+def _image(toy: Toy, rng: np.random.Generator) -> ir.Model:
+    pixels = _value("pixel_values", ir.DataType.FLOAT, ["batch", 3, *toy.side])
+    graph = ir.Graph([pixels], [], nodes=[], opset_imports={"": 18}, name="image")
+    axes = set_constant(graph, "axes", np.array([2, 3], np.int64))
+    mean = node("ReduceMean", [pixels, axes], "mean", attributes={"keepdims": 0})
+    graph.append(mean)
+    return _mapped(graph, mean.outputs[0], 3, "image_embeds", toy, rng)
+
+
+def _text(toy: Toy, rng: np.random.Generator) -> ir.Model:
+    length = "sequence" if toy.dynamic else toy.context
+    ids = _value("input_ids", ir.DataType.INT64, ["batch", length])
+    graph = ir.Graph([ids], [], nodes=[], opset_imports={"": 18}, name="text")
+    table = set_constant(graph, "table", rng.standard_normal((len(VOCABULARY), 6)).astype(np.float32))
+    end, axis = set_constant(graph, "end_id", np.array(END)), set_constant(graph, "axis", np.array(1))
+    last = set_constant(graph, "last", np.array([-1], np.int64))
+    rows = node("Gather", [table, ids], "rows")
+    sums = node("CumSum", [rows.outputs[0], axis], "sums")
+    ends = node("Equal", [ids, end], "ends")
+    ones = node("Cast", [ends.outputs[0]], "ones", attributes={"to": ir.DataType.INT32})
+    first = node("ArgMax", [ones.outputs[0]], "first", attributes={"axis": 1, "keepdims": 1})
+    place = node("Concat", [first.outputs[0]], "place", attributes={"axis": 1})
+    pooled = node("GatherND", [sums.outputs[0], place.outputs[0]], "pooled", attributes={"batch_dims": 1})
+    graph.extend([rows, sums, ends, ones, first, place, pooled])
+    fixed = node("Reshape", [pooled.outputs[0], set_constant(graph, "pair", np.array([-1, 6]))], "flat")
+    if not toy.dynamic:  # a tower that has read its whole context: rows of another length do not fit
+        shape = set_constant(graph, "whole", np.array([-1, toy.context, 6]))
+        whole = node("Reshape", [rows.outputs[0], shape], "whole_rows")
+        total = node("ReduceSum", [whole.outputs[0], set_constant(graph, "over", np.array([1, 2]))], "total")
+        tiny = node("Mul", [total.outputs[0], set_constant(graph, "tiny", np.array(0.01, np.float32))], "tiny_total")
+        line = node("Squeeze", [tiny.outputs[0], last], "tiny_line")
+        mixed = node("Add", [fixed.outputs[0], line.outputs[0]], "mixed")
+        graph.extend([fixed, whole, total, tiny, line, mixed])
+        return _mapped(graph, mixed.outputs[0], 6, "text_embeds", toy, rng)
+    graph.append(fixed)
+    return _mapped(graph, fixed.outputs[0], 6, "text_embeds", toy, rng)
+
+
+def _mapped(graph: ir.Graph, value: ir.Value, width: int, name: str, toy: Toy, rng: np.random.Generator) -> ir.Model:
+    """A 4-bit weight, and unit vectors."""
+    integers = rng.integers(-8, 8, (width, toy.dimensions)).astype(np.int8)
+    scale = set_constant(graph, "scale", np.array(0.1, np.float32))
+    zero = set_constant(graph, "zero", np.array(0, np.int8))
+    real = node("DequantizeLinear", [CAST.store(graph, "weight", integers), scale, zero], "real")
+    product = node("MatMul", [value, real.outputs[0]], "product")
+    unit = node("LpNormalization", [product.outputs[0]], name, attributes={"axis": -1, "p": 2})
+    graph.extend([real, product, unit])
+    unit.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    unit.outputs[0].shape = ir.Shape(["batch", toy.dimensions])
+    graph.outputs.append(unit.outputs[0])
+    model = ir.Model(graph, ir_version=8)
+    raise_opset(model, CAST.opset)
+    return model
+
+
+def _value(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def json_of(path: Path) -> dict[str, object]:
+    """A JSON file."""
+    return json.loads(path.read_text("utf-8"))
