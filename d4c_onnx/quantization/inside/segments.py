@@ -68,6 +68,12 @@ class SegmentedEncoder:
             self._live[number] = {name: value for name, value in everything.items() if name in later}
             yield {name: everything[name] for name in names}
 
+    def outputs(self) -> np.ndarray:
+        """What the encoder would give from here, float [samples, D]; the position stays where it is."""
+        session = self._session(self._nodes[self._position :], list(self._model.graph.outputs))
+        parts = [session.run_named({name: live[name] for name in session.input_names}) for live in self._live]
+        return np.concatenate([part[session.output_names[0]] for part in parts])
+
     def _session(self, nodes: list[ir.Node], outputs: list[ir.Value]) -> EncoderSession:
         read = dict.fromkeys(value for node in nodes for value in reads(node))
         inputs = [value for value in read if name_of(value) in self._live[0] and value.const_value is None]
