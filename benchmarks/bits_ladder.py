@@ -10,16 +10,18 @@ rounds them anew, and the written files answer, executed by onnxruntime. `as ask
 
 import argparse
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from results import measured_here
 
 from d4c_onnx.bundle import TOKENIZER, Bundle, encoder_size_bytes, open_bundle
 from d4c_onnx.calibration.dataset import open_calibration_set
-from d4c_onnx.evaluation.datasets import open_dataset
-from d4c_onnx.evaluation.zero_shot import evaluate_zero_shot
+from d4c_onnx.evaluation.datasets import LabelledImages, open_dataset
+from d4c_onnx.evaluation.embed import BundleEncoders, class_embeddings
 from d4c_onnx.graph.attention import find_attentions
 from d4c_onnx.graph.layers import linear_source
 from d4c_onnx.graph.stored import average_bits
@@ -30,6 +32,7 @@ from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.sensitivity import RESERVE, LayerCost, measure_costs, spend
 from d4c_onnx.quantization.targets import target_of
 from d4c_onnx.recipe import QuantizationSection, load_recipe
+from d4c_onnx.vocabulary import templates
 
 COLUMNS = (
     ("raised", "on 8 bits", ""),
@@ -69,6 +72,15 @@ class Tower:
         return frozenset(found[name])
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One row: its name, the section, and the nodes on 8 bits by encoder."""
+
+    name: str
+    section: QuantizationSection
+    nodes: dict[str, frozenset[str]]
+
+
 def prepare(bundle: Bundle, args: argparse.Namespace, section: QuantizationSection) -> dict[str, Tower]:
     """Both encoders."""
     dataset = open_calibration_set(args.calibration)
@@ -82,50 +94,75 @@ def prepare(bundle: Bundle, args: argparse.Namespace, section: QuantizationSecti
     return towers
 
 
-def choices(
-    towers: dict[str, Tower], section: QuantizationSection, budgets: list[float]
-) -> list[tuple[str, QuantizationSection, dict[str, frozenset[str]]]]:
-    """Per row its name, the section, and the nodes on 8 bits by encoder."""
-    costs = [cost for tower in towers.values() for cost in tower.costs]
-    rows = [("as asked", section, dict.fromkeys(towers, frozenset()))]
-    rows += [(f"by error, {budget:g} bits", section, dict(spend(costs, budget, RESERVE))) for budget in budgets]
-    rows += [(f"all {kind}", section, {name: tower.kind(kind) for name, tower in towers.items()}) for kind in KINDS]
-    return [*rows, ("w8", section.model_copy(update={"bits": "w8a8"}), dict.fromkeys(towers, frozenset()))]
+def choices(towers: dict[str, Tower], section: QuantizationSection, budgets: list[float]) -> list[Choice]:
+    """Every row; what bounds the others comes first."""
+    costs, none = [cost for tower in towers.values() for cost in tower.costs], dict.fromkeys(towers, frozenset())
+    by_error = [
+        Choice(f"by error, {budget:g} bits", section, dict(spend(costs, budget, RESERVE))) for budget in budgets
+    ]
+    kinds = [
+        Choice(f"all {kind}", section, {name: tower.kind(kind) for name, tower in towers.items()}) for kind in KINDS
+    ]
+    ends = [Choice("as asked", section, none), Choice("w8", section.model_copy(update={"bits": "w8a8"}), none)]
+    return [*ends, *by_error, *kinds]
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Quantise and ask, row by row; the FP32 bundle answers once."""
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a bundle says of the labelled set: unit vectors [N, D] and [K, D], and the best class [N]."""
+
+    images: np.ndarray
+    texts: np.ndarray
+
+    @property
+    def best(self) -> np.ndarray:
+        return (self.images @ self.texts.T).argmax(1)
+
+
+def ask(bundle: Bundle, labelled: LabelledImages, threads: int) -> Answers:
+    """Every crop, and every class in the first template."""
+    encoders = BundleEncoders(bundle, "cpu", threads)
+    texts = class_embeddings(encoders, labelled.classes, templates()[:1])
+    return Answers(encoders.image_batches(labelled.batches(50)), texts)
+
+
+def write(bundle: Bundle, towers: dict[str, Tower], choice: Choice, folder: Path) -> tuple[Bundle, dict[str, Any]]:
+    """Both files of a choice, and how large they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(bundle.tokenizer, folder / TOKENIZER)
+    layers = {}
+    for name, tower in towers.items():
+        task = replace(tower.task, section=choice.section, eight_bit_nodes=choice.nodes[name])
+        layers[name] = write_encoder(tower.prepared, folder / name, task).layers
+    written = Bundle(folder, bundle.manifest)
+    image, text = (average_bits(found) for found in layers.values())
+    return written, {
+        "raised": choice.name,
+        "bits_average": average_bits([layer for found in layers.values() for layer in found]),
+        "bits_image": image,
+        "bits_text": text,
+        "megabytes": encoder_size_bytes(written)["total"] / 1e6,
+    }
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Quantise and ask, row by row."""
     bundle, section = open_bundle(args.bundle), load_recipe(None, args.set).quantization
-    towers = prepare(bundle, args, section)
     labelled = open_dataset(args.dataset)
     labelled = labelled.select(range(0, len(labelled), max(1, len(labelled) // args.crops)))
-    made = []
-    for number, (raised, own, nodes) in enumerate(choices(towers, section, args.budgets)):
-        folder = args.output / str(number)
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(bundle.tokenizer, folder / TOKENIZER)
-        layers = {}
-        for name, tower in towers.items():
-            task = replace(tower.task, section=own, eight_bit_nodes=nodes[name])
-            layers[name] = write_encoder(tower.prepared, folder / name, task).layers
-        written = Bundle(folder, bundle.manifest)
-        image, text = (average_bits(found) for found in layers.values())
-        average = average_bits([layer for found in layers.values() for layer in found])
-        size = encoder_size_bytes(written)["total"] / 1e6
-        row = {"raised": raised, "bits_average": average, "bits_image": image, "bits_text": text, "megabytes": size}
-        made.append((row, written))
-        print(row, flush=True)
-    found = evaluate_zero_shot([bundle, *(written for _, written in made)], labelled, threads=args.threads)
-    for (row, _), answers in zip(made, found.bundles[1:], strict=True):
-        versus = answers.versus_first
-        assert versus is not None
-        assert versus.top1_difference is not None
-        row |= {key: getattr(versus, key) for key in ("agreement", "cosine_image", "cosine_text")}
-        row |= {"points": versus.top1_difference.points}
-        print(row, flush=True)
-    return [
-        {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()} for row, _ in made
-    ]
+    towers = prepare(bundle, args, section)
+    exact = ask(bundle, labelled, args.threads)
+    right = 100 * float((exact.best == labelled.labels).mean())
+    for number, choice in enumerate(choices(towers, section, args.budgets)):
+        written, row = write(bundle, towers, choice, args.output / str(number))
+        seen = ask(written, labelled, args.threads)
+        row |= {
+            "points": 100 * float((seen.best == labelled.labels).mean()) - right,
+            "agreement": 100 * float((seen.best == exact.best).mean()),
+            "cosine_image": float((seen.images * exact.images).sum(1).mean()),
+            "cosine_text": float((seen.texts * exact.texts).sum(1).mean()),
+        }
+        yield {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
 
 
 if __name__ == "__main__":
@@ -133,15 +170,19 @@ if __name__ == "__main__":
     parser.add_argument("bundle", type=Path, help="in FP32, of transformers")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--dataset", required=True, help="a labelled .parquet")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[4.5, 5, 6, 7])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[5, 5.5, 6, 7, 4.5])
     parser.add_argument("--images", type=int, default=None, help="of the calibration set; all without it")
-    parser.add_argument("--crops", type=int, default=10**9, help="of the labelled set, evenly spread; all without it")
+    parser.add_argument("--crops", type=int, default=1000, help="of the labelled set, evenly spread")
     parser.add_argument("--set", action="append", default=[], help="a recipe key, such as quantization.group=32")
     parser.add_argument("-o", "--output", type=Path, default=Path("ladder"), help="an empty folder")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--results", type=Path, help="result file to write, such as docs/results/NAME.json")
     arguments = parser.parse_args()
-    measured = measure(arguments)
-    if arguments.results:
-        note = f"{arguments.images or 'all'} calibration images"
-        measured_here(measured, threads=arguments.threads, note=note, columns=COLUMNS).write(arguments.results)
+    note = f"{arguments.images or 'all'} calibration images, {arguments.crops} crops"
+    measured: list[dict[str, Any]] = []
+    for found in measure(arguments):
+        print(found, flush=True)
+        measured.append(found)
+        if arguments.results:  # an hour of work is not lost
+            shown = sorted(measured, key=lambda row: row["bits_average"])
+            measured_here(shown, threads=arguments.threads, note=note, columns=COLUMNS).write(arguments.results)
