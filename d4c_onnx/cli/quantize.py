@@ -13,6 +13,7 @@ from d4c_onnx.progress import OnStep
 
 if TYPE_CHECKING:
     from d4c_onnx.pipeline import QuantizeReport
+    from d4c_onnx.results import Promise
 
 
 @click.command("quantize")
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
     "--average-bits",
     type=click.FloatRange(4, 8),
     help="Spend so many bits per weight: w4a8, and 8 bits for the layers that measure as most sensitive.",
+)
+@click.option(
+    "--target-cosine",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="COSINE",
+    help="Find the smallest files whose towers both keep this mean cosine to FP32 on held-out synthetic data.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    metavar="POINTS",
+    help="Find the smallest files whose top-1 on --dataset falls by at most so many points.",
 )
 @click.option(
     "--target",
@@ -49,6 +62,8 @@ def command(
     model: str,
     bits: str | None,
     average_bits: float | None,
+    target_cosine: float | None,
+    max_drop: float | None,
     target: str | None,
     pretrained: str | None,
     model_options: ModelOptions,
@@ -73,6 +88,8 @@ def command(
     extra: dict[str, object] = {
         "quantization.bits": bits,
         "quantization.average_bits": average_bits,
+        "quantization.target_cosine": target_cosine,
+        "quantization.max_drop": max_drop,
         "quantization.target": target,
         "evaluation.dataset": dataset,
     }
@@ -96,7 +113,18 @@ def command(
     show.measured(quantize, _print, as_json, quiet)
 
 
-def _print(report: QuantizeReport) -> None:
+def _print(report: QuantizeReport | Promise) -> None:
+    from d4c_onnx.results import Promise
+
+    if isinstance(report, Promise):  # which no configuration keeps: there is nothing else to show
+        show.promise(report)
+        return
+    if report.promise is not None:
+        show.promise(report.promise)
+    _print_made(report)
+
+
+def _print_made(report: QuantizeReport) -> None:
     from d4c_onnx.bundle import open_bundle
     from d4c_onnx.manifest import IMPORTED
     from d4c_onnx.quantization.targets import TARGETS
