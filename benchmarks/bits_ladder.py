@@ -27,8 +27,9 @@ from d4c_onnx.graph.layers import linear_source
 from d4c_onnx.graph.stored import average_bits
 from d4c_onnx.graph.values import dims
 from d4c_onnx.quantization.calibration_batches import calibration_readers
-from d4c_onnx.quantization.encoder import PreparedEncoder, prepare_encoder, write_encoder
+from d4c_onnx.quantization.encoder import write_encoder
 from d4c_onnx.quantization.encoder_task import EncoderTask
+from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
 from d4c_onnx.quantization.sensitivity import RESERVE, LayerCost, measure_costs, spend
 from d4c_onnx.quantization.targets import target_of
 from d4c_onnx.recipe import QuantizationSection, load_recipe

@@ -4,22 +4,16 @@ load -> rewrite exactly -> ranges (what all widths of weights share: `prepare_en
      -> round -> the graph that is served -> token table -> write (`write_encoder`, as often as there are widths).
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
 
-from d4c_onnx.calibration.observers import QuantParams
-from d4c_onnx.graph.model import clear_notes, load_model, save_model, set_metadata
-from d4c_onnx.memory import release_freed
+from d4c_onnx.graph.model import save_model, set_metadata
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.encoder_report import EncoderReport, report_of
 from d4c_onnx.quantization.encoder_task import EncoderTask
-from d4c_onnx.quantization.exact import RewrittenEncoder, rewrite_exactly
-from d4c_onnx.quantization.inside.ranges import collect_ranges
+from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
 from d4c_onnx.quantization.rounding import METHODS, RoundingTask
 from d4c_onnx.quantization.serving import to_float16, to_qdq
 from d4c_onnx.quantization.storage import store_token_table
@@ -56,39 +50,6 @@ def quantize_encoder(
     served = target or target_of(section)
     task = EncoderTask(section, served, reader, eight_bit_nodes, provider, threads, on_step, verify)
     return _written(prepare_encoder(source, task), target_path, task)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedEncoder:
-    """What every width of weights starts from.
-
-    Attributes:
-        model: the float encoder after all exact rewrites.
-        exact: what was done to it, and its plan.
-        ranges: the grid of every activation.
-    """
-
-    model: ir.Model
-    exact: RewrittenEncoder
-    ranges: Mapping[str, QuantParams]
-
-
-def prepare_encoder(source: Path, task: EncoderTask) -> PreparedEncoder:
-    """Everything before the first weight is rounded.
-
-    Raises:
-        GraphError, CalibrationError: see `quantize_encoder`.
-    """
-    task.on_step("fold", 0, 1, {})
-    model = load_model(source)
-    clear_notes(model)
-    exact = rewrite_exactly(model, task)
-    release_freed()
-    task.on_step("fold", 1, 1, {})
-    placed: dict[str, Any] = {"provider": task.provider, "threads": task.threads, "on_step": task.on_step}
-    ranges = collect_ranges(model, exact.plan, task.reader, task.section, symmetric=task.target.symmetric, **placed)
-    release_freed()
-    return PreparedEncoder(model, exact, ranges)
 
 
 def write_encoder(prepared: PreparedEncoder, target_path: Path, task: EncoderTask) -> EncoderReport:

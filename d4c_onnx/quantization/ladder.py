@@ -13,9 +13,10 @@ from typing import Any
 
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.graph.stored import average_bits
-from d4c_onnx.quantization.encoder import PreparedEncoder, prepare_encoder, write_encoder
+from d4c_onnx.quantization.encoder import write_encoder
 from d4c_onnx.quantization.encoder_report import EncoderReport
 from d4c_onnx.quantization.encoder_task import EncoderTask
+from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
 from d4c_onnx.quantization.sensitivity import LayerCost, measure_costs, spend
 from d4c_onnx.recipe import QuantizationSection
 
