@@ -6,8 +6,8 @@
 
 EfficientNet-Lite0 (Apache-2.0; depthwise convolutions, ReLU6, 224 px, trained on ImageNet) under a linear map into the
 space of a MiniLM BERT: the map under which a class's name is as near as its logit is high, in the least squares of all
-1,000 classes. No image is needed, and none is read. OUT holds an open_clip config, its checkpoint beside it, and the
-text tower's folder. What the packages hold is theirs: nothing of it belongs into this project.
+1,000 classes. No image is needed, and none is read. OUT holds an open_clip config, its checkpoint and pixels
+beside it, and the text tower's folder. What the packages hold is theirs: nothing of it belongs into this project.
 """
 
 import argparse
@@ -91,7 +91,8 @@ def main(out: Path, classes: Path) -> None:
     head.weight.data, head.bias.data = mapped.contiguous(), shift
     model.logit_scale.data.fill_(math.log(25.0))
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, out / "conv-clip.safetensors")
-    (out / "conv-clip.json").write_text(json.dumps({**config, "preprocess_cfg": PIXELS}, indent=1))
+    (out / "conv-clip.json").write_text(json.dumps(config, indent=1))
+    (out / "preprocess_cfg.json").write_text(json.dumps(PIXELS))  # d4c-onnx looks for it beside the checkpoint
 
 
 if __name__ == "__main__":
