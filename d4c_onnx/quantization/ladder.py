@@ -21,7 +21,7 @@ from d4c_onnx.quantization.sensitivity import LayerCost, measure_costs, spend
 from d4c_onnx.recipe import QuantizationSection
 
 _COARSER_GROUPS = (128, 64, 32)  # than the recipe's
-_BUDGETS = (4.5, 4.75, 5, 5.5, 6, 6.5, 7)  # between the recipe's width and 8 bits; a step is worth a file of its own
+_BUDGETS = (4.5, 4.75, 5, 5.5, 6, 6.5, 7)  # between the recipe's width and 8 bits
 
 
 @dataclass(frozen=True, slots=True)

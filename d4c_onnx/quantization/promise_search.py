@@ -54,8 +54,9 @@ class PromiseSearch:
             promise = Promise(section.target_cosine, section.max_drop, tuple(self.tries), None)
             raise CheckFailed(_not_kept(promise), promise)
         chosen = {IMAGE_ENCODER: image.write(found[0]), TEXT_ENCODER: text.write(found[1])}
-        if found not in self._asked:  # each tower was settled beside another rung of the other
-            self._cosines(found)
+        known = self._asked.get(found)
+        if section.target_cosine is not None and (known is None or self.tries[known].cosine_image is None):
+            self._cosines(found)  # each tower was settled beside another rung of the other
         last = self.tries[self._asked[found]]
         return Promise(section.target_cosine, section.max_drop, tuple(self.tries), last), chosen
 

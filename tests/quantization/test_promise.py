@@ -6,17 +6,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from d4c_onnx import pipeline
 from d4c_onnx.bundle import Bundle, encoder_size_bytes, open_bundle
+from d4c_onnx.cli.main import group
 from d4c_onnx.errors import CalibrationError, CheckFailed, RecipeError
 from d4c_onnx.quantization.ladder import rungs_of
 from d4c_onnx.quantization.promise import search
 from d4c_onnx.quantization.sensitivity import LayerCost
 from d4c_onnx.recipe import Recipe, load_recipe
-from d4c_onnx.results import Promise
+from d4c_onnx.results import Promise, PromiseTry
 
 QUICK = (
     "synthesis.method=noise",
@@ -159,9 +161,31 @@ def test_widths_are_either_given_or_searched_for(keys: tuple[str, ...]) -> None:
         recipe_of(*(f"quantization.{key}" for key in keys))
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_says_loudly_that_nothing_keeps_it(as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = PromiseTry("w8", "w8", 8.1, 1_000_000, 0.98, 0.99)
+    failure = CheckFailed("NO CONFIGURATION KEEPS THE PROMISE.", Promise(0.995, None, (tried,), None))
+
+    def quantize(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("d4c_onnx.pipeline.quantize_bundle", quantize)
+    monkeypatch.setattr("sys.argv", ["d4c-onnx", *(["--json"] if as_json else [])])
+    asked = ["quantize", "mini-vit", "--target-cosine", "0.995", "--quiet", *(["--json"] if as_json else [])]
+    done = CliRunner().invoke(group, asked)
+    assert done.exit_code == 1
+    assert "NO CONFIGURATION KEEPS" in done.output
+    if as_json:
+        assert '"kept": false' in done.stdout
+    else:
+        assert "cosine >= 0.995" in done.stdout
+        assert "0.9800" in done.stdout
+
+
 @pytest.mark.slow
 def test_top1_on_labels(own: Path) -> None:
     keys = ("quantization.max_drop=0.5", "evaluation.dataset=cifar10", "quantization.target_cosine=0.99")
     report = pipeline.quantize_bundle(str(own), recipe_of(*keys), output=own.parent)
     assert report.promise.chosen.top1_lost <= 0.5
+    assert report.promise.chosen.cosine_image >= 0.99
     assert report.accuracy.bundles[1].versus_first.top1_lost == pytest.approx(report.promise.chosen.top1_lost, abs=0.05)
