@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from d4c_onnx.results import Accuracy
+from d4c_onnx.results import Accuracy, Promise
 
 # 2: rewrites are a list, each with what it refused; 1 had a key for each of four.
 FORMAT = 2
@@ -268,6 +268,7 @@ class Quantization:
         weight_bits_average: stored bits a weight, over both files.
         calibration, calibration_seed: the calibration set's id and seed.
         accuracy: None until it is measured.
+        promise: what the widths were searched for; None where they were given.
     """
 
     bits: str
@@ -284,10 +285,13 @@ class Quantization:
     calibration: str | None = None
     calibration_seed: int | None = None
     accuracy: Accuracy | None = None
+    promise: Promise | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: what an FP16 bundle or an unmeasured one does not have is left out."""
-        content = asdict(replace(self, accuracy=None))
+        content = asdict(replace(self, accuracy=None, promise=None))
+        if self.promise is not None:
+            content["promise"] = self.promise.as_dict()
         if self.accuracy is not None:
             content["accuracy"] = self.accuracy.as_dict()
         return {key: value for key, value in content.items() if value is not None and (value or key != "encoders")}

@@ -37,7 +37,7 @@ from d4c_onnx.manifest import (
     TensorInfo,
     TokenizerInfo,
 )
-from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Versus
+from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Promise, PromiseTry, Versus
 from d4c_onnx.untrusted_json import (
     Node,
     flag,
@@ -228,6 +228,7 @@ def _quantization(top: Node, written_in: int, session: Session | None) -> Quanti
         calibration=top.take("calibration", nullable(text), None),
         calibration_seed=top.take("calibration_seed", nullable(integer(0)), None),
         accuracy=top.take("accuracy", nullable(_accuracy), None),
+        promise=top.take("promise", nullable(_promise), None),
     )
 
 
@@ -302,6 +303,27 @@ def _accuracy(node: Node) -> Accuracy:
         bundles=node.take("bundles", sequence(_bundle_accuracy)),
         dataset=node.take("dataset", nullable(text), None),
         prompts=node.take("prompts", nullable(integer(0)), None),
+    )
+
+
+def _promise(node: Node) -> Promise:
+    return Promise(
+        target_cosine=node.take("target_cosine", nullable(number), None),
+        max_drop=node.take("max_drop", nullable(number), None),
+        tries=node.take("tries", sequence(_promise_try)),
+        chosen=node.take("chosen", nullable(_promise_try), None),
+    )
+
+
+def _promise_try(node: Node) -> PromiseTry:
+    return PromiseTry(
+        image=node.take("image", text),
+        text=node.take("text", text),
+        weight_bits_average=node.take("weight_bits_average", number),
+        size_bytes=node.take("size_bytes", integer(0)),
+        cosine_image=node.take("cosine_image", nullable(measured_number), None),
+        cosine_text=node.take("cosine_text", nullable(measured_number), None),
+        top1_lost=node.take("top1_lost", nullable(measured_number), None),
     )
 
 

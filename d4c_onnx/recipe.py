@@ -132,6 +132,19 @@ class QuantizationSection(_Section):
     average_bits: float | None = Field(
         None, ge=4, le=8, description="spend this many bits per weight: the layers that gain most get 8"
     )
+    target_cosine: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="find the widths of the smallest files whose towers both keep this mean cosine to FP32 on held-out "
+        "images and prompts",
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        description="find the widths of the smallest files whose top-1 on the labelled set falls by at most so many "
+        "points",
+    )
     group: Literal[0, 16, 32, 64, 128] = Field(
         16,
         description="input channels of a 4-bit matrix that share a small integer multiplier of the channel's scale, "
@@ -198,6 +211,19 @@ class QuantizationSection(_Section):
             raise ValueError(f"buys 8-bit layers for a 4-bit encoder; bits are {bits}. Leave it out.")
         return average_bits
 
+    @field_validator("target_cosine", "max_drop")
+    @classmethod
+    def _chooses_the_bits(cls, promised: float | None, info: ValidationInfo) -> float | None:
+        if promised is None:
+            return promised
+        if not info.data.get("bits", "w4a8").lower().startswith("w4"):
+            raise ValueError(
+                f"chooses bits between w4 and w8; bits are {info.data['bits']}. Use w4a8, or leave it out."
+            )
+        if info.data.get("average_bits") is not None:
+            raise ValueError("finds the bits that quantization.average_bits would set. Leave one of the two out.")
+        return promised
+
     @field_validator("int4_layout")
     @classmethod
     def _is_unpacked(cls, layout: str, info: ValidationInfo) -> str:
@@ -218,6 +244,11 @@ class QuantizationSection(_Section):
     def weights_only(self) -> bool:
         """Whether activations stay in float16."""
         return self.activation_bits == 16
+
+    @property
+    def promised(self) -> bool:
+        """Whether the widths are searched for."""
+        return self.target_cosine is not None or self.max_drop is not None
 
     @property
     def rounding_method(self) -> str:

@@ -96,5 +96,58 @@ class Accuracy:
         return _measured(kind=self.kind, dataset=self.dataset, images=self.images, prompts=self.prompts, bundles=rows)
 
 
+@dataclass(frozen=True, slots=True)
+class PromiseTry:
+    """One pair of encoder files that was held against a promise.
+
+    Attributes:
+        image, text: the widths of each encoder's weights, in words.
+        weight_bits_average: stored bits a weight, over both files.
+        size_bytes: of both files.
+        cosine_image, cosine_text: mean cosine to FP32 on held-out images and prompts; None where nobody asked.
+        top1_lost: percentage points of top-1 below FP32 on the labelled set; None where nobody asked.
+    """
+
+    image: str
+    text: str
+    weight_bits_average: float
+    size_bytes: int
+    cosine_image: float | None = None
+    cosine_text: float | None = None
+    top1_lost: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what was not measured is left out."""
+        return _measured(**asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What was promised of a quantised bundle, and how the smallest files that keep it were found.
+
+    Attributes:
+        target_cosine: that each tower's mean cosine to FP32 must reach on held-out data; None: not asked.
+        max_drop: that top-1 may fall by, in percentage points; None: not asked.
+        tries: in the order in which they were made.
+        chosen: which of them, or, where both towers were settled in different ones, what they are together; None: no
+            configuration keeps the promise.
+    """
+
+    target_cosine: float | None
+    max_drop: float | None
+    tries: tuple[PromiseTry, ...]
+    chosen: PromiseTry | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what was not asked is left out."""
+        return _measured(
+            target_cosine=self.target_cosine,
+            max_drop=self.max_drop,
+            kept=self.chosen is not None,
+            chosen=self.chosen.as_dict() if self.chosen else None,
+            tries=[entry.as_dict() for entry in self.tries],
+        )
+
+
 def _measured(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}

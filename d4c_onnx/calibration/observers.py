@@ -61,6 +61,7 @@ class RangeObserver:
     low: float = np.inf
     high: float = -np.inf
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    most: float = np.inf  # that the value can be, such as a ReLU6's 6: there is nothing beyond to leave room for
 
     def observe_extremes(self, values: np.ndarray) -> None:
         """First pass. Raises CalibrationError on NaN or infinity."""
@@ -85,7 +86,7 @@ class RangeObserver:
 
     def minmax(self, num_bits: int, headroom: float = 1.0, symmetric: bool = False) -> QuantParams:
         """The grid over everything observed, stretched by `headroom`."""
-        return quant_params(min(self.low, 0.0) * headroom, max(self.high, 0.0) * headroom, num_bits, symmetric)
+        return quant_params(*self._stretched(headroom), num_bits, symmetric)
 
     def mse(
         self, num_bits: int, headroom: float = 1.0, clip_weight: float = 1.0, symmetric: bool = False
@@ -104,8 +105,8 @@ class RangeObserver:
         """
         centers = self.low + (np.arange(BINS) + 0.5) * (self.high - self.low) / BINS
         used = self.counts > 0
-        values, weights = centers[used] * headroom, self.counts[used].astype(np.float64)
-        low, high = min(self.low, 0.0) * headroom, max(self.high, 0.0) * headroom
+        values, weights = np.minimum(centers[used] * headroom, self.most), self.counts[used].astype(np.float64)
+        low, high = self._stretched(headroom)
         best = quant_params(low, high, num_bits, symmetric)
         least = _square_error(values, weights, best, clip_weight)
         for _ in range(3):
@@ -120,6 +121,9 @@ class RangeObserver:
             if least >= before:
                 break
         return best
+
+    def _stretched(self, headroom: float) -> tuple[float, float]:
+        return min(self.low, 0.0) * headroom, min(max(self.high, 0.0) * headroom, self.most)
 
 
 def _square_error(values: np.ndarray, weights: np.ndarray, params: QuantParams, clip_weight: float) -> float:

@@ -52,6 +52,24 @@ class OneBatchReader(_BatchReader):
         yield self._batch
 
 
+class SpreadReader(_BatchReader):
+    """A few batches of another reader, from its start to its end: prompts are sorted by length."""
+
+    def __init__(self, reader: CalibrationDataReader, samples: int) -> None:
+        """Take as many batches as hold that many samples, and at least one."""
+        reader.rewind()
+        feeds = []
+        while (feed := reader.get_next()) is not None:
+            feeds.append(feed)
+        largest = max(len(batch) for feed in feeds for batch in feed.values())
+        chosen = np.linspace(0, len(feeds) - 1, min(len(feeds), -(-samples // largest)), dtype=int)
+        self._chosen = [next(iter(feeds[number].values())) for number in chosen]
+        super().__init__(next(iter(feeds[0])))
+
+    def _stream(self) -> Iterator[np.ndarray]:
+        yield from self._chosen
+
+
 class D4CCalibrationDataReader(_BatchReader):
     """Images of a calibration set, read from disk batch by batch."""
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from d4c_onnx.foreign import ForeignFiles
     from d4c_onnx.measure import Machine
     from d4c_onnx.pipeline import QuantizeReport
+    from d4c_onnx.results import Promise
 
 
 @click.command("quantize")
@@ -31,6 +32,18 @@ if TYPE_CHECKING:
     "--average-bits",
     type=click.FloatRange(4, 8),
     help="Spend so many bits per weight: w4a8, and 8 bits for the layers that measure as most sensitive.",
+)
+@click.option(
+    "--target-cosine",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="COSINE",
+    help="Find the smallest files whose towers both keep this mean cosine to FP32 on held-out synthetic data.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    metavar="POINTS",
+    help="Find the smallest files whose top-1 on --dataset falls by at most so many points.",
 )
 @click.option(
     "--target",
@@ -54,6 +67,8 @@ def command(
     name: str | None,
     bits: str | None,
     average_bits: float | None,
+    target_cosine: float | None,
+    max_drop: float | None,
     target: str | None,
     pretrained: str | None,
     model_options: ModelOptions,
@@ -79,6 +94,8 @@ def command(
     extra: dict[str, object] = {
         "quantization.bits": bits,
         "quantization.average_bits": average_bits,
+        "quantization.target_cosine": target_cosine,
+        "quantization.max_drop": max_drop,
         "quantization.target": target,
         "evaluation.dataset": dataset,
         **calibrate.keys(),
@@ -120,7 +137,18 @@ def _alone(files: ForeignFiles, pretrained: str | None, said: ModelOptions) -> F
     return replace(files, tokenizer=said.tokenizer)
 
 
-def _print(report: QuantizeReport) -> None:
+def _print(report: QuantizeReport | Promise) -> None:
+    from d4c_onnx.results import Promise
+
+    if isinstance(report, Promise):  # which no configuration keeps: there is nothing else to show
+        show.promise(report)
+        return
+    if report.promise is not None:
+        show.promise(report.promise)
+    _print_made(report)
+
+
+def _print_made(report: QuantizeReport) -> None:
     from d4c_onnx.bundle import open_bundle
     from d4c_onnx.manifest import IMPORTED
     from d4c_onnx.quantization.targets import TARGETS

@@ -11,7 +11,7 @@ import click
 from d4c_onnx.errors import CheckFailed, Report
 from d4c_onnx.manifest import Manifest
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.results import Accuracy, Versus
+from d4c_onnx.results import Accuracy, Promise, Versus
 
 R = TypeVar("R", bound=Report)
 
@@ -165,6 +165,29 @@ def accuracy_table(accuracy: Accuracy, names: Sequence[str] | None = None) -> No
         header = ["", "agreement %", "cosine image (least)", "cosine text (least)", "similarity rmse"]
         lines = [[name, *_fidelity(row.versus_first)] for name, row in zip(names, rows, strict=True)]
     table(title, header, lines)
+
+
+def promise(searched: Promise) -> None:
+    """What was promised, every configuration that was tried, and which one was chosen."""
+    asked = []
+    if searched.target_cosine is not None:
+        asked.append(f"cosine >= {searched.target_cosine} on held-out synthetic data")
+    if searched.max_drop is not None:
+        asked.append(f"top-1 at most {searched.max_drop} points lower")
+    header = ["image", "text", "bits a weight", "size", "cosine image", "cosine text", "top-1 lost", ""]
+    rows = [
+        [
+            *(entry.image, entry.text, f"{entry.weight_bits_average:.2f}", size(entry.size_bytes)),
+            *(_or_nothing(entry.cosine_image, ".4f"), _or_nothing(entry.cosine_text, ".4f")),
+            *(_or_nothing(entry.top1_lost, "+.2f"), "chosen" if entry == searched.chosen else ""),
+        ]
+        for entry in searched.tries
+    ]
+    table(f"searched for {' and '.join(asked)}", header, rows)
+
+
+def _or_nothing(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _versus(versus: Versus | None) -> list[str]:

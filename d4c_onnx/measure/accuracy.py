@@ -104,20 +104,26 @@ def check_measurable(recipe: Recipe, bundle: Bundle, held_out: tuple[int, int] |
         held_out: images and prompts that the calibration set holds out, or will; None where there is no set.
 
     Raises:
-        RecipeError: fidelity knows no top-1 that `evaluation.max_drop` could be about.
+        RecipeError: fidelity knows no top-1 that a `max_drop` could be about.
         CalibrationError: fidelity has nothing held out to look at.
     """
     from d4c_onnx.evaluation.fidelity import check_held_out
 
-    if _dataset_name(recipe, bundle) != "fidelity":
-        return
-    if recipe.evaluation.max_drop is not None:
-        raise RecipeError(
-            "evaluation.max_drop: is about top-1, which needs labels. Add --dataset FILE.parquet, or use "
-            "evaluation.min_cosine."
-        )
-    if held_out is not None:
+    unlabelled, promised = _dataset_name(recipe, bundle) == "fidelity", recipe.quantization
+    about_top1 = {
+        ("evaluation.max_drop", "evaluation.min_cosine"): recipe.evaluation.max_drop,
+        ("quantization.max_drop", "quantization.target_cosine"): promised.max_drop,
+    }
+    for (key, other), asked in about_top1.items():
+        if unlabelled and asked is not None:
+            raise RecipeError(f"{key}: is about top-1, which needs labels. Add --dataset FILE.parquet, or use {other}.")
+    if held_out is not None and (unlabelled or promised.target_cosine is not None):
         check_held_out(*held_out)
+
+
+def fidelity_recipe(recipe: Recipe) -> Recipe:
+    """The same recipe, measured on what the calibration set holds out, whatever labelled set there is."""
+    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"dataset": "fidelity"})})
 
 
 def held_out_counts(dataset: CalibrationSet) -> tuple[int, int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from d4c_onnx.bundle import Bundle, encoder_size_bytes
-from d4c_onnx.results import Accuracy
+from d4c_onnx.results import Accuracy, Promise
 
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
@@ -53,6 +53,7 @@ class QuantizeReport:
         top1: in percent; None without labels.
         accuracy: the FP32 bundle's row first, then the quantised one's, then an FP16 bundle's.
         seconds: by step.
+        promise: what the widths were searched for, and everything that was tried; None where they were given.
     """
 
     model: str
@@ -70,10 +71,17 @@ class QuantizeReport:
     top1: BeforeAfter[float | None]
     accuracy: Accuracy
     seconds: Mapping[str, float]
+    promise: Promise | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "bundle": str(self.bundle), "accuracy": self.accuracy.as_dict()}
+        promise = {} if self.promise is None else {"promise": self.promise.as_dict()}
+        content = asdict(replace(self, promise=None)) | {
+            "accuracy": self.accuracy.as_dict(),
+            "bundle": str(self.bundle),
+        }
+        del content["promise"]
+        return content | promise
 
 
 def report_of(
@@ -99,6 +107,7 @@ def report_of(
         top1=BeforeAfter(*(row.top1 for row in accuracy.bundles[:2])),
         accuracy=accuracy,
         seconds={name: round(value, 2) for name, value in seconds.items()},
+        promise=made.promise,
     )
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle
-from d4c_onnx.files import refuse_existing
 from d4c_onnx.measure.accuracy import check_measurable, held_out_counts
 from d4c_onnx.measure.calibration_fit import check_set_fits
 from d4c_onnx.memory import release_freed
 from d4c_onnx.pipeline.exporting import use_threads
 from d4c_onnx.pipeline.quantize_task import QuantizeTask
+from d4c_onnx.pipeline.quantized_files import quantized_files
 from d4c_onnx.pipeline.source import open_or_export
 from d4c_onnx.pipeline.synthesizing import find_or_synthesize
 
@@ -64,7 +64,7 @@ def run(task: QuantizeTask, clock: Clock) -> MadeBundles:
     release_freed()
     check_set_fits(dataset, fp32)
     clock.lap("synthesize")
-    made = MadeBundles(fp32, _quantized(task, fp32, dataset), _fp16(task, fp32, dataset), dataset)
+    made = MadeBundles(fp32, quantized_files(task, fp32, dataset), _fp16(task, fp32, dataset), dataset)
     clock.lap("quantize")
     return made
 
@@ -82,30 +82,6 @@ def _calibrated(task: QuantizeTask, clock: Clock) -> tuple[Bundle, CalibrationSe
         return model.bundle, given
     _, dataset = find_or_synthesize(model, recipe, task.words, task.machine, task.on_step, on_ahead=task.on_ahead)
     return model.bundle, dataset
-
-
-def _quantized(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bundle:
-    from d4c_onnx.quantization import quantize_bundle_files
-    from d4c_onnx.runtime.session import resolve_provider
-
-    key, resumed = dataset.manifest["key"], task.resumed
-    made = None if resumed is None else resumed.manifest.quantization
-    if resumed is not None and made is not None:
-        if made.calibration != key["id"]:  # of other images: not this run's to finish
-            refuse_existing(task.target, overwrite=False)
-        return resumed
-    # Which images and texts calibrated is the set's word: it may have been given, and it holds no machine's paths.
-    dump = task.recipe.model_dump(mode="json") | {name: key[name] for name in ("synthesis", "text")}
-    return quantize_bundle_files(
-        fp32,
-        dataset,
-        task.target,
-        task.recipe.quantization,
-        recipe_dump=dump,
-        provider=resolve_provider(task.machine.provider),
-        threads=task.machine.threads,
-        on_step=task.on_step,
-    )
 
 
 def _fp16(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bundle | None:

@@ -1,20 +1,16 @@
 """One budget of bits for both encoders of a bundle."""
 
 from collections.abc import Mapping
-from math import prod
 
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.graph.model import load_model
-from d4c_onnx.graph.values import dims
 from d4c_onnx.progress import OnStep
 from d4c_onnx.quantization.plan import make_plan
-from d4c_onnx.quantization.sensitivity import LayerCost, measure_costs, spend
+from d4c_onnx.quantization.sensitivity import RESERVE, LayerCost, measure_costs, spend
 from d4c_onnx.quantization.targets import target_of
 from d4c_onnx.recipe import QuantizationSection
-
-_RESERVE = 0.02  # bits a weight for outlier channels, which leave the integers only after the budget is spent
 
 
 def spend_budget(
@@ -29,12 +25,10 @@ def spend_budget(
     """Per encoder file the nodes that `average_bits` raises to 8 bits: one budget for both encoders."""
     if section.average_bits is None:
         return {}
-    costs, target = [], target_of(section)
+    costs: list[LayerCost] = []
+    target = target_of(section)
     for name, reader in readers.items():
         model = load_model(bundle.path / name)
         plan = make_plan(model.graph, section, reduce_range=target.reduce_range, grouped=target.grouped)
         costs += measure_costs(name, model, plan, reader, provider=provider, threads=threads, on_step=on_step)
-        # what stays in 16 bits is paid for first
-        sizes = {weight: prod(dims(model.graph.initializers[weight]) or ()) for weight in plan.float16}
-        costs += [LayerCost(name, weight, size, 16, 0.0) for weight, size in sizes.items()]
-    return spend(costs, section.average_bits, _RESERVE)
+    return spend(costs, section.average_bits, RESERVE)

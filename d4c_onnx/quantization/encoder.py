@@ -1,21 +1,19 @@
 """The story of one encoder: float file in, quantised file out.
 
-load -> rewrite exactly -> ranges -> round -> the graph that is served -> token table -> write.
+load -> rewrite exactly -> ranges (what all widths of weights share: `prepare_encoder`)
+     -> round -> the graph that is served -> token table -> write (`write_encoder`, as often as there are widths).
 """
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from onnxruntime.quantization import CalibrationDataReader
 
-from d4c_onnx.graph.model import clear_notes, load_model, save_model, set_metadata
-from d4c_onnx.memory import release_freed
+from d4c_onnx.graph.model import save_model, set_metadata
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.encoder_report import EncoderReport, report_of
 from d4c_onnx.quantization.encoder_task import EncoderTask
-from d4c_onnx.quantization.exact import rewrite_exactly
-from d4c_onnx.quantization.inside.ranges import collect_ranges
+from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
 from d4c_onnx.quantization.rounding import METHODS, RoundingTask
 from d4c_onnx.quantization.serving import to_float16, to_qdq
 from d4c_onnx.quantization.storage import store_token_table
@@ -51,18 +49,33 @@ def quantize_encoder(
     """
     served = target or target_of(section)
     task = EncoderTask(section, served, reader, eight_bit_nodes, provider, threads, on_step, verify)
-    on_step("fold", 0, 1, {})
-    model = load_model(source)
-    clear_notes(model)
-    exact = rewrite_exactly(model, task)
-    release_freed()
-    on_step("fold", 1, 1, {})
-    placed: dict[str, Any] = {"provider": provider, "threads": threads, "on_step": on_step}
-    ranges = collect_ranges(model, exact.plan, reader, section, symmetric=task.target.symmetric, **placed)
-    release_freed()
-    work = RoundingTask(model, exact.plan, ranges, reader, section.correction, provider, threads, on_step)
+    return _written(prepare_encoder(source, task), target_path, task)
+
+
+def write_encoder(prepared: PreparedEncoder, target_path: Path, task: EncoderTask) -> EncoderReport:
+    """Round to the widths of a task, and write; what was prepared stays as it is, for the next widths.
+
+    Args:
+        prepared: of the same encoder, with the same activations; smoothing looked at the widths that it was made for.
+        target_path: where the quantised encoder goes (a staged path).
+        task: its section may have other widths of weights than the prepared one's, and other `eight_bit_nodes`.
+
+    Raises:
+        GraphError: the graph cannot be quantised.
+    """
+    model = prepared.model.clone()  # shares the weights
+    exact = prepared.exact.with_widths(model.graph, task)
+    return _written(PreparedEncoder(model, exact, prepared.ranges), target_path, task)
+
+
+def _written(prepared: PreparedEncoder, target_path: Path, task: EncoderTask) -> EncoderReport:
+    """The prepared model must not be used afterwards."""
+    model, exact, ranges, section = prepared.model, prepared.exact, prepared.ranges, task.section
+    work = RoundingTask(
+        model, exact.plan, ranges, task.reader, section.correction, task.provider, task.threads, task.on_step
+    )
     rounded = METHODS[section.rounding_method].round_weights(work)
-    on_step("write", 0, 1, {})
+    task.on_step("write", 0, 1, {})
     metadata = dict(model.metadata_props) | {"quantization": section.bits}
     write = to_float16 if section.weights_only else to_qdq
     quantized, applied = write(model, exact.plan, rounded, ranges, task)
@@ -70,5 +83,5 @@ def quantize_encoder(
     task.target.label(quantized)
     set_metadata(quantized, metadata)
     save_model(quantized, target_path, limit_bytes=0 if section.external_data else None)
-    on_step("write", 1, 1, {})
+    task.on_step("write", 1, 1, {})
     return report_of(quantized, exact, applied, rounded.weights, len(ranges), table_bits, task.target)

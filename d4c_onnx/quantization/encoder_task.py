@@ -41,5 +41,10 @@ class EncoderTask:
         """What of a graph is quantised."""
         target = self.target
         return make_plan(
-            graph, self.section, self.eight_bit_nodes, reduce_range=target.reduce_range, grouped=target.grouped
+            graph,
+            self.section,
+            self.eight_bit_nodes,
+            reduce_range=target.reduce_range,
+            grouped=target.grouped,
+            saturating=not target.symmetric,
         )

@@ -29,6 +29,11 @@ class RewrittenEncoder:
     smoothed: dict[str, float]
     rewrites: tuple[RewriteRecord, ...]
 
+    def with_widths(self, graph: ir.Graph, task: EncoderTask) -> RewrittenEncoder:
+        """The same rewrites, planned anew for the widths of a task."""
+        plan = replace(_with_dead_rows(task.plan(graph), self.plan), outliers=self.plan.outliers)
+        return replace(self, plan=plan)
+
 
 def rewrite_exactly(model: ir.Model, task: EncoderTask) -> RewrittenEncoder:
     """All exact rewrites of the float graph, in place; the plan is that of the rewritten graph."""

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.layers import WeightedLayer, weighted_layers
-from d4c_onnx.graph.values import dims, is_constant, is_op, name_of, readers
+from d4c_onnx.graph.values import array, dims, is_constant, is_op, name_of, only_reader, readers
 from d4c_onnx.recipe import QuantizationSection
 
 # Between convolutions the integer path only holds when what stands between them is integer too.
@@ -81,6 +81,7 @@ def make_plan(
     *,
     reduce_range: bool = True,
     grouped: bool = True,
+    saturating: bool = True,
 ) -> Plan:
     """Decide what is quantised.
 
@@ -91,6 +92,8 @@ def make_plan(
     Args:
         reduce_range: whether 8-bit weights, and products of groups, stay in [-64, 63].
         grouped: whether the target can store groups of inputs, should the recipe ask for them.
+        saturating: whether a convolution's integer output, whose grid ends where a ReLU6 cuts, stands for the ReLU6;
+            symmetric grids do not begin at 0.
 
     Raises:
         GraphError: the graph has no weighted layer.
@@ -109,10 +112,14 @@ def make_plan(
         bits[layer.weight] = max(own, bits.get(layer.weight, 0))  # a shared weight keeps the wider grid
     chosen = {layer.node for layer in layers}
     if any(layer.op == "Conv" for layer in layers):
-        chosen |= _between_convolutions(graph)
+        chosen |= _between_convolutions(graph, saturating)
     nodes = [node for node in graph if node.name in chosen]
     values = [value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None]
     names = dict.fromkeys(name_of(value) for value in values if not is_constant(value))
+    for node in nodes:
+        cut = node.inputs[0]
+        if cut_at(node) is not None and cut is not None:  # what it cuts is never rounded
+            del names[name_of(cut)]
     return Plan(
         layers,
         bits,
@@ -152,13 +159,25 @@ def _groups(
     return found
 
 
-def _between_convolutions(graph: ir.Graph) -> set[str]:
-    """Relu, Add and pools that can be reached from a Conv through each other only."""
+def cut_at(node: ir.Node | None) -> float | None:
+    """Where a ReLU6 that alone reads its input cuts: a Clip from 0 to that constant; None for everything else."""
+    if node is None or not is_op(node, "Clip") or len(node.inputs) != 3:
+        return None
+    if node.inputs[0] is None or only_reader(node.inputs[0]) is not node:
+        return None
+    low, high = array(node.inputs[1]), array(node.inputs[2])
+    fits = low is not None and high is not None and low.size == high.size == 1 and float(low.item()) == 0 < high.item()
+    return float(high.item()) if fits and high is not None else None
+
+
+def _between_convolutions(graph: ir.Graph, saturating: bool) -> set[str]:
+    """Relu, Add, pools and ReLU6 that can be reached from a Conv through each other only."""
     reached: set[str] = set()
     queue = [value for node in graph if is_op(node, "Conv") for value in node.outputs]
     while queue:
         for node in readers(queue.pop()):
             fits = is_op(node, *_BETWEEN_CONVOLUTIONS) and not any(is_constant(value) for value in node.inputs)
+            fits = fits or (saturating and cut_at(node) is not None)
             if fits and node.name not in reached:
                 reached.add(node.name or "")
                 queue.extend(node.outputs)

@@ -6,20 +6,11 @@ from typing import Any
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.files import staged_folder
-from d4c_onnx.manifest import EXACT_PRODUCTS, Session
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.bit_budget import spend_budget
-from d4c_onnx.quantization.bundle_completion import (
-    FP16_GOLDEN_BOUNDS,
-    GOLDEN_BOUNDS,
-    describe_quantization,
-    finish_bundle,
-    source_files,
-)
 from d4c_onnx.quantization.calibration_batches import calibration_readers
 from d4c_onnx.quantization.encoder import quantize_encoder
-from d4c_onnx.quantization.optimizer_check import check_optimizer
-from d4c_onnx.quantization.targets import target_of
+from d4c_onnx.quantization.quantized_completion import finish_quantized
 from d4c_onnx.recipe import QuantizationSection
 
 
@@ -50,7 +41,6 @@ def quantize_bundle_files(
         RecipeError: keys contradict the target; the bit budget is smaller than what the first and last layers take.
     """
     readers = calibration_readers(bundle, dataset)
-    served = target_of(section)
     eight_bit_nodes = spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
     with staged_folder(target) as stage:
         reports = {
@@ -66,10 +56,7 @@ def quantize_bundle_files(
             )
             for name, reader in readers.items()
         }
-        # full-range weights saturate on x86 without VNNI: their sessions need a setting, and the manifest says so
-        session = Session(config_entries={} if served.reduce_range or section.weights_only else EXACT_PRODUCTS)
-        effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
-        made = describe_quantization(section, dataset, reports, effects, session, recipe_dump, source_files(bundle))
-        bounds = FP16_GOLDEN_BOUNDS if section.weights_only else GOLDEN_BOUNDS
-        written = finish_bundle(bundle, stage, made, seed=recipe_dump["seed"], bounds=bounds)
+        written = finish_quantized(
+            bundle, dataset, stage, section, readers, reports, None, recipe_dump, threads=threads, on_step=on_step
+        )
     return Bundle(target, written)

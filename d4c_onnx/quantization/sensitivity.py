@@ -1,28 +1,33 @@
 """The bit budget: which layers of both encoders are worth 8 bits instead of 4.
 
 `average_bits: 4.8` buys 8-bit weights until the average over every MatMul, Gemm and Conv weight of both encoders would
-pass 4.8. What a layer is worth is measured: round its weight alone, run the encoder, and take the mean square error
-of the embeddings. Layers are bought greedily, in the order of error per weight.
+pass 4.8. What a layer is worth is measured: round its weight alone, run the encoder on from there, and take the mean
+square error of the embeddings. Layers are bought greedily, in the order of error per weight.
+
+One pass: the encoder is run piece by piece, and of every layer only what follows it runs once more. For a few samples
+that is a fraction of what the rounding of all samples takes.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
 
-from d4c_onnx.calibration.readers import first_batches
+from d4c_onnx.calibration.readers import SpreadReader
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.graph.layers import channels_back, channels_first
-from d4c_onnx.graph.values import constant, set_constant
+from d4c_onnx.graph.values import constant, dims
 from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.rounding.base import stored_bits
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
-from d4c_onnx.runtime.session import EncoderSession
 
-_SAMPLES = 32  # images, or prompts, on which a layer's error is measured
+_IMAGES, _PROMPTS = 8, 32  # on which a layer's error is measured
+RESERVE = 0.02  # bits a weight for outlier channels, which leave the integers only after the budget is spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +51,17 @@ def measure_costs(
     threads: int = 0,
     on_step: OnStep = silent,
 ) -> list[LayerCost]:
-    """Every weighted layer of an encoder; weights that have 8 bits already cost nothing to keep (error 0)."""
-    feeds = first_batches(reader, _SAMPLES)
+    """Every weighted layer of an encoder; weights that have 8 bits already cost nothing to keep (error 0).
 
-    def embeds(candidate: ir.Model) -> np.ndarray:
-        session = EncoderSession.of_model(candidate, provider, threads)
-        return np.concatenate([session.run(feed) for feed in feeds])
+    Behind them what the plan stores in 16 bits, by the weight's name: a budget pays for it, too.
 
-    exact = embeds(model)
-    trial = model.clone()
+    Args:
+        model: the float encoder; not changed.
+        reader: rewindable; a few of its samples are looked at.
+    """
+    samples = _IMAGES if len(model.graph.inputs[0].shape or ()) == 4 else _PROMPTS
+    encoder_at = SegmentedEncoder(model, SpreadReader(reader, samples), provider, threads)
+    exact = encoder_at.outputs()
     nearest = NearestRounding()
     costs = []
     for number, layer in enumerate(plan.layers):
@@ -62,14 +69,18 @@ def measure_costs(
         groups, error = plan.groups.get(layer.weight), 0.0
         width = stored_bits(bits, groups)
         if width < 8:
+            for _ in encoder_at.advance([layer.data]):
+                pass
             rounded = nearest.round(channels_first(values, layer.channel_axis), bits, groups=groups)
             real = channels_back(rounded.dequantize(), values.shape, layer.channel_axis)
-            set_constant(trial.graph, layer.weight, real)
-            error = float(np.square(embeds(trial) - exact).mean())
-            set_constant(trial.graph, layer.weight, values)
+            encoder_at.replace(layer.weight, real)
+            error = float(np.square(encoder_at.outputs() - exact).mean())
+            encoder_at.replace(layer.weight, values)
         costs.append(LayerCost(encoder, layer.node, int(values.size), width, error))
         on_step("sensitivity", number + 1, len(plan.layers), {})
-    return costs
+    # what stays in 16 bits is paid for first
+    sizes = {weight: prod(dims(model.graph.initializers[weight]) or ()) for weight in plan.float16}
+    return costs + [LayerCost(encoder, weight, size, 16, 0.0) for weight, size in sizes.items()]
 
 
 def spend(costs: Sequence[LayerCost], average_bits: float, reserve: float = 0.0) -> Mapping[str, frozenset[str]]:

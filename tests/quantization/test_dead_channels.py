@@ -161,3 +161,15 @@ def test_raised_channels_are_rounded_to_nearest_and_others_left_alone(
     assert not made.integers[4:].any()
     assert with_room(weight, rounded, None) is rounded
     assert with_room(weight, rounded, np.zeros(6, np.float32)) is rounded
+
+
+def test_channels_of_zeros_alone_leave_the_others_integers() -> None:
+    """None has to be raised, as in a mobile net whose dead channels are exactly zero."""
+    weight = np.ones((3, 8), np.float32)
+    weight[1] = 0
+    rounded = NearestRounding().round(weight, 8)
+    least = np.full(3, rounded.scale.min() / 2, np.float32)
+    moved = with_room(weight, rounded, least)
+    assert np.array_equal(moved.integers, rounded.integers)
+    assert moved.scale[1] == least[1]
+    assert np.array_equal(moved.scale[[0, 2]], rounded.scale[[0, 2]])

@@ -401,7 +401,7 @@ def test_measured_costs_name_every_layer_and_only_4_bit_ones_hurt(request: pytes
     before = snapshot(model)
     plan = make_plan(model.graph, section_of())
     costs = measure_costs("text", model, plan, reader_of("text", dataset))
-    assert [cost.node for cost in costs] == [layer.node for layer in plan.layers]
+    assert [cost.node for cost in costs] == [*(layer.node for layer in plan.layers), *plan.float16]
     assert all((cost.error > 0) == (cost.bits < 5) for cost in costs)
     assert snapshot(model) == before  # nothing was left behind in the graph
 

@@ -10,7 +10,7 @@ from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.attention import values_mixed
 from d4c_onnx.graph.values import is_constant, is_op, name_of
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.quantization.plan import Plan
+from d4c_onnx.quantization.plan import Plan, cut_at
 from d4c_onnx.recipe import QuantizationSection
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -52,7 +52,7 @@ def collect_ranges(
     wanted = [name for name in dict.fromkeys((*plan.activations, *mixed.values())) if name not in given]
     fed = [name for name in plan.activations if name in given]
     session = EncoderSession.of_model(model, provider, threads, outputs=wanted)
-    observers = {name: RangeObserver() for name in plan.activations}
+    observers = _observers(model.graph, plan)
 
     def observe(values: dict[str, np.ndarray], histogram: bool) -> None:
         for name, observer in observers.items():
@@ -79,6 +79,11 @@ def collect_ranges(
         return {name: observer.minmax(bits, headroom, symmetric) for name, observer in observers.items()}
     clip_weight = section.clip_weight
     return {name: observer.mse(bits, headroom, clip_weight, symmetric) for name, observer in observers.items()}
+
+
+def _observers(graph: ir.Graph, plan: Plan) -> dict[str, RangeObserver]:
+    cuts = {name_of(node.outputs[0]): cut for node in graph if (cut := cut_at(node)) is not None}
+    return {name: RangeObserver(most=cuts.get(name, np.inf)) for name in plan.activations}
 
 
 def _bytes_per_element(graph: ir.Graph, session: EncoderSession, batch: np.ndarray) -> float:

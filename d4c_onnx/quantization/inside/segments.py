@@ -76,6 +76,12 @@ class SegmentedEncoder:
             everything = {**live, **fresh}
             yield {name: everything[name] for name in names}
 
+    def outputs(self) -> np.ndarray:
+        """What the encoder would give from here, float [samples, D]; the position stays where it is."""
+        session = self._session(self._nodes[self._position :], list(self._model.graph.outputs))
+        parts = [session.run_named({name: live[name] for name in session.input_names}) for live in self._live]
+        return np.concatenate([part[session.output_names[0]] for part in parts])
+
     def _session(self, nodes: list[ir.Node], outputs: list[ir.Value]) -> EncoderSession:
         read = dict.fromkeys(value for node in nodes for value in reads(node))
         live = self._live.read(0)

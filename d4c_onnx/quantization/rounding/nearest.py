@@ -45,7 +45,8 @@ def round_to_grid(weight: np.ndarray, scale: np.ndarray, num_bits: int) -> np.nd
         scale: float32 [channels], or one for each weight, [channels, inputs].
     """
     low, high = grid_limits(num_bits)
-    return np.clip(np.rint(weight / scale.reshape(len(scale), -1)), low, high).astype(np.int8)
+    steps = scale if scale.ndim == 2 else scale[:, None]  # there may be no channels
+    return np.clip(np.rint(weight / steps), low, high).astype(np.int8)
 
 
 def search_scales(weight: np.ndarray, num_bits: int, importance: np.ndarray | None = None) -> np.ndarray:

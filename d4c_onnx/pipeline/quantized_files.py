@@ -1,0 +1,59 @@
+"""The quantised files of a task, and what a promise about them is held against."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.files import refuse_existing
+from d4c_onnx.measure.accuracy import evaluate, fidelity_recipe
+from d4c_onnx.pipeline.quantize_task import QuantizeTask
+from d4c_onnx.recipe import Recipe
+from d4c_onnx.results import Versus
+
+if TYPE_CHECKING:
+    from d4c_onnx.calibration.dataset import CalibrationSet
+    from d4c_onnx.quantization import Judges
+
+
+def quantized_files(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bundle:
+    """What an interrupted run wrote, files of the recipe's widths, or the smallest ones that keep its promise.
+
+    Raises:
+        GraphError, BundleError, RecipeError: the files cannot be made.
+        CheckFailed: no widths keep the promise, or onnxruntime's optimiser changes the answers.
+    """
+    from d4c_onnx.quantization import quantize_bundle_files, quantize_to_promise
+    from d4c_onnx.runtime.session import resolve_provider
+
+    key, resumed = dataset.manifest["key"], task.resumed
+    made = None if resumed is None else resumed.manifest.quantization
+    if resumed is not None and made is not None:
+        if made.calibration != key["id"]:  # of other images: not this run's to finish
+            refuse_existing(task.target, overwrite=False)
+        return resumed
+    # Which images and texts calibrated is the set's word: it may have been given, and it holds no machine's paths.
+    dump = task.recipe.model_dump(mode="json") | {name: key[name] for name in ("synthesis", "text")}
+    placed: dict[str, Any] = {
+        "recipe_dump": dump,
+        "provider": resolve_provider(task.machine.provider),
+        "threads": task.machine.threads,
+        "on_step": task.on_step,
+    }
+    section = task.recipe.quantization
+    if section.promised:
+        return quantize_to_promise(fp32, dataset, task.target, section, _judges(task, fp32, dataset), **placed)
+    return quantize_bundle_files(fp32, dataset, task.target, section, **placed)
+
+
+def _judges(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Judges:
+    """On the set's held-out part, and on the recipe's labelled set."""
+    from d4c_onnx.quantization import Judges
+
+    def beside(recipe: Recipe, trial: Bundle) -> Versus:
+        found = evaluate([fp32, trial], recipe, dataset, task.machine, task.on_step).bundles[1].versus_first
+        assert found is not None
+        return found
+
+    return Judges(partial(beside, fidelity_recipe(task.recipe)), partial(beside, task.recipe))

@@ -1,0 +1,116 @@
+"""One encoder at several widths of weights, the smallest file first: what a promise is searched on.
+
+The widths share everything that comes before rounding: exact rewrites, ranges, and what each layer costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from d4c_onnx.errors import RecipeError
+from d4c_onnx.graph.stored import average_bits
+from d4c_onnx.quantization.encoder import write_encoder
+from d4c_onnx.quantization.encoder_report import EncoderReport
+from d4c_onnx.quantization.encoder_task import EncoderTask
+from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
+from d4c_onnx.quantization.sensitivity import LayerCost, measure_costs, spend
+from d4c_onnx.recipe import QuantizationSection
+
+_COARSER_GROUPS = (128, 64, 32)  # than the recipe's
+_BUDGETS = (4.5, 4.75, 5, 5.5, 6, 6.5, 7)  # between the recipe's width and 8 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One choice of widths.
+
+    Attributes:
+        name: in words.
+        section: how it is quantised.
+        eight_bit_nodes: layers whose weights get 8 bits whatever the section's width.
+    """
+
+    name: str
+    section: QuantizationSection
+    eight_bit_nodes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenRung:
+    """An encoder file of one rung, and what is known of it."""
+
+    rung: Rung
+    path: Path
+    report: EncoderReport
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight."""
+        return average_bits(self.report.layers)
+
+
+def rungs_of(costs: Sequence[LayerCost], section: QuantizationSection, grouped: bool) -> tuple[Rung, ...]:
+    """From the coarsest groups to 8 bits everywhere; between them layers are raised in the order of error per weight.
+
+    Args:
+        costs: of one encoder's layers at the section's width.
+        grouped: whether the target stores groups.
+    """
+    own = section.group_size if grouped else 0
+    coarser = [size for size in _COARSER_GROUPS if size > own] if own else []
+    rungs = [Rung(f"w4, groups of {size}", section.model_copy(update={"group": size})) for size in coarser]
+    rungs.append(Rung(f"w4, groups of {own}" if own else "w4", section))
+    for budget in _BUDGETS:
+        try:
+            [nodes] = spend(costs, budget).values()
+        except RecipeError:  # less than the narrowest file takes
+            continue
+        if nodes != rungs[-1].eight_bit_nodes:
+            rungs.append(Rung(f"w4, w8 up to {budget} bits", section, nodes))
+    return (*rungs, Rung("w8", section.model_copy(update={"bits": f"w8a{section.activation_bits}"})))
+
+
+@dataclass
+class EncoderLadder:
+    """The rungs of one encoder, each written when it is first asked for.
+
+    Attributes:
+        source: the float encoder.
+        folder: where its files go, `<number>/<encoder's file name>`.
+        task: the encoder's, of the recipe's width.
+    """
+
+    source: Path
+    folder: Path
+    task: EncoderTask
+    _written: dict[int, WrittenRung] = field(default_factory=dict)
+
+    @cached_property
+    def _prepared(self) -> PreparedEncoder:
+        return prepare_encoder(self.source, self.task)
+
+    @cached_property
+    def rungs(self) -> tuple[Rung, ...]:
+        """The smallest first; what they cost is measured once."""
+        task, prepared = self.task, self._prepared
+        placed: dict[str, Any] = {"provider": task.provider, "threads": task.threads, "on_step": task.on_step}
+        costs = measure_costs(self.source.name, prepared.model, prepared.exact.plan, task.reader, **placed)
+        return rungs_of(costs, task.section, task.target.grouped)
+
+    def write(self, number: int) -> WrittenRung:
+        """The file of a rung.
+
+        Raises:
+            GraphError: the encoder cannot be quantised.
+        """
+        if number not in self._written:
+            rung = self.rungs[number]
+            path = self.folder / str(number) / self.source.name
+            path.parent.mkdir(parents=True)
+            task = replace(self.task, section=rung.section, eight_bit_nodes=rung.eight_bit_nodes)
+            self._written[number] = WrittenRung(rung, path, write_encoder(self._prepared, path, task))
+        return self._written[number]

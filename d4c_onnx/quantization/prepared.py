@@ -1,0 +1,48 @@
+"""An encoder before its first weight is rounded: what all widths of weights share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from d4c_onnx.calibration.observers import QuantParams
+from d4c_onnx.graph.model import clear_notes, load_model
+from d4c_onnx.memory import release_freed
+from d4c_onnx.quantization.encoder_task import EncoderTask
+from d4c_onnx.quantization.exact import RewrittenEncoder, rewrite_exactly
+from d4c_onnx.quantization.inside.ranges import collect_ranges
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedEncoder:
+    """What every width of weights starts from.
+
+    Attributes:
+        model: the float encoder after all exact rewrites.
+        exact: what was done to it, and its plan.
+        ranges: the grid of every activation.
+    """
+
+    model: ir.Model
+    exact: RewrittenEncoder
+    ranges: Mapping[str, QuantParams]
+
+
+def prepare_encoder(source: Path, task: EncoderTask) -> PreparedEncoder:
+    """Everything before the first weight is rounded.
+
+    Raises:
+        GraphError, CalibrationError: see `quantize_encoder`.
+    """
+    task.on_step("fold", 0, 1, {})
+    model = load_model(source)
+    clear_notes(model)
+    exact = rewrite_exactly(model, task)
+    release_freed()
+    task.on_step("fold", 1, 1, {})
+    placed: dict[str, Any] = {"provider": task.provider, "threads": task.threads, "on_step": task.on_step}
+    ranges = collect_ranges(model, exact.plan, task.reader, task.section, symmetric=task.target.symmetric, **placed)
+    release_freed()
+    return PreparedEncoder(model, exact, ranges)

@@ -1,0 +1,59 @@
+"""Both encoders of an FP32 bundle as the smallest files that keep a promise, in a bundle of the same form."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.calibration.dataset import CalibrationSet
+from d4c_onnx.files import staged_folder
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.calibration_batches import calibration_readers
+from d4c_onnx.quantization.encoder_task import EncoderTask
+from d4c_onnx.quantization.ladder import EncoderLadder
+from d4c_onnx.quantization.promise_search import Judges, PromiseSearch
+from d4c_onnx.quantization.quantized_completion import finish_quantized
+from d4c_onnx.quantization.targets import target_of
+from d4c_onnx.recipe import QuantizationSection
+
+
+def quantize_to_promise(
+    bundle: Bundle,
+    dataset: CalibrationSet,
+    target: Path,
+    section: QuantizationSection,
+    judges: Judges,
+    *,
+    recipe_dump: dict[str, Any],
+    provider: str = "cpu",
+    threads: int = 0,
+    on_step: OnStep = silent,
+) -> Bundle:
+    """Search the ladder of widths for the section's promise, and write the bundle; or leave nothing behind.
+
+    Args:
+        bundle, dataset, target, recipe_dump: see `quantize_bundle_files`.
+        section: with `target_cosine`, `max_drop` or both.
+
+    Raises:
+        CheckFailed: no configuration keeps the promise; its `report` is the `Promise` with all that was tried, and
+            what was in `target` is still there.
+        GraphError, BundleError, RecipeError: see `quantize_bundle_files`.
+    """
+    readers, served = calibration_readers(bundle, dataset), target_of(section)
+    with staged_folder(target) as stage:
+        ladders = {}
+        for name, reader in readers.items():
+            task = EncoderTask(section, served, reader, provider=provider, threads=threads, on_step=on_step)
+            ladders[name] = EncoderLadder(bundle.path / name, stage / "ladder" / name, task)
+        found = PromiseSearch(bundle, stage / "ladder", ladders, section, judges)
+        promise, chosen = found.run()
+        for written in chosen.values():
+            for file in written.path.parent.iterdir():  # weights may lie beside the graph
+                file.rename(stage / file.name)
+        shutil.rmtree(stage / "ladder")
+        made = {name: written.report for name, written in chosen.items()}
+        written_bundle = finish_quantized(
+            bundle, dataset, stage, section, readers, made, promise, recipe_dump, threads=threads, on_step=on_step
+        )
+    return Bundle(target, written_bundle)
