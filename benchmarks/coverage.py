@@ -68,7 +68,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where bundles lie meanwhile (default: a temporary folder)")
     parser.add_argument("--results", type=Path, default=FOLDER / "coverage.json")
     args = parser.parse_args()
-    file = measured_here([])  # at the commit as it is before this file changes
+    # at the commit as it is before this file changes; many runs make one file
+    file = dataclasses.replace(measured_here([]), command=["python benchmarks/coverage.py"])
     rows = {row["config"]: row for row in _rows_of(args.results)}
     names = _names(args.configs)
     end = time.monotonic() + args.minutes * 60
@@ -76,7 +77,8 @@ def main() -> None:
         for name, millions in _to_do(names, rows, args, Path(work)):
             if time.monotonic() >= end:
                 break
-            rows[name] |= _measure(name, millions, args, Path(work) / name) | {"commit": file.commit}
+            kept = {key: rows[name][key] for key in ("config", "family", "millions")}
+            rows[name] = kept | _measure(name, millions, args, Path(work) / name) | {"commit": file.commit}
             _write(file, names, rows, args.results)
             print(f"{name}: {rows[name]['status']} {rows[name]['reason']}".rstrip(), flush=True)
     _write(file, names, rows, args.results)
@@ -119,13 +121,15 @@ def millions_of(name: str, folder: Path) -> float:
     import torch
     from text_towers import options_of
 
+    from d4c_onnx.models.creation import hub_access
+
     folder.mkdir(parents=True, exist_ok=True)
     config = options_of(name, folder).config
     known = name
     if config is not None:
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": json.loads(config.read_text())}))
         known = f"local-dir:{folder}"
-    with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+    with warnings.catch_warnings(action="ignore"), hub_access(), torch.device("meta"):
         model = open_clip.create_model(known, load_weights=False, pretrained_text=False, device="meta")
     return round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
 
