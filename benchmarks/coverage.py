@@ -32,6 +32,8 @@ from results import FOLDER, ResultFile, measured_here
 Row = dict[str, Any]
 # float32 weights in torch, those of a tower being traced and written, and of a graph beside its float original
 NEED, NEED_BYTES = 3.0, 1.5e9
+# what Python, torch and onnxruntime say where the limit is met all the same
+_NO_MEMORY = re.compile(r"MemoryError|no memory left|bad_?alloc|can't allocate memory|Failed to allocate memory")
 FAMILIES = {
     "CoCa": r"coca_",
     "ConvNeXt": r"convnext_",
@@ -177,7 +179,8 @@ def outcome(record: Row, stopped: str = "") -> Row:
     if reason is None:
         reason = stopped or "ended without a word"
     words = f"{at}: {reason}" if at and reason else reason
-    return {**record, "status": "failed" if reason else "covered", "reason": words.replace("\n", " ")[:300]}
+    status = "too large" if _NO_MEMORY.search(reason) else "failed" if reason else "covered"
+    return {**record, "status": status, "reason": words.replace("\n", " ")[:300]}
 
 
 def _write(file: ResultFile, names: Iterable[str], rows: dict[str, Row], path: Path) -> None:

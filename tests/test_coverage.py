@@ -103,6 +103,8 @@ def test_what_a_process_wrote_down_becomes_an_outcome(benchmark: ModuleType) -> 
     killed = benchmark.outcome({"at": "w4a8"}, "ended with -9: ")
     assert (killed["status"], killed["reason"]) == ("failed", "w4a8: ended with -9: ")
     assert benchmark.outcome({})["status"] == "failed"
+    full = benchmark.outcome({"at": "export", "reason": "RuntimeError: DefaultCPUAllocator: can't allocate memory"})
+    assert full["status"] == "too large"
 
 
 def test_every_config_has_a_family_and_what_it_wants_of_the_hub(benchmark: ModuleType, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_bundle_like_a_tag_tokenizes_as_open_clip(said: str, tmp_path: Path, m
     loaded = load_model(name, "random", options=options)
     info = write_checked_tokenizer(loaded, tmp_path / "tokenizer.json", fixed=not loaded.dynamic_sequence)
     assert info.has_file
-    texts = [text for text in AWKWARD if folder is None or "\ud800" not in text]
+    texts = list(AWKWARD)
     ids, expected = TextTokenizer(tmp_path / "tokenizer.json", info)(texts), reference(texts).numpy()
     behind = [(0, 0), (0, expected.shape[1] - ids.shape[1])]
     assert np.array_equal(np.pad(ids, behind, constant_values=info.pad_id or 0), expected)
