@@ -33,7 +33,10 @@ _TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "fastvit_mci0": (64, {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 64)}),
     "fastvit_mci1": (64, {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 64)}),
     "fastvit_mci3": (128, {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 16, 32, 32, 64)}),
-    "vitamin_small_224": (32, {"img_size": 32, "embed_dim": WIDTH, "depth": 2, "embed_cfg": _VITAMIN_STEM}),
+    "vitamin_small_224": (
+        32,
+        {"img_size": 32, "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "embed_cfg": _VITAMIN_STEM},
+    ),
     "swin_base_patch4_window7_224": (
         32,
         {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)},

@@ -90,9 +90,9 @@ def test_family(tmp_path: Path, name: str, fused: int) -> None:
 
 
 MEMBERS = (
-    "RN50",  # OpenAI's ResNets, QuickGELU in the text tower by its tag
-    "ViT-B-32",  # LAION's; OpenAI's pixels and QuickGELU by its tag
-    "ViT-L-14-quickgelu",  # DFN's and MetaCLIP's
+    "RN50-quickgelu",  # OpenAI's
+    "ViT-B-32-quickgelu",  # OpenAI's, DFN's and MetaCLIP's
+    "ViT-B-32",  # LAION's
     "ViT-L-14-CLIPA",
     "ViT-H-14-worldwide",  # MetaCLIP 2's, XLM-V's tokenizer
     "ViT-L-14-worldwide",  # mT5's tokenizer
