@@ -44,7 +44,7 @@ _TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "convnext_tiny": (64, {"depths": (1, 1, 1, 1), "dims": (16, 16, WIDTH, WIDTH)}),
 }
 TEXT_TOWER = {
-    **{"vocab_size": VOCABULARY, "max_position_embeddings": 34},
+    **{"vocab_size": VOCABULARY, "max_position_embeddings": 128},
     # of BERTs; of mT5; of NLLB
     **{"hidden_size": WIDTH, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2},
     **{"d_model": WIDTH, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2},
