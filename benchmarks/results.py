@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from d4c_onnx.evaluation.latency import describe_machine
+from d4c_onnx.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "results"
@@ -50,7 +51,7 @@ class ResultFile:
     name: str = field(default="", compare=False)
 
     def write(self, path: Path) -> None:
-        """One row a line, so that a difference between two runs can be read."""
+        """One row a line, so that a difference between two runs can be read; atomically, since some take hours."""
         kept = {key: getattr(self, key) for key in ("machine", "versions", "commit", "command", "note", "columns")}
         lines = [
             f" {json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items() if value or key == "versions"
@@ -58,7 +59,7 @@ class ResultFile:
         rows = ",\n".join(f"  {json.dumps(row)}" for row in self.rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = ",\n".join([*lines, f' "rows": [\n{rows}\n ]'])
-        path.write_text(f"{{\n{content}\n}}\n", "utf-8")
+        write_text(path, f"{{\n{content}\n}}\n")
 
 
 def read_results(name: str, folder: Path = FOLDER) -> ResultFile:

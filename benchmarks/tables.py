@@ -137,14 +137,76 @@ def recipe_keys(_: Sequence[ResultFile], section: str) -> list[list[str]]:
     return [["key", "takes", "default", "what it does"], *rows]
 
 
+def coverage_families(files: Sequence[ResultFile]) -> list[list[str]]:
+    """A line per family of open_clip's configs, and one for all: how many of those that fit are covered."""
+    [file] = files
+    families = sorted({row["family"] for row in file.rows}, key=str.lower)
+    table = [["family", "configs", "covered", "failed", "more memory than the limit", "not run yet"]]
+    for family in (*families, "all"):
+        rows = [row for row in file.rows if family in (row["family"], "all")]
+        counts = [sum(row["status"] == status for row in rows) for status in _OUTCOMES]
+        table.append([family, *(str(count) for count in (len(rows), *counts))])
+    return table
+
+
+def coverage(files: Sequence[ResultFile]) -> list[list[str]]:
+    """A line per config that was tried: what was measured of it, or why it is not covered."""
+    [file] = files
+    head = ["config", "M weights", "difference to torch", "short texts", "least cosine, w8a8 and w4a8"]
+    table = [[*head, "times smaller", "int8 products, w8a8 and w4a8", "seconds", "peak GB", "outcome"]]
+    for row in sorted(file.rows, key=lambda row: row.get("millions") or 0):
+        if row["status"] == "not run":
+            continue
+        both = [row[bits] for bits in ("w8a8", "w4a8") if "cosine" in row.get(bits, ())]
+        steps = row.get("steps", {}).values()
+        parity = f"{max(row['parity'].values()):.0e}" if "parity" in row else ""
+        lengths = {True: "any length", False: "padded"}.get(row.get("dynamic"), "")
+        cells = [row["config"], f"{row['millions']:.0f}", parity, lengths]
+        cells += [
+            ", ".join(f"{width['cosine']:.3f}" for width in both),
+            ", ".join(f"{one['ratio']:.1f}" for one in both),
+        ]
+        cells.append(", ".join(f"{width['int8'] / width['products']:.0%} of {width['products']}" for width in both))
+        cells.append(f"{sum(step['seconds'] for step in steps):.0f}" if steps else "")
+        cells.append(f"{max(step['peak_gb'] for step in steps):.1f}" if steps else "")
+        table.append([*cells, row["reason"].replace("|", "\\|") or row["status"]])
+    return table
+
+
+def coverage_absent(files: Sequence[ResultFile]) -> list[list[str]]:
+    """The configs that have not been run yet, by family."""
+    [file] = files
+    table = [["family", "not run yet"]]
+    for family in sorted({row["family"] for row in file.rows}, key=str.lower):
+        names = [row["config"] for row in file.rows if (row["family"], row["status"]) == (family, "not run")]
+        if names:
+            table.append([family, ", ".join(names)])
+    return table
+
+
 def each_seed(points: Sequence[float]) -> str:
     """A cell: the mean in bold, then every seed."""
     return f"**{sum(points) / len(points):+.2f}** ({', '.join(f'{value:+.2f}' for value in points)})"
 
 
+_OUTCOMES = ("covered", "failed", "too large", "not run")
 _FIDELITY = ("model", "bits", "calibration", "stress", "overrides")
 VIEWS: dict[str, Callable[..., list[list[str]]]] = {
-    view.__name__: view for view in (plain, race, overview, memory, forms, runtimes, fidelity, synthesis, recipe_keys)
+    view.__name__: view
+    for view in (
+        plain,
+        race,
+        overview,
+        memory,
+        forms,
+        runtimes,
+        fidelity,
+        synthesis,
+        recipe_keys,
+        coverage_families,
+        coverage,
+        coverage_absent,
+    )
 }
 
 

@@ -1,11 +1,14 @@
 """Other families of CLIPs than the minis, as small as they get, with random weights: all the way to int8 kernels."""
 
+import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import open_clip
 import pytest
+from miniatures import TEXT_TOWER, add_miniatures
 
 from d4c_onnx import pipeline
 from d4c_onnx.bundle import open_bundle
@@ -84,3 +87,66 @@ def test_family(tmp_path: Path, name: str, fused: int) -> None:
         layers = inspect_encoder(quantized.encoders[tower]).layers
         integer = [0 < (layer.bits or 0) <= 8 for layer in layers]  # attention stays in float
         assert [layer.int8 for layer in layers] == integer
+
+
+MEMBERS = (
+    "RN50-quickgelu",  # OpenAI's
+    "ViT-B-32-quickgelu",  # OpenAI's, DFN's and MetaCLIP's
+    "ViT-B-32",  # LAION's
+    "ViT-L-14-CLIPA",
+    "ViT-H-14-worldwide",  # MetaCLIP 2's, XLM-V's tokenizer
+    "ViT-L-14-worldwide",  # mT5's tokenizer
+    "EVA01-g-14",
+    "EVA02-B-16",
+    "convnext_tiny",
+    "coca_ViT-B-32",
+    "coca_roberta-ViT-B-32",
+    "ViT-B-16-SigLIP",
+    "ViT-B-16-SigLIP2",
+    "MobileCLIP-S1",
+    "MobileCLIP-B",
+    "MobileCLIP2-S0",
+    "MobileCLIP2-S3",
+    "ViTamin-S",
+    "PE-Core-T-16-384",
+    "roberta-ViT-B-32",
+    "xlm-roberta-base-ViT-B-32",
+    "mt5-base-ViT-B-32",
+    "nllb-clip-base",
+    "nllb-clip-base-siglip",
+    "swin_base_patch4_window7_224",
+    "vit_medium_patch16_gap_256",
+    "vit_relpos_medium_patch16_cls_224",
+)
+"""One of each family of open_clip's configs. SigLIP 2 NaFlex is refused by name (test_transformers_folders.py)."""
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> None:
+    add_miniatures(MEMBERS, tmp_path_factory.mktemp("members"))
+
+
+@pytest.fixture
+def coverage_config(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What benchmarks/coverage.py does with a config, text towers in miniature."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    text_towers = importlib.import_module("text_towers")
+    for name, tower in text_towers.TEXT_TOWERS.items():
+        small = {key: value for key, value in TEXT_TOWER.items() if key in tower}
+        monkeypatch.setitem(text_towers.TEXT_TOWERS, name, tower | small)
+    return importlib.import_module("coverage_config")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("members")
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_member_of_each_family_is_covered(coverage_config: ModuleType, tmp_path: Path, name: str) -> None:
+    """Exported as torch has it, ids and pixels as open_clip's, w8a8 and w4a8 run, 90 % of the products in int8."""
+    record = coverage_config.Record(tmp_path / "record.json")
+    assert coverage_config.measure(f"tiny-{name}", tmp_path, record) == []
+    assert max(record.found["parity"].values()) <= 1e-4
+    for bits in ("w8a8", "w4a8"):
+        found = record.found[bits]
+        assert found["int8"] >= 0.9 * found["products"] > 9
+        assert found["cosine"] > 0.85

@@ -5,7 +5,8 @@ truncation and padding.
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +131,33 @@ def clips(folder: Path, **options: Any) -> Any:
 
 
 def unigram(folder: Path, **options: Any) -> Any:
-    """Sentencepiece's unigram as T5 (SigLIP, mT5) and XLM-R: text </s>."""
-    special = ["<pad>", "</s>", "<unk>"]
+    """Sentencepiece's unigram as T5 (SigLIP, mT5): text </s>."""
+    return _sentencepiece(folder, ["<pad>", "</s>", "<unk>"], "$A </s>", options)
+
+
+def xlm_roberta(folder: Path, **options: Any) -> Any:
+    """Sentencepiece's unigram as XLM-R and XLM-V: <s> text </s>, padding that is no zero."""
+    return _sentencepiece(folder, ["<s>", "<pad>", "</s>", "<unk>"], "<s> $A </s>", options)
+
+
+def nllb(folder: Path, **options: Any) -> Any:
+    """Pieces as NLLB: language text </s>, the language behind all others."""
+    return _sentencepiece(folder, ["<s>", "<pad>", "</s>", "<unk>"], "eng_Latn $A </s>", options, ["eng_Latn"])
+
+
+def _sentencepiece(
+    folder: Path, special: list[str], single: str, options: dict[str, Any], behind: Sequence[str] = ()
+) -> Any:
     pieces = [(name, 0.0) for name in special] + [("▁", -2.0)]
     pieces += [(f"▁{word}", -3.0) for word in _WORDS if len(word) > 1]
     pieces += [(letter, -6.0) for letter in [*_LETTERS, *_LETTERS.upper(), *".,!'\"&<>_;#0123456789猫éσς"]]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=special.index("<unk>"), byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.add_special_tokens(special)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens([*special, *behind])
+    ends = [(name, tokenizer.token_to_id(name)) for name in (*special, *behind)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
     return wrapped(tokenizer, folder, {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}, options)
 
 
@@ -179,9 +196,32 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "clipa, lower": lambda folder: bert(folder, strip_sep_token=True, clean="lower"),
     "clips": lambda folder: clips(folder, clean="canonicalize"),
     "siglip": lambda folder: unigram(folder, clean="canonicalize"),
-    "xlm-roberta": unigram,
+    "mt5": unigram,
+    "xlm-roberta": xlm_roberta,
+    "nllb": nllb,
     "siglip2": lambda folder: gemma(folder, clean="canonicalize"),
     "roberta": bytes_bpe,
     "roberta, stripped": lambda folder: bytes_bpe(folder, strip_sep_token=True),
 }
 """What makes each, in a folder of its own."""
+
+_OF_REPOSITORY: dict[str, Callable[..., Any]] = {
+    r"bert-base-uncased": bert,
+    r"google/mt5-.*|timm/.*SigLIP(-.*)?": unigram,
+    r"xlm-roberta-.*|facebook/xlm-v-.*": xlm_roberta,
+    r"facebook/nllb-.*": nllb,
+    r"roberta-.*": bytes_bpe,
+    r"timm/.*SigLIP2(-.*)?": gemma,
+}
+
+
+def stand_in(repository: str) -> Callable[..., Any]:
+    """What makes a tokenizer of the same kind as a repository's on the hub.
+
+    Raises:
+        KeyError: nobody has said yet what kind that is.
+    """
+    for pattern, make in _OF_REPOSITORY.items():
+        if re.fullmatch(pattern, repository):
+            return make
+    raise KeyError(repository)
