@@ -104,6 +104,7 @@ def _quantized(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bun
         recipe_dump=dump,
         provider=resolve_provider(task.machine.provider),
         threads=task.machine.threads,
+        overwrite=task.overwrite,
         on_step=task.on_step,
     )
 
@@ -119,5 +120,6 @@ def _fp16(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bundle |
         task.recipe.quantization,
         dataset,
         threads=task.machine.threads,
+        overwrite=task.overwrite,
         on_step=task.on_step,
     )

@@ -26,7 +26,7 @@ class QuantizeTask:
     """A quantisation that was asked for, and what of it is there already.
 
     Attributes:
-        source, pretrained, options, recipe, machine, on_step: as asked.
+        source, pretrained, options, recipe, overwrite, machine, on_step: as asked.
         folder: of the FP32 bundle, which may have to be exported.
         nouns: the user's vocabulary; None: the model's own.
         given: the user's calibration set; None: the one of the recipe's key.
@@ -39,6 +39,7 @@ class QuantizeTask:
     pretrained: str | None
     options: ModelOptions | None
     recipe: Recipe
+    overwrite: bool
     machine: Machine
     on_step: OnStep
     folder: Path
@@ -103,9 +104,8 @@ def decide(
         refuse_existing(fp16_folder(folder), overwrite)
     check_dataset_name(recipe)
     given = _given_set(calibration, prompts, nouns) if calibration else None
-    return QuantizeTask(
-        source, pretrained, options, recipe, machine, on_step, folder, nouns, given, resumed, wants_fp16, fp16
-    )
+    asked = (source, pretrained, options, recipe, overwrite, machine, on_step)
+    return QuantizeTask(*asked, folder, nouns, given, resumed, wants_fp16, fp16)
 
 
 def _given_set(calibration: str | Path, prompts: str | Path | None, nouns: tuple[str, ...] | None) -> CalibrationSet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from d4c_onnx.files import claimed
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.measure.accuracy import check_limits, evaluate
 from d4c_onnx.measure.machine import Machine
@@ -12,6 +13,7 @@ from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.quantize_report import QuantizeReport, report_of
 from d4c_onnx.pipeline.quantize_run import Clock, MadeBundles, run
 from d4c_onnx.pipeline.quantize_task import QuantizeTask, decide
+from d4c_onnx.pipeline.source import source_folder
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.results import Accuracy
@@ -42,24 +44,25 @@ def quantize_bundle(
         calibration: a set's folder; none is then synthesised and torch is not needed for a bundle.
 
     Raises:
-        BundleError: the folder of the result, or of the FP16 bundle, holds something else.
+        BundleError: the folder of the result, or of the FP16 bundle, holds something else, or another run is writing.
         RecipeError: keys contradict the target.
         CheckFailed: top-1 or cosine fell by more than is allowed; the files are written, its `report` has the rest.
     """
-    task = decide(
-        source,
-        recipe,
-        output=output,
-        pretrained=pretrained,
-        options=options,
-        prompts=prompts,
-        calibration=calibration,
-        overwrite=overwrite,
-        machine=machine or Machine(),
-        on_step=on_step,
-    )
-    clock = Clock()
-    return _measure(task, run(task, clock), clock)
+    with claimed(source_folder(source, output)):
+        task = decide(
+            source,
+            recipe,
+            output=output,
+            pretrained=pretrained,
+            options=options,
+            prompts=prompts,
+            calibration=calibration,
+            overwrite=overwrite,
+            machine=machine or Machine(),
+            on_step=on_step,
+        )
+        clock = Clock()
+        return _measure(task, run(task, clock), clock)
 
 
 def _measure(task: QuantizeTask, made: MadeBundles, clock: Clock) -> QuantizeReport:

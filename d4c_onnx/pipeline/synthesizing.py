@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from d4c_onnx.files import claimed
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.controls import draw_real_images, make_control_set
@@ -42,17 +43,21 @@ def synthesize_calibration_set(
 
     Returns:
         The set's folder, and the set.
+
+    Raises:
+        BundleError: the folder is in the way, cannot be written, or another run is writing it.
     """
     from d4c_onnx.synthesis import init_process_group
 
     machine = machine or Machine()
     nouns = read_nouns(prompts) if prompts else None
     folder = source_folder(source, output)
-    recipe = without_model(folder, recipe)
-    use_threads(machine)
-    group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
-    model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step, options))
-    return find_or_synthesize(model, recipe, nouns, machine, on_step, group)
+    with contextlib.nullcontext() if machine.rank else claimed(folder):  # the first process holds it for all
+        recipe = without_model(folder, recipe)
+        use_threads(machine)
+        group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
+        model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step, options))
+        return find_or_synthesize(model, recipe, nouns, machine, on_step, group)
 
 
 def find_or_synthesize(
@@ -64,7 +69,7 @@ def find_or_synthesize(
     group: ProcessGroup | None = None,
 ) -> tuple[Path, CalibrationSet]:
     """The set of a recipe's key beside a bundle: the one that is there, or a new one."""
-    from d4c_onnx.calibration.dataset import open_calibration_set, work_folder
+    from d4c_onnx.calibration.dataset import open_calibration_set
     from d4c_onnx.calibration.key import calibration_key
     from d4c_onnx.evaluation.datasets import content_sha256
 
@@ -75,7 +80,6 @@ def find_or_synthesize(
     key = calibration_key(bundle.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed, digest)
     target = bundle.path / f"calibration-{key['id']}"
     if target.exists():
-        shutil.rmtree(work_folder(target), ignore_errors=True)  # a run was killed after its last rename
         return target, open_calibration_set(target)
     if is_imported(bundle):
         return target, make_control_set(bundle, target, recipe, nouns, source, digest)
