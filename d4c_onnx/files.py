@@ -6,10 +6,12 @@ Everything is written to a temporary name beside its target, fsynced, and rename
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -142,7 +144,7 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             _swap(stage, target)
             _fsync(target.parent)
         except OSError as error:
-            raise translate_os_error(error, target) from error
+            raise translate_os_error(error, target, _size(stage)) from error
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
@@ -172,19 +174,65 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         BundleError: the disk is full or the place cannot be written.
     """
-    temporary = _stage_of(path)
+    temporary, raw = _stage_of(path), None
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+        raw = _Noted(os.open(temporary, flags, 0o666), "wb")
+        with io.BufferedWriter(raw) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
         _fsync(path.parent)
     except OSError as error:
-        raise translate_os_error(error, path) from error
+        raise translate_os_error(error, path, _size(temporary)) from error
+    except RuntimeError as error:  # torch's of whatever its file raised
+        if raw is None or raw.refused is None:
+            raise
+        raise translate_os_error(raw.refused, path, _size(temporary)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class _Noted(io.FileIO):
+    """A file that remembers why it could not be written, whatever its writer makes of that."""
+
+    refused: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.refused = error
+            raise
+
+
+@contextlib.contextmanager
+def temporary_folder(needed: int = 0) -> Iterator[Path]:
+    """A folder for what is needed for a moment, where the system keeps such (TMPDIR).
+
+    Args:
+        needed: bytes that will be written there.
+
+    Raises:
+        BundleError: there is no room for them, or no such place.
+    """
+    advice = "Set TMPDIR to a folder with more room, and run the same command again: what is finished is kept."
+    try:
+        place = Path(tempfile.gettempdir())
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise BundleError(f"there is no folder for temporary files ({error}). {advice}") from error
+    if free < needed:
+        raise BundleError(f"{place}: {_mega(needed)} are needed there for a moment, {_mega(free)} are free. {advice}")
+    try:
+        with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+    except OSError as error:
+        if not _is_full(error):
+            raise
+        left = shutil.disk_usage(place).free
+        raise BundleError(f"{place}: no space left for temporary files ({_mega(left)} are free). {advice}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -192,17 +240,43 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def translate_os_error(error: OSError, target: Path) -> BundleError:
-    """An operating-system error as one that says what to do."""
-    # numpy reports a short write in words, without an error number
-    short_write = error.errno is None and "requested and" in str(error)
-    if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return BundleError(
-            f"{target}: no space left to write ({error.strerror or error}). Free some and run the same command again."
-        )
+def translate_os_error(error: OSError, target: Path, written: int = 0) -> BundleError:
+    """An operating-system error as one that says what to do.
+
+    Args:
+        written: bytes that had found room.
+    """
+    if _is_full(error):
+        place = error.filename if isinstance(error.filename, str) else target
+        with contextlib.suppress(OSError, StopIteration):
+            above = next(path for path in target.absolute().parents if path.exists())
+            needs = f"more than {_mega(written)} are needed, " if written else ""
+            return BundleError(
+                f"{place}: no space left to write ({error.strerror or error}; {needs}"
+                f"{_mega(shutil.disk_usage(above).free)} are free on that disk). Free some and run the same command "
+                "again: what is finished is kept."
+            )
     if error.errno in _CANNOT_WRITE:
         return BundleError(f"{target}: cannot be written ({error.strerror}). Choose another --output.")
     return BundleError(f"{target}: {error.strerror or error}.")
+
+
+def _is_full(error: OSError) -> bool:
+    # numpy reports a short write in words, without an error number
+    short_write = error.errno is None and "requested and" in str(error)
+    return short_write or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all below a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in files if file.is_file())
+    return 0
+
+
+def _mega(number: int) -> str:
+    return f"{number / 1e6:,.1f} MB"
 
 
 def _fsync(path: Path) -> None:

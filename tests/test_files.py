@@ -1,6 +1,8 @@
 """Atomic writing: an interrupted or failed run leaves nothing half-written."""
 
+import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from d4c_onnx.errors import BundleError
-from d4c_onnx.files import claimed, refuse_existing, sha256, staged_folder, write_json
+from d4c_onnx.files import claimed, refuse_existing, sha256, staged_folder, temporary_folder, write_json
 
 
 def test_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
@@ -186,3 +188,46 @@ def test_planted_links_are_not_followed(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(BundleError, match="bundle: cannot be written"), claimed(tmp_path / "bundle"):
         raise AssertionError
     assert victim.read_text() == "precious"
+
+
+WRITES_TOO_MUCH = """
+import resource, signal, sys
+from pathlib import Path
+from d4c_onnx.errors import BundleError
+from d4c_onnx.files import write_file
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+def save(file):  # as torch does
+    try:
+        file.write(b"x" * 2**20)
+        file.flush()
+    except OSError:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0") from None
+try:
+    write_file(Path(sys.argv[1]), save)
+except BundleError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def test_a_full_disk_is_named_whatever_the_writer_makes_of_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITES_TOO_MUCH, str(tmp_path / "unit-0000.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "unit-0000.pt: no space left to write" in done.stdout
+    assert "MB are needed" in done.stdout
+    assert "what is finished is kept" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_place_for_temporary_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    named = rf"^{re.escape(str(tmp_path))}: "
+    with pytest.raises(BundleError, match=named + r".* are needed there .*TMPDIR"), temporary_folder(10**18):
+        raise AssertionError
+    with pytest.raises(BundleError, match=named + r"no space left .*TMPDIR"), temporary_folder():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="other"), temporary_folder():
+        raise OSError(errno.EIO, "other")
+    assert os.listdir(tmp_path) == []

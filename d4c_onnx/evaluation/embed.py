@@ -21,7 +21,7 @@ class BundleEncoders:
         self._text = EncoderSession(bundle.text_encoder, provider, threads, entries=bundle.session_entries)
 
     def image_batches(
-        self, batches: Iterable[list[Image.Image]], on_batch: Callable[[int], None] | None = None
+        self, batches: Iterable[Iterable[Image.Image]], on_batch: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """float32 [N, D] unit vectors."""
         config = self.bundle.manifest.preprocess

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from d4c_onnx.files import claimed
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.measure.accuracy import check_limits, evaluate
 from d4c_onnx.measure.machine import Machine
@@ -13,7 +12,7 @@ from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.quantize_report import QuantizeReport, report_of
 from d4c_onnx.pipeline.quantize_run import Clock, MadeBundles, run
 from d4c_onnx.pipeline.quantize_task import QuantizeTask, decide
-from d4c_onnx.pipeline.source import source_folder
+from d4c_onnx.pipeline.source import claimed_source
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.results import Accuracy
@@ -48,7 +47,7 @@ def quantize_bundle(
         RecipeError: keys contradict the target.
         CheckFailed: top-1 or cosine fell by more than is allowed; the files are written, its `report` has the rest.
     """
-    with claimed(source_folder(source, output)):
+    with claimed_source(source, output):
         task = decide(
             source,
             recipe,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
 from d4c_onnx.errors import BundleError, ModelError, RecipeError
-from d4c_onnx.files import refuse_existing
+from d4c_onnx.files import claimed, refuse_existing
 from d4c_onnx.manifest import IMPORTED, ModelInfo
 from d4c_onnx.models.model_options import ModelOptions, is_local
 from d4c_onnx.pipeline.exporting import bundle_folder, export_loaded, load
@@ -127,6 +129,18 @@ def other_weights(
 def source_folder(source: str, output: str | Path) -> Path:
     """Where the FP32 bundle is, or will be: `source` is a bundle's path or a model's name."""
     return Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
+
+
+@contextlib.contextmanager
+def claimed_source(source: str, output: str | Path, rank: int = 0) -> Iterator[Path]:
+    """Where the FP32 bundle is or will be, held against other runs; the first of several processes holds it for all.
+
+    Raises:
+        BundleError: another run is writing there, or nobody can.
+    """
+    folder = source_folder(source, output)
+    with contextlib.nullcontext() if rank else claimed(folder):
+        yield folder
 
 
 def is_imported(bundle: Bundle) -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d4c_onnx.files import claimed
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.controls import draw_real_images, make_control_set
 from d4c_onnx.pipeline.exporting import use_threads
-from d4c_onnx.pipeline.source import LazyModel, is_imported, open_or_export, source_folder, without_model
+from d4c_onnx.pipeline.source import LazyModel, claimed_source, is_imported, open_or_export, without_model
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import read_nouns
@@ -51,8 +49,7 @@ def synthesize_calibration_set(
 
     machine = machine or Machine()
     nouns = read_nouns(prompts) if prompts else None
-    folder = source_folder(source, output)
-    with contextlib.nullcontext() if machine.rank else claimed(folder):  # the first process holds it for all
+    with claimed_source(source, output, machine.rank) as folder:
         recipe = without_model(folder, recipe)
         use_threads(machine)
         group = init_process_group(machine.rank, machine.world_size, machine.local_rank)

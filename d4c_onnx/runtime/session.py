@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from d4c_onnx.bundle import file_size_bytes
 from d4c_onnx.errors import BundleError, ModelError
+from d4c_onnx.files import temporary_folder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -150,8 +151,8 @@ class EncoderSession:
             if weight_bytes(model) <= _IN_MEMORY_BYTES:
                 return cls(to_proto(model).SerializeToString(), provider, threads, literal=literal)
             # what onnxruntime has mapped stays readable after the file is gone
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                path = Path(folder) / "model.onnx"
+            with temporary_folder(weight_bytes(model)) as folder:
+                path = folder / "model.onnx"
                 save_model(model, path, limit_bytes=0)
                 return cls(path, provider, threads, literal=literal)
 
@@ -182,7 +183,8 @@ def optimized_graph(path: Path | bytes, entries: Mapping[str, str] | None = None
     """
     import onnx_ir as ir
 
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "optimized.onnx"
+    needed = len(path) if isinstance(path, bytes) else file_size_bytes(path)
+    with temporary_folder(needed) as folder:
+        target = folder / "optimized.onnx"
         EncoderSession(path, "cpu", os.cpu_count() or 1, optimized_path=target, entries=entries)
         return ir.load(target)
