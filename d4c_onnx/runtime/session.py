@@ -14,6 +14,7 @@ import onnxruntime as ort
 from d4c_onnx.bundle import file_size_bytes
 from d4c_onnx.errors import BundleError, ModelError
 from d4c_onnx.files import temporary_folder
+from d4c_onnx.untrusted_json import short
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -116,13 +117,13 @@ class EncoderSession:
             options.add_session_config_entry(key, value)
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
+        self._shown = "model" if isinstance(path, bytes) else str(path)
         source: Any = path if isinstance(path, bytes) else str(path)
         name = resolve_provider(provider)
         try:
             self._session = ort.InferenceSession(source, options, providers=_PROVIDERS[name])
         except Exception as error:  # onnxruntime raises its own C++ exception types
-            shown = "model" if isinstance(path, bytes) else path
-            raise BundleError(f"{shown}: onnxruntime {ort.__version__} cannot load it ({str(error)[:300]}).") from error
+            raise self._refused("load", error) from error
         self._session.disable_fallback()  # a run that fails on CUDA would go on on the CPU
         self.input_name = next((value.name for value in self._session.get_inputs()), "")
         self.input_names = [value.name for value in self._session.get_inputs()]
@@ -163,16 +164,33 @@ class EncoderSession:
         return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """The first output for one batch."""
-        return self._session.run(self.output_names[:1], {self.input_name: batch})[0]
+        """The first output for one batch.
+
+        Raises:
+            BundleError: onnxruntime refuses the batch: the file takes another size or type, or ids that are fewer.
+        """
+        return self._run(self.output_names[:1], {self.input_name: batch})[0]
 
     def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
         """Every output by name."""
         return self.run_named({self.input_name: batch})
 
     def run_named(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every output by name, for a graph of several inputs."""
-        return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
+        """Every output by name, for a graph of several inputs.
+
+        Raises:
+            BundleError: onnxruntime refuses the batch.
+        """
+        return dict(zip(self.output_names, self._run(self.output_names, feed), strict=True))
+
+    def _run(self, outputs: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return self._session.run(list(outputs), dict(feed))
+        except Exception as error:  # onnxruntime raises its own C++ exception types, and ValueError for other inputs
+            raise self._refused("run", error) from error
+
+    def _refused(self, what: str, error: Exception) -> BundleError:
+        return BundleError(f"{self._shown}: onnxruntime {ort.__version__} cannot {what} it ({short(error)}).")
 
 
 def optimized_graph(path: Path | bytes, entries: Mapping[str, str] | None = None) -> "ir.Model":

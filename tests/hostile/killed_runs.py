@@ -32,7 +32,8 @@ FP32 = Manifest(
     seed=0,
 )
 MADE = Quantization("w4a8", "cpu", "", {}, "1.23", False, dict.fromkeys(FILES, "0" * 64))
-KEY = {"id": "0123", "weights_sha256": "0" * 64, "seed": 0}
+SYNTHESIS = {"method": "noise", "template": "a {}"}
+KEY = {"id": "0123", "weights_sha256": "0" * 64, "seed": 0, "synthesis": SYNTHESIS, "text": {}, "nouns": ["a", "b"]}
 
 
 def write_bundle(target: Path, overwrite: bool = False, text: str = "graph", made: Quantization | None = None) -> None:
