@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -125,7 +126,7 @@ def content_sha256(path: Path) -> str:
         raise DatasetError(f"{path}: no such folder or file.")
     digest = hashlib.sha256()
     for file in _image_files(path):
-        digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+        digest.update(os.fsencode(f"{file.relative_to(path).as_posix()} {sha256(file)}\n"))
     return digest.hexdigest()
 
 
