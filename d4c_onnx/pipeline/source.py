@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from d4c_onnx.models.model_options import ModelOptions, is_local
 from d4c_onnx.pipeline.exporting import bundle_folder, export_loaded, load
 from d4c_onnx.progress import OnStep
 from d4c_onnx.recipe import Recipe
+from d4c_onnx.untrusted_json import quoted
 from d4c_onnx.vocabulary import generic_nouns
 
 if TYPE_CHECKING:
@@ -68,6 +70,12 @@ class LazyModel:
                     "came from in place of the bundle."
                 )
             name = self.asked if known == "folder" and self.asked else model.name
+            if self.asked is None and not re.fullmatch(r"[\w.-]+", name):
+                raise ModelError(
+                    f"{self.bundle.path}: its manifest says that the weights are {quoted(name)}, and what a manifest "
+                    "names is not fetched or opened unasked. If you trust it, name the model itself in place of the "
+                    f"bundle, with --output {self.bundle.path.parent}."
+                )
             pretrained = None if known in _WHOLE else self.pretrained or known
             loaded = load(name, pretrained, self.bundle.manifest.seed, on_step, self._options())
             # synthesis looks through the very preprocessing that the bundle serves
