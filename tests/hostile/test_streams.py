@@ -60,3 +60,18 @@ def test_errors_move_no_cursor() -> None:
     shown = CliRunner().invoke(group, ["inspect", "/nowhere/\x1b[2J"])
     assert shown.exit_code == 2
     assert "\x1b" not in shown.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("--batches", value) for value in ("", "0", "-1", "1,,2", "1.5", "9" * 5000, "10000000000", "x" * 10**5)),
+        *((option, value) for option in ("--sequence", "--rounds") for value in ("0", "-1", "9" * 30, "nan")),
+    ],
+    ids=lambda arguments: f"{arguments[0]}={arguments[1][:12]}",
+)
+def test_bad_arguments_of_benchmark_are_refused(arguments: tuple[str, str]) -> None:
+    shown = CliRunner().invoke(group, ["benchmark", "/nowhere", *arguments])
+    assert shown.exit_code == 2
+    assert arguments[0] in shown.output
+    assert isinstance(shown.exception, SystemExit)
