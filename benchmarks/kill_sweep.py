@@ -1,22 +1,35 @@
-"""kill -9 at random moments: does a rerun always end with the files of an uninterrupted run?
+"""kill -9 at every write: does a rerun always end with the files of an uninterrupted run?
 
-    python benchmarks/kill_sweep.py --kills 12
+    python benchmarks/kill_sweep.py --most 20
+    python benchmarks/kill_sweep.py --random 12
 
-One synthesis runs to its end; the same is then started again and again elsewhere, and killed at random moments, until
-one run ends by itself. Both sets must hold the same bytes. Exit code 1 when they do not.
+Each command runs to its end once; then it is killed at each of its writes, renames and removals (or at `--most` of
+them), and run again. The bundle's folder must hold the same bytes, and nothing else. `--random` kills one synthesis
+with a real kill -9, again and again, at moments that nobody chose. Exit code 1 when something differs.
 """
 
 import argparse
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+# one thread: what forks must not have any other
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
+import kill_points
+
+from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 
+TINY = ("synthesis.images=4", "synthesis.held_out=2", "synthesis.batch=2", "synthesis.steps=4", "text.prompts=8")
+REST = ("text.held_out=4", "evaluation.dataset=fidelity")
 KEYS = ("images=24", "held_out=8", "batch=8", "steps=300")
 # a checkpoint after every fifth step instead of every 200th: more kinds of moments to be killed at
 OFTEN = "from d4c_onnx.synthesis import loop; loop.CHECKPOINT_STEPS = 5; from d4c_onnx.cli import main; main()"
@@ -24,31 +37,100 @@ OFTEN = "from d4c_onnx.synthesis import loop; loop.CHECKPOINT_STEPS = 5; from d4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=12, help="at most; then the run may end")
+    parser.add_argument("--model", default="mini-vit")
+    parser.add_argument("--most", type=int, help="kills a command; all by default")
+    parser.add_argument("--random", type=int, metavar="KILLS", help="instead: so many kills at random moments")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        start = time.monotonic()
-        whole = _finish(_start(Path(folder) / "whole"))
-        seconds = time.monotonic() - start
-        moments = []
-        while True:
-            process = _start(Path(folder) / "killed")
-            if len(moments) < args.kills:
-                wait = draw.uniform(0.2, 0.5) * seconds  # the start takes a quarter; several runs make it together
-                try:
-                    process.wait(timeout=wait)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.communicate()
-                    moments.append(round(wait, 1))
-                    continue
-            killed = _finish(process)
-            break
+        wrong = _random(Path(folder), args) if args.random else _sweep(Path(folder), args)
+    sys.exit(wrong)
+
+
+def _sweep(place: Path, args: argparse.Namespace) -> bool:
+    """Every command in its turn, each from what the one before left."""
+    from d4c_onnx import measure, pipeline
+    from d4c_onnx.recipe import load_recipe
+    from d4c_onnx.synthesis import loop
+
+    loop.CHECKPOINT_STEPS = 2
+    output, before = place / "out", place / "before"
+    recipe, machine = load_recipe(None, [*TINY, *REST]), measure.Machine("cpu", "cpu", 1)
+    folder = pipeline.bundle_folder(output, args.model)
+
+    def quantize(overwrite: bool) -> object:
+        return pipeline.quantize_bundle(args.model, recipe, output=output, overwrite=overwrite, machine=machine)
+
+    def evaluate() -> object:
+        [made] = folder.glob("calibration-*/")
+        return measure.evaluate_bundles([folder, folder / "w4a8"], recipe, calibration=made, machine=machine)
+
+    commands: dict[str, Callable[[], object]] = {
+        "export": lambda: pipeline.export_bundle(args.model, output, recipe, machine=machine),
+        "synthesize": lambda: pipeline.synthesize_calibration_set(args.model, recipe, output=output, machine=machine),
+        "quantize": lambda: quantize(overwrite=False),
+        "quantize --overwrite": lambda: quantize(overwrite=True),
+        "evaluate": evaluate,
+        "export --overwrite": lambda: pipeline.export_bundle(
+            args.model, output, recipe, overwrite=True, machine=machine
+        ),
+    }
+
+    def restore() -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.copytree(before, output)
+
+    output.mkdir()
+    wrong = False
+    for name, command in commands.items():
+        shutil.rmtree(before, ignore_errors=True)
+        shutil.copytree(output, before)
+        found = dict(kill_points.sweep(_done_or_there(command), output, restore, args.most))
+        print(f"{name}: {len(found)} kills, {sum(map(bool, found.values()))} wrong", flush=True)
+        for number, what in found.items():
+            if what:
+                print(f"  event {number}: {what[:300]}", flush=True)
+        wrong |= any(found.values())
+        restore()
+        kill_points.run(_done_or_there(command), output)
+    return wrong
+
+
+def _done_or_there(command: Callable[[], object]) -> Callable[[], None]:
+    """A rerun of what a kill came too late for is refused; that is as good as done."""
+
+    def work() -> None:
+        try:
+            command()
+        except BundleError as error:
+            if "already exists" not in str(error):
+                raise
+
+    return work
+
+
+def _random(folder: Path, args: argparse.Namespace) -> bool:
+    draw = random.Random(args.seed)
+    start = time.monotonic()
+    whole = _finish(_start(folder / "whole"))
+    seconds = time.monotonic() - start
+    moments = []
+    while True:
+        process = _start(folder / "killed")
+        if len(moments) < args.random:
+            wait = draw.uniform(0.2, 0.5) * seconds  # the start takes a quarter; several runs make it together
+            try:
+                process.wait(timeout=wait)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                moments.append(round(wait, 1))
+                continue
+        killed = _finish(process)
+        break
     print(f"one run: {seconds:.1f} s; killed after {', '.join(map(str, moments))} s; then left alone")
     print("same files" if whole == killed else f"DIFFERENT files: {whole} and {killed}")
-    sys.exit(whole != killed)
+    return whole != killed
 
 
 def _start(output: Path) -> subprocess.Popen[str]:

@@ -70,7 +70,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
     Args:
         folder: a bundle's, whose other files are complete; sub-folders but `golden/` are no part of it.
-        manifest: its files are made anew, and its versions where it has none: what wrote the files stays what it was.
+        manifest: its files are hashed anew; where it names none, all of the folder's are, so that what lies in a
+            finished bundle and is not part of it stays so. Versions are taken where it has none: what wrote the files
+            stays what it was.
 
     Returns:
         What was written, as it reads back.
@@ -78,7 +80,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     Raises:
         BundleError: the disk is full, the place cannot be written, or the reader would refuse a value.
     """
-    found = [*folder.iterdir(), *(folder / GOLDEN_FOLDER).glob("*")]
+    found = [folder / name for name in manifest.files] or [*folder.iterdir(), *(folder / GOLDEN_FOLDER).glob("*")]
     files = {
         file.relative_to(folder).as_posix(): FileRecord(sha256(file), file.stat().st_size)
         for file in sorted(found)

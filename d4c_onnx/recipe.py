@@ -13,9 +13,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from d4c_onnx.errors import RecipeError
+from d4c_onnx.untrusted_json import QUOTED, quoted, short
 
 WEIGHT_BITS = (4, 6, 8)
 ACTIVATION_BITS = (4, 6, 8, 16)
+_LARGEST, _DEEPEST = 2**20, 20  # bytes of a recipe, and levels
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
@@ -28,11 +30,11 @@ def parse_bits(bits: str) -> tuple[int, int]:
         for activation in ACTIVATION_BITS:
             if bits.lower() == f"w{weight}a{activation}":
                 return weight, activation
-    raise RecipeError(f"--bits {bits}: not supported. Use w<4|6|8>a<4|6|8|16>, such as w4a8, w8a8 or w4a16.")
+    raise RecipeError(f"--bits {short(bits)}: not supported. Use w<4|6|8>a<4|6|8|16>, such as w4a8, w8a8 or w4a16.")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class SynthesisSection(_Section):
@@ -85,7 +87,7 @@ class SynthesisSection(_Section):
     @classmethod
     def _template_has_one_place(cls, template: str) -> str:
         if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
-            raise ValueError(f"needs exactly one {{}}, got {template!r}")
+            raise ValueError(f"needs exactly one {{}}, got {quoted(template)}")
         return template
 
 
@@ -337,10 +339,7 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
         RecipeError: the file is missing, is not YAML, or holds an unknown key or a bad value.
     """
     where, text = _read(str(name or "default"))
-    try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML ({_one_line(error)}). Mend the file.") from error
+    data = _yaml(text, f"{where}: not valid YAML", "Mend the file.") or {}
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of sections, this is a {type(data).__name__}.")
     for override in overrides:
@@ -355,11 +354,11 @@ def load_recipe(name: str | Path | None = None, overrides: Sequence[str] = ()) -
 def _first_mistake(error: ValidationError) -> str:
     """`section.key: what is wrong with it`, without the full stop, and how many more there are."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = short(".".join(str(part) for part in first["loc"]))
     if first["type"] == "value_error":  # a validator's own words
-        message = str(first["ctx"]["error"]).removesuffix(".")
+        message = short(first["ctx"]["error"]).removesuffix(".")
     else:
-        message = f"{first['msg']}, got {first['input']!r}"
+        message = f"{first['msg']}, got {quoted(first['input'])}"
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{key}: {message}{more}"
 
@@ -369,27 +368,54 @@ def _read(name: str) -> tuple[str, str]:
         return f"recipe {name}", (resources.files("d4c_onnx.recipes") / f"{name}.yaml").read_text("utf-8")
     path = Path(name)
     if not path.is_file():
-        raise RecipeError(f"--recipe {name}: no such recipe or file. Shipped recipes: {', '.join(recipe_names())}.")
+        raise RecipeError(
+            f"--recipe {short(name)}: no such recipe or file. Shipped recipes: {', '.join(recipe_names())}."
+        )
     try:
+        if path.stat().st_size > _LARGEST:
+            raise RecipeError(f"{path}: has {path.stat().st_size:,} bytes, which no recipe has.")
         return str(path), path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({_one_line(error)}).") from error
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({short(error)}).") from error
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
+    shown = override if len(override) <= QUOTED else f"{override[:QUOTED]}..."
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set {override}: use section.key=value, such as synthesis.steps=100.")
+        raise RecipeError(f"--set {shown}: use section.key=value, such as synthesis.steps=100.")
     *sections, last = key.strip().split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise RecipeError(f"--set {override}: {section} is not a section.")
+            raise RecipeError(f"--set {shown}: {short(section)} is not a section.")
+    data[last] = _yaml(value, f"--set {shown}: the value is not valid YAML", "Write it otherwise.")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, each written out: an alias of an alias of an alias is a text of any size in a few lines."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "a recipe has no aliases", self.peek_event().start_mark)
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _yaml(text: str, wrong: str, mend: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        RecipeError: it is none: `wrong`, why, `mend`.
+    """
     try:
-        data[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2024-13-45 looks like a date
-        raise RecipeError(f"--set {override}: the value is not valid YAML ({_one_line(error)}).") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, OverflowError) as error:
+        # not only YAML's own: 2024-13-45 looks like a date, 0b_ like a number, and brackets in brackets have no end
+        raise RecipeError(f"{wrong} ({short(error)}). {mend}") from error

@@ -40,6 +40,14 @@ def short(error: object) -> str:
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
 
 
+def printable(text: str) -> str:
+    """A text as a terminal may have it: what would move its cursor is written out."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in text
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A value of a JSON file.

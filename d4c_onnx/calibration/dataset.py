@@ -9,7 +9,6 @@
   manifest.json         key (model weights, recipe, seed), versions, SHA-256 of each file
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from d4c_onnx.calibration.set_file import (
+    MEND,
+    check_regular,
+    check_together,
+    read_images,
+    read_set_json,
+    set_losses,
+    set_manifest,
+    set_texts,
+)
 from d4c_onnx.errors import CalibrationError
 from d4c_onnx.files import sha256, staged_folder, write_json
 
@@ -103,26 +112,23 @@ def open_calibration_set(path: str | Path, verify: bool = True) -> CalibrationSe
         CalibrationError: the folder is not a set, or a file is missing, damaged or of another shape.
     """
     path = Path(path)
-    try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        prompts = json.loads((path / PROMPTS).read_text("utf-8"))
-        losses = tuple(json.loads((path / LOSSES).read_text("utf-8"))) if (path / LOSSES).exists() else ()
-        pixels, held_out = (np.load(path / name, mmap_mode="r") for name in (PIXELS, HELD_OUT))
-        changed = [name for name, digest in manifest["files"].items() if verify and sha256(path / name) != digest]
-        texts, ids = tuple(prompts["texts"]), tuple(tuple(row) for row in prompts["input_ids"])
-        held_out_texts, labels = tuple(prompts["held_out_texts"]), tuple(prompts["image_labels"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(
-            f"{path}: not a complete calibration set ({error}). Delete the folder if it was one, and make it (again) "
-            "with d4c-onnx synthesize."
-        ) from error
-    if changed:
-        raise CalibrationError(
-            f"{path / changed[0]}: differs from the manifest's SHA-256. Delete the folder, and synthesise again."
-        )
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != np.float32:
-        raise CalibrationError(f"{path / PIXELS}: is {pixels.dtype} {pixels.shape}, not float32 [N, 3, H, W].")
-    return CalibrationSet(pixels, held_out, labels, texts, ids, held_out_texts, manifest, losses)
+    manifest = read_set_json(path / MANIFEST, set_manifest)
+    for name, digest in manifest["files"].items():
+        check_regular(path / name)
+        if verify and sha256(path / name) != digest:
+            raise CalibrationError(
+                f"{path / name}: differs from the manifest's SHA-256. Delete the folder, and synthesise again."
+            )
+    missing = [name for name in (PIXELS, HELD_OUT, PROMPTS) if name not in manifest["files"]]
+    if missing:
+        raise CalibrationError(f"{path}: not a complete calibration set ({missing[0]} is not in its manifest). {MEND}")
+    said = read_set_json(path / PROMPTS, set_texts)
+    losses = read_set_json(path / LOSSES, set_losses) if (path / LOSSES).exists() else ()
+    pixels, held_out = read_images(path / PIXELS), read_images(path / HELD_OUT)
+    check_together(pixels, held_out, said.labels, path)
+    return CalibrationSet(
+        pixels, held_out, said.labels, said.texts, said.input_ids, said.held_out_texts, manifest, losses
+    )
 
 
 def contact_sheet(images: np.ndarray, thumb: int = 96, gap: int = 4) -> Image.Image:

@@ -6,13 +6,21 @@ import click
 
 from d4c_onnx.cli import options, show
 from d4c_onnx.evaluation.benchmark_report import BatchTiming, BenchmarkReport
+from d4c_onnx.manifest import LONGEST_CONTEXT
+from d4c_onnx.untrusted_json import quoted
+
+_LARGEST_BATCH = 4096  # as evaluation.batch
 
 
 @click.command("benchmark")
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--batches", default="1,8,16,32", show_default=True, help="Batch sizes.")
-@click.option("--sequence", type=click.IntRange(2), default=16, show_default=True, help="Token ids per text.")
-@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Timed runs at each batch size.")
+@click.option(
+    "--sequence", type=click.IntRange(2, LONGEST_CONTEXT), default=16, show_default=True, help="Token ids per text."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1, 1_000_000), default=15, show_default=True, help="Timed runs at each batch size."
+)
 @click.option("--peers", is_flag=True, help="Build onnxruntime's own quantisations of the first bundle and race them.")
 @click.option(
     "--picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the speed-ups into a .png or .svg file."
@@ -37,8 +45,10 @@ def command(
         sizes = [int(part) for part in batches.split(",")]
     except ValueError:
         sizes = []
-    if not sizes or min(sizes) < 1:
-        raise click.BadParameter(f"{batches!r} is not a list of sizes such as 1,8,16", param_hint="--batches")
+    if not sizes or min(sizes) < 1 or max(sizes) > _LARGEST_BATCH:
+        raise click.BadParameter(
+            f"{quoted(batches)} is not a list of sizes such as 1,8,16, up to {_LARGEST_BATCH}", param_hint="--batches"
+        )
     from d4c_onnx import measure
 
     with show.stdout_to_stderr(), show.progress(quiet) as on_step:

@@ -3,9 +3,12 @@
 0 done, 1 a requested check failed (or the run was interrupted), 2 bad input or usage.
 """
 
+import contextlib
 import errno
 import importlib
+import io
 import json
+import os
 import signal
 import sys
 from types import FrameType
@@ -15,6 +18,7 @@ import click
 
 import d4c_onnx
 from d4c_onnx.errors import CheckFailed, D4CError, Report
+from d4c_onnx.untrusted_json import printable
 
 COMMANDS = {
     "export": "Turn a CLIP model into FP32 ONNX encoders, checked against torch.",
@@ -81,8 +85,36 @@ def group() -> None:
 
 def main() -> None:
     """The console script."""
+    _open_streams()
     signal.signal(signal.SIGTERM, _interrupt)
-    group(prog_name="d4c-onnx")
+    try:
+        group(prog_name="d4c-onnx")
+    finally:
+        _drop_unwritten()
+
+
+def _open_streams() -> None:
+    """What a terminal cannot show is escaped; a closed stream is nowhere, and not the next file that is opened."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_unwritten() -> None:
+    """What found no room was told already; Python would tell it again when it ends, with another exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -96,5 +128,7 @@ def _wants_json() -> bool:
 def _fail(kind: str, error: D4CError, report: Report | None = None) -> None:
     if _wants_json():
         measured = {} if report is None else {"report": report.as_dict()}
-        click.echo(json.dumps({"error": str(error), "type": type(error).__name__, **measured}))
-    click.echo(f"{kind}: {error}", err=True)
+        with contextlib.suppress(OSError):  # the full disk may be what is told
+            click.echo(json.dumps({"error": str(error), "type": type(error).__name__, **measured}))
+    with contextlib.suppress(OSError):
+        click.echo(f"{kind}: {printable(str(error))}", err=True)

@@ -241,7 +241,9 @@ def output_option(function: F) -> F:
 
 
 def overwrite_option(function: F) -> F:
-    return click.option("--overwrite", is_flag=True, help="Replace an existing result, and all inside it.")(function)
+    return click.option(
+        "--overwrite", is_flag=True, help="Replace an existing result, and all inside it that is d4c-onnx's."
+    )(function)
 
 
 def prompts_option(function: F) -> F:

@@ -126,11 +126,13 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    grid = Table(title=escape(title), title_justify="left")
+    from d4c_onnx.untrusted_json import printable
+
+    grid = Table(title=escape(printable(title)), title_justify="left")
     for number, name in enumerate(header):
-        grid.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        grid.add_column(escape(name), justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*(escape(printable(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 120
     Console(width=width).print(grid)
 

@@ -2,20 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
 from d4c_onnx.errors import DatasetError
+from d4c_onnx.evaluation.encoded import Encoded, Files, Rows, open_rows, reading
 from d4c_onnx.files import sha256
 from d4c_onnx.runtime.images import IMAGE_SUFFIXES, read_image
+from d4c_onnx.untrusted_json import short
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EMBEDDED = ("cifar10",)
@@ -29,40 +33,45 @@ class LabelledImages:
         name: for reports.
         classes: class names, in label order.
         labels: int64 [N].
-        encoded: N encoded images (JPEG, PNG, ...).
+        encoded: N encoded images, which are read when they are looked at.
         places: where each image stands in its source (a row, a file), for messages.
     """
 
     name: str
     classes: tuple[str, ...]
     labels: np.ndarray
-    encoded: list[bytes]
-    places: list[str]
+    encoded: Encoded
+    places: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def batches(self, size: int) -> Iterator[list[Image.Image]]:
-        """Decoded images in the modes of their files, `size` at a time: `preprocess_image` makes them RGB.
+    def batches(self, size: int) -> Iterator[Iterator[Image.Image]]:
+        """Images in the modes of their files, `size` at a time: `preprocess_image` makes them RGB.
+
+        Each is decoded when it is its turn, so that whoever looks at one after the other has one in memory: a photo
+        of 24 megapixels takes 72 MB. A batch ends with its images, before the next one is asked for.
 
         Raises:
-            DatasetError: an image cannot be decoded.
+            DatasetError: an image cannot be decoded; when it is its turn.
         """
+        images = self._images()
         for start in range(0, len(self.encoded), size):
-            batch: list[Image.Image] = []
-            part = slice(start, start + size)
-            for place, blob in zip(self.places[part], self.encoded[part], strict=True):
-                try:
-                    batch.append(read_image(blob))
-                except DatasetError as error:
-                    raise DatasetError(f"{self.name}, {place}: {error}") from error
-            yield batch
+            yield islice(images, min(size, len(self.encoded) - start))
+
+    def _images(self) -> Iterator[Image.Image]:
+        for place, blob in zip(self.places, self.encoded, strict=True):
+            try:
+                image = read_image(blob)
+            except DatasetError as error:
+                raise DatasetError(f"{self.name}, {place}: {error}") from error
+            yield image
 
     def select(self, indices: Iterable[int]) -> "LabelledImages":
         """The images of these indices, in this order."""
         chosen = [int(index) for index in indices]
-        encoded, places = [self.encoded[index] for index in chosen], [self.places[index] for index in chosen]
-        return LabelledImages(self.name, self.classes, self.labels[chosen], encoded, places)
+        places = [self.places[index] for index in chosen]
+        return LabelledImages(self.name, self.classes, self.labels[chosen], self.encoded.pick(chosen), places)
 
 
 def open_dataset(name: str) -> LabelledImages:
@@ -75,12 +84,11 @@ def open_dataset(name: str) -> LabelledImages:
     """
     if name in EMBEDDED:
         blob = (resources.files("d4c_onnx.evaluation.data") / f"{name}-test.parquet").read_bytes()
-        return _from_table(name, pq.read_table(pa.BufferReader(blob)), CIFAR10)
+        return _labelled(name, open_rows(name, pa.py_buffer(blob)), CIFAR10)
     path = Path(name)
     if path.suffix != ".parquet" or not path.is_file():
         raise DatasetError(f"--dataset {name}: neither an embedded set ({', '.join(EMBEDDED)}) nor a .parquet file.")
-    table = _read_table(path)
-    return _from_table(str(path), table, _class_names(path, table))
+    return _labelled(str(path), open_rows(str(path), path), _class_names(path))
 
 
 def open_images(path: Path) -> LabelledImages:
@@ -96,12 +104,11 @@ def open_images(path: Path) -> LabelledImages:
         files = _image_files(path)
         if not files:
             raise DatasetError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-        encoded = [file.read_bytes() for file in files]
-        places = [file.relative_to(path).as_posix() for file in files]
+        encoded: Encoded = Files(files)
+        places: Sequence[str] = [file.relative_to(path).as_posix() for file in files]
     else:
-        table = _read_table(path)
-        encoded = _encoded(path.name, table)
-        places = _rows(encoded)
+        encoded = open_rows(path.name, path)
+        places = _rows(len(encoded))
     return LabelledImages(path.name, ("",), np.zeros(len(encoded), np.int64), encoded, places)
 
 
@@ -117,7 +124,7 @@ def content_sha256(path: Path) -> str:
         raise DatasetError(f"{path}: no such folder or file.")
     digest = hashlib.sha256()
     for file in _image_files(path):
-        digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+        digest.update(os.fsencode(f"{file.relative_to(path).as_posix()} {sha256(file)}\n"))
     return digest.hexdigest()
 
 
@@ -125,49 +132,27 @@ def _image_files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
 
 
-def _read_table(path: Path) -> Any:
-    try:
-        return pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{path}: not a parquet file ({error}).") from error
+def _labelled(name: str, encoded: Rows, classes: tuple[str, ...]) -> LabelledImages:
+    with reading(name), pq.ParquetFile(encoded.source) as file:
+        if "label" not in file.schema_arrow.names:
+            raise DatasetError(f"{name}: has no column 'label'; expected image{{bytes}} and label.")
+        kind = file.schema_arrow.field("label").type
+        if not pa.types.is_integer(kind):
+            raise DatasetError(f"{name}: labels are {short(kind)}, not integers.")
+        found = file.read(["label"])["label"]
+    if found.null_count:
+        raise DatasetError(f"{name}: expected an integer label in every row; {found.null_count} have none.")
+    low, high = (int(value.as_py()) for value in pc.min_max(found).values())
+    if low < 0 or high >= len(classes):
+        raise DatasetError(f"{name}: labels run from {low} to {high}, but there are {len(classes)} class names.")
+    return LabelledImages(name, classes, found.to_numpy().astype(np.int64), encoded, _rows(len(encoded)))
 
 
-def _encoded(name: str, table: Any) -> list[bytes]:
-    if "image" not in table.column_names:
-        raise DatasetError(f"{name}: has no column 'image'; expected image{{bytes}}.")
-    if not len(table):
-        raise DatasetError(f"{name}: holds no row.")
-    try:
-        encoded = [row["bytes"] for row in table["image"].to_pylist()]
-    except (KeyError, TypeError) as error:
-        raise DatasetError(f"{name}: expected image{{bytes}} in every row ({error}).") from error
-    odd = next((number for number, blob in enumerate(encoded) if not isinstance(blob, bytes)), None)
-    if odd is not None:
-        raise DatasetError(f"{name}, row {odd}: expected image{{bytes}}, found {type(encoded[odd]).__name__}.")
-    return encoded
+def _rows(count: int) -> list[str]:
+    return [f"row {number}" for number in range(count)]
 
 
-def _from_table(name: str, table: Any, classes: tuple[str, ...]) -> LabelledImages:
-    columns = {"image", "label"} - set(table.column_names)
-    if columns:
-        raise DatasetError(f"{name}: has no column {sorted(columns)[0]!r}; expected image{{bytes}} and label.")
-    encoded = _encoded(name, table)
-    if not pa.types.is_integer(table["label"].type):
-        raise DatasetError(f"{name}: labels are {table['label'].type}, not integers.")
-    try:
-        labels = np.array(table["label"].to_pylist(), np.int64)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"{name}: expected image{{bytes}} and an integer label in every row ({error}).") from error
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise DatasetError(f"{name}: labels run to {labels.max()}, but there are {len(classes)} class names.")
-    return LabelledImages(name, classes, labels, encoded, _rows(encoded))
-
-
-def _rows(encoded: list[bytes]) -> list[str]:
-    return [f"row {number}" for number in range(len(encoded))]
-
-
-def _class_names(path: Path, table: Any) -> tuple[str, ...]:
+def _class_names(path: Path) -> tuple[str, ...]:
     beside = path.with_name(path.name + ".classes.txt")
     if beside.is_file():
         try:
@@ -175,8 +160,12 @@ def _class_names(path: Path, table: Any) -> tuple[str, ...]:
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{beside}: cannot be read as UTF-8 text ({error}).") from error
         return tuple(line.strip() for line in lines if line.strip())
+    with reading(str(path)):
+        stored = (pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}")
     try:
-        info = json.loads((table.schema.metadata or {})[b"huggingface"])
-        return tuple(info["info"]["features"]["label"]["names"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise DatasetError(f"{path}: no class names. Write them, one a line, to {beside.name} beside it.") from error
+        names = json.loads(stored)["info"]["features"]["label"]["names"]
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    except (KeyError, ValueError, TypeError, RecursionError):
+        pass
+    raise DatasetError(f"{path}: no class names. Write them, one a line, to {beside.name} beside it.")

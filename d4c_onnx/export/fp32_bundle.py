@@ -25,7 +25,15 @@ from d4c_onnx.runtime.golden import Bounds, golden_texts, write_golden
 GOLDEN_BOUNDS = Bounds(least=1e-4, most=1e-3)
 
 
-def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = False, on_step: OnStep = silent) -> Bundle:
+def export_fp32(
+    loaded: LoadedModel,
+    target: Path,
+    *,
+    seed: int,
+    raw: bool = False,
+    overwrite: bool = False,
+    on_step: OnStep = silent,
+) -> Bundle:
     """Export both towers, check them against torch, and write a complete bundle; or leave nothing behind.
 
     Args:
@@ -33,15 +41,16 @@ def export_fp32(loaded: LoadedModel, target: Path, *, seed: int, raw: bool = Fal
         target: the bundle's folder.
         seed: of the random parity input; also, for random weights, what makes the model again.
         raw: leave the embeddings unnormalised.
+        overwrite: replace what d4c-onnx wrote there.
         on_step: told after each of four steps.
 
     Raises:
         CheckFailed: a written file differs from torch by more than 1e-4.
         GraphError: torch cannot trace a tower.
-        BundleError: the folder cannot be written.
+        BundleError: the folder is in the way, or cannot be written.
     """
     on_step("export", 0, 4, {})
-    with staged_folder(target) as stage:
+    with staged_folder(target, overwrite) as stage:
         text = _export_text(loaded, stage, seed, raw)
         on_step("export", 1, 4, {})
         image, image_difference = _export_image(loaded, stage, seed, raw, text.tokenizer)

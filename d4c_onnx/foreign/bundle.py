@@ -18,7 +18,13 @@ _GOLDEN_BOUNDS = Bounds(least=1e-4, most=1e-3)
 
 
 def import_files(
-    files: ForeignFiles, target: Path, options: ModelOptions, *, seed: int, on_step: OnStep = silent
+    files: ForeignFiles,
+    target: Path,
+    options: ModelOptions,
+    *,
+    seed: int,
+    overwrite: bool = False,
+    on_step: OnStep = silent,
 ) -> Bundle:
     """Write a complete FP32 bundle of two towers, checked against their files; or leave nothing behind.
 
@@ -27,6 +33,7 @@ def import_files(
         target: the bundle's folder; its name is the model's.
         options: what the user says of preprocessing.
         seed: of the random input that both are compared on.
+        overwrite: replace what d4c-onnx wrote there.
 
     Raises:
         GraphError, ModelError: a file is not what it must be, or nobody says what it cannot say itself.
@@ -37,7 +44,7 @@ def import_files(
     opened = open_towers(files, options)
     on_step("import", 1, 4, {})
     notes = {"name": target.name, "weights_sha256": opened.sha256}
-    with staged_folder(target) as stage:
+    with staged_folder(target, overwrite) as stage:
         text, texts, tokenizer = write_text_encoder(opened.text, files, stage, notes)
         on_step("import", 2, 4, {})
         image = write_image_encoder(opened.image, opened.preprocess, stage, notes, seed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +65,11 @@ def evaluate(
     machine: Machine,
     on_step: OnStep = silent,
 ) -> Accuracy:
-    """Zero-shot accuracy where there are labels; fidelity on held-out synthetic input otherwise."""
+    """Zero-shot accuracy where there are labels; fidelity on held-out synthetic input otherwise.
+
+    Raises:
+        BundleError: there is nothing to measure with, or a bundle answers with what is no finite number.
+    """
     from d4c_onnx.evaluation.datasets import open_dataset
     from d4c_onnx.evaluation.fidelity import evaluate_fidelity
     from d4c_onnx.evaluation.zero_shot import evaluate_zero_shot
@@ -72,7 +78,7 @@ def evaluate(
     provider = resolve_provider(machine.provider)
     name = _dataset_name(recipe, bundles[0])
     if name != "fidelity":
-        return evaluate_zero_shot(
+        result = evaluate_zero_shot(
             bundles,
             open_dataset(name),
             batch=recipe.evaluation.batch,
@@ -81,14 +87,32 @@ def evaluate(
             threads=machine.threads,
             on_step=on_step,
         )
+        return _finite(result)
     if calibration is None:
         raise BundleError(
             f"{bundles[0].model_name}: has no labelled set. "
             "Add --dataset FILE.parquet, or --calibration DIR for fidelity."
         )
-    return evaluate_fidelity(
-        bundles, calibration, batch=16, provider=provider, threads=machine.threads, on_step=on_step
+    return _finite(
+        evaluate_fidelity(bundles, calibration, batch=16, provider=provider, threads=machine.threads, on_step=on_step)
     )
+
+
+def _finite(accuracy: Accuracy) -> Accuracy:
+    """What was measured, if every number is one.
+
+    Raises:
+        BundleError: a bundle answers with NaN or infinity.
+    """
+    for row in accuracy.bundles:
+        values = asdict(row)
+        numbers = [*values.values(), *(values["versus_first"] or {}).values()]
+        if not all(math.isfinite(value) for value in numbers if isinstance(value, float)):
+            raise BundleError(
+                f"{row.bundle}: answers with NaN or infinity, or the first bundle does, so nothing can be said of it. "
+                "Export or quantise it again."
+            )
+    return accuracy
 
 
 def _dataset_name(recipe: Recipe, bundle: Bundle) -> str:

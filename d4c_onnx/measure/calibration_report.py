@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from d4c_onnx.bundle import open_bundle
-from d4c_onnx.files import write_text
+from d4c_onnx.files import claimed, write_text
 from d4c_onnx.measure.calibration_fit import check_images_fit
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.progress import OnStep, silent
@@ -69,7 +69,8 @@ def report_calibration_set(
         inputs,
     )
     target = folder.with_name(f"{folder.name}.html")
-    write_text(target, page)
+    with claimed(bundle.path):
+        write_text(target, page)
     return target
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.errors import BundleError
 from d4c_onnx.evaluation.benchmark_report import BenchmarkReport, FailedPeer
+from d4c_onnx.files import temporary_folder
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.progress import OnStep, silent
 
@@ -55,9 +55,9 @@ def benchmark_bundles(
     contenders = _contenders(bundles)
     failed: list[FailedPeer] = []
     feeds = drawn_feeds(bundles[0], batches, sequence)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         if peers:
-            built, failed = _build_peers(bundles[0], Path(folder), feeds, provider)
+            built, failed = _build_peers(bundles[0], folder, feeds, provider)
             contenders += built
         towers = measure_latency(
             contenders, feeds, rounds=rounds, provider=provider, threads=machine.threads, on_step=on_step

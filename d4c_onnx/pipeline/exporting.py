@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.extras import need_extra
-from d4c_onnx.files import refuse_existing
+from d4c_onnx.files import claimed, refuse_existing
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import LOCAL, ModelOptions, is_local
 from d4c_onnx.progress import OnStep, silent
@@ -43,15 +43,16 @@ def export_bundle(
         options: what the user says of weights that do not say it themselves.
 
     Raises:
-        BundleError: the folder is in the way, or cannot be written.
+        BundleError: the folder is in the way, cannot be written, or another run is writing it.
         ModelError: the model cannot be loaded, or its weights do not tell which preprocessing they are for.
         CheckFailed: a file differs from torch by more than 1e-4.
     """
     target = bundle_folder(output, model)
-    refuse_existing(target, overwrite)
-    use_threads(machine or Machine())
-    loaded = load(model, pretrained, recipe.seed, on_step, options)
-    return export_loaded(loaded, target, recipe, raw=raw, on_step=on_step)
+    with claimed(target):
+        refuse_existing(target, overwrite)
+        use_threads(machine or Machine())
+        loaded = load(model, pretrained, recipe.seed, on_step, options)
+        return export_loaded(loaded, target, recipe, raw=raw, overwrite=overwrite, on_step=on_step)
 
 
 def load(
@@ -73,12 +74,18 @@ def load(
 
 
 def export_loaded(
-    loaded: LoadedModel, target: Path, recipe: Recipe, *, raw: bool = False, on_step: OnStep = silent
+    loaded: LoadedModel,
+    target: Path,
+    recipe: Recipe,
+    *,
+    raw: bool = False,
+    overwrite: bool = False,
+    on_step: OnStep = silent,
 ) -> Bundle:
     """Export a model that is in memory."""
     from d4c_onnx.export import export_fp32
 
-    return export_fp32(loaded, target, seed=recipe.seed, raw=raw, on_step=on_step)
+    return export_fp32(loaded, target, seed=recipe.seed, raw=raw, overwrite=overwrite, on_step=on_step)
 
 
 def use_threads(machine: Machine) -> None:

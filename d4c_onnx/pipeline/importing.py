@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
-from d4c_onnx.files import refuse_existing
+from d4c_onnx.files import claimed, refuse_existing
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.exporting import bundle_folder
 from d4c_onnx.progress import OnStep, silent
@@ -36,14 +36,17 @@ def import_bundle(
 
     Raises:
         GraphError, ModelError: a file is not what it must be, or nobody says what it cannot say itself.
-        BundleError: the folder is in the way, or cannot be written.
+        BundleError: the folder is in the way, cannot be written, or another run is writing it.
         CheckFailed: a rewritten tower answers otherwise than its file.
     """
     from d4c_onnx.foreign import import_files
 
     target = bundle_folder(output, name or _common_folder(files.image, files.text))
-    refuse_existing(target, overwrite)
-    return import_files(files, target, options or ModelOptions(), seed=recipe.seed, on_step=on_step)
+    with claimed(target):
+        refuse_existing(target, overwrite)
+        return import_files(
+            files, target, options or ModelOptions(), seed=recipe.seed, overwrite=overwrite, on_step=on_step
+        )
 
 
 def find_or_import(

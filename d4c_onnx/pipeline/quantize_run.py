@@ -95,5 +95,6 @@ def _fp16(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bundle |
         task.recipe.quantization,
         dataset,
         threads=task.machine.threads,
+        overwrite=task.overwrite,
         on_step=task.on_step,
     )

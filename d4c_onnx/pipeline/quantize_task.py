@@ -26,7 +26,7 @@ class QuantizeTask:
     """A quantisation that was asked for, and what of it is there already.
 
     Attributes:
-        source, pretrained, options, recipe, machine, on_step, on_ahead: as asked.
+        source, pretrained, options, recipe, overwrite, machine, on_step, on_ahead: as asked.
         folder: of the FP32 bundle, which may have to be exported.
         words: the user's vocabulary and texts.
         given: the user's calibration set; None: the one of the recipe's key.
@@ -39,6 +39,7 @@ class QuantizeTask:
     pretrained: str | None
     options: ModelOptions | None
     recipe: Recipe
+    overwrite: bool
     machine: Machine
     on_step: OnStep
     folder: Path
@@ -106,9 +107,8 @@ def decide(
         refuse_existing(fp16_folder(folder), overwrite)
     check_dataset_name(recipe)
     given = _given_set(calibration, prompts, texts, words) if calibration else None
-    return QuantizeTask(
-        source, pretrained, options, recipe, machine, on_step, folder, words, given, resumed, wants_fp16, fp16, on_ahead
-    )
+    asked = (source, pretrained, options, recipe, overwrite, machine, on_step)
+    return QuantizeTask(*asked, folder, words, given, resumed, wants_fp16, fp16, on_ahead)
 
 
 def _given_set(

@@ -39,6 +39,7 @@ def quantized_files(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -
         "recipe_dump": dump,
         "provider": resolve_provider(task.machine.provider),
         "threads": task.machine.threads,
+        "overwrite": task.overwrite,
         "on_step": task.on_step,
     }
     section = task.recipe.quantization

@@ -15,6 +15,7 @@ from d4c_onnx.pipeline.importing import find_or_import
 from d4c_onnx.pipeline.quantize_report import QuantizeReport, report_of
 from d4c_onnx.pipeline.quantize_run import Clock, MadeBundles, run
 from d4c_onnx.pipeline.quantize_task import QuantizeTask, decide
+from d4c_onnx.pipeline.source import claimed_source
 from d4c_onnx.progress import OnAhead, OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.results import Accuracy
@@ -54,7 +55,7 @@ def quantize_bundle(
         on_ahead: told before the first image is made how long they will take.
 
     Raises:
-        BundleError: the folder of the result, or of the FP16 bundle, holds something else.
+        BundleError: the folder of the result, or of the FP16 bundle, holds something else, or another run is writing.
         ModelError: the model cannot be loaded, or nobody says what its weights or files do not.
         RecipeError: keys contradict the target.
         MissingExtra: torch is needed, and not installed.
@@ -66,21 +67,22 @@ def quantize_bundle(
     if not isinstance(source, str):
         found = find_or_import(source, output, recipe, name=name, options=options, on_step=on_step)
         source, options = str(found.path), None
-    task = decide(
-        source,
-        recipe,
-        output=output,
-        pretrained=pretrained,
-        options=options,
-        prompts=prompts,
-        texts=texts,
-        calibration=calibration,
-        overwrite=overwrite,
-        machine=machine or Machine(),
-        on_step=on_step,
-        on_ahead=on_ahead,
-    )
-    return _measure(task, run(task, clock), clock)
+    with claimed_source(source, output):
+        task = decide(
+            source,
+            recipe,
+            output=output,
+            pretrained=pretrained,
+            options=options,
+            prompts=prompts,
+            texts=texts,
+            calibration=calibration,
+            overwrite=overwrite,
+            machine=machine or Machine(),
+            on_step=on_step,
+            on_ahead=on_ahead,
+        )
+        return _measure(task, run(task, clock), clock)
 
 
 def _measure(task: QuantizeTask, made: MadeBundles, clock: Clock) -> QuantizeReport:

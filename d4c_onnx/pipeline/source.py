@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
 from d4c_onnx.errors import BundleError, ModelError, RecipeError
-from d4c_onnx.files import refuse_existing
+from d4c_onnx.files import claimed, refuse_existing
 from d4c_onnx.manifest import ModelInfo
 from d4c_onnx.models.model_options import ModelOptions, is_local
 from d4c_onnx.pipeline.exporting import bundle_folder, export_loaded, load
 from d4c_onnx.progress import OnStep
 from d4c_onnx.recipe import Recipe
+from d4c_onnx.untrusted_json import quoted
 from d4c_onnx.vocabulary import generic_nouns
 
 if TYPE_CHECKING:
@@ -66,6 +70,12 @@ class LazyModel:
                     "came from in place of the bundle."
                 )
             name = self.asked if known == "folder" and self.asked else model.name
+            if self.asked is None and not re.fullmatch(r"[\w.-]+", name):
+                raise ModelError(
+                    f"{self.bundle.path}: its manifest says that the weights are {quoted(name)}, and what a manifest "
+                    "names is not fetched or opened unasked. If you trust it, name the model itself in place of the "
+                    f"bundle, with --output {self.bundle.path.parent}."
+                )
             pretrained = None if known in _WHOLE else self.pretrained or known
             loaded = load(name, pretrained, self.bundle.manifest.seed, on_step, self._options())
             # synthesis looks through the very preprocessing that the bundle serves
@@ -127,6 +137,18 @@ def other_weights(
 def source_folder(source: str, output: str | Path) -> Path:
     """Where the FP32 bundle is, or will be: `source` is a bundle's path or a model's name."""
     return Path(source) if is_bundle(Path(source)) else bundle_folder(output, source)
+
+
+@contextlib.contextmanager
+def claimed_source(source: str, output: str | Path, rank: int = 0) -> Iterator[Path]:
+    """Where the FP32 bundle is or will be, held against other runs; the first of several processes holds it for all.
+
+    Raises:
+        BundleError: another run is writing there, or nobody can.
+    """
+    folder = source_folder(source, output)
+    with contextlib.nullcontext() if rank else claimed(folder):
+        yield folder
 
 
 def without_model(folder: Path, recipe: Recipe) -> Recipe:

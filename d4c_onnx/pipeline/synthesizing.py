@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.controls import asks_no_model, draw_real_images, make_control_set, work_ahead
 from d4c_onnx.pipeline.exporting import use_threads
-from d4c_onnx.pipeline.source import LazyModel, open_or_export, source_folder, without_model
+from d4c_onnx.pipeline.source import LazyModel, claimed_source, open_or_export, without_model
 from d4c_onnx.progress import Ahead, OnAhead, OnStep, silent
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import OwnWords, read_words
@@ -46,20 +45,23 @@ def synthesize_calibration_set(
 
     Returns:
         The set's folder, and the set.
+
+    Raises:
+        BundleError: the folder is in the way, cannot be written, or another run is writing it.
     """
     machine = machine or Machine()
     words = read_words(prompts, texts)
-    folder = source_folder(source, output)
-    recipe = without_model(folder, recipe)
-    use_threads(machine)
-    if machine.world_size == 1:
-        model = open_or_export(source, folder, recipe, pretrained, on_step, options)
-        return find_or_synthesize(model, recipe, words, machine, on_step, on_ahead=on_ahead)
-    from d4c_onnx.synthesis import init_process_group
+    with claimed_source(source, output, machine.rank) as folder:
+        recipe = without_model(folder, recipe)
+        use_threads(machine)
+        if machine.world_size == 1:
+            model = open_or_export(source, folder, recipe, pretrained, on_step, options)
+            return find_or_synthesize(model, recipe, words, machine, on_step, on_ahead=on_ahead)
+        from d4c_onnx.synthesis import init_process_group
 
-    group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
-    model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step, options))
-    return find_or_synthesize(model, recipe, words, machine, on_step, group, on_ahead)
+        group = init_process_group(machine.rank, machine.world_size, machine.local_rank)
+        model = group.rank_zero_first(lambda: open_or_export(source, folder, recipe, pretrained, on_step, options))
+        return find_or_synthesize(model, recipe, words, machine, on_step, group, on_ahead)
 
 
 def find_or_synthesize(
@@ -72,7 +74,7 @@ def find_or_synthesize(
     on_ahead: OnAhead | None = None,
 ) -> tuple[Path, CalibrationSet]:
     """The set of a recipe's key beside a bundle: the one that is there, or a new one."""
-    from d4c_onnx.calibration.dataset import open_calibration_set, work_folder
+    from d4c_onnx.calibration.dataset import open_calibration_set
     from d4c_onnx.calibration.key import calibration_key
     from d4c_onnx.evaluation.datasets import content_sha256
 
@@ -86,7 +88,6 @@ def find_or_synthesize(
     key = calibration_key(bundle.weights_sha256, *asked, texts=words.texts)
     target = bundle.path / f"calibration-{key['id']}"
     if target.exists():
-        shutil.rmtree(work_folder(target), ignore_errors=True)  # a run was killed after its last rename
         if on_ahead is not None:
             on_ahead(Ahead(recipe.synthesis.method, 0, 0, 0.0))
         return target, open_calibration_set(target)

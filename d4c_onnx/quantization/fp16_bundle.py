@@ -35,6 +35,7 @@ def write_fp16_bundle(
     dataset: CalibrationSet,
     *,
     threads: int = 0,
+    overwrite: bool = False,
     on_step: OnStep = silent,
 ) -> Bundle:
     """Write both encoders of an FP32 bundle in FP16 (inputs and outputs stay as they are); or leave nothing behind.
@@ -45,6 +46,7 @@ def write_fp16_bundle(
         section: of it, what `_shaped_by` names; widths and rounding are not FP16's.
         dataset: what onnxruntime's optimiser is checked on.
         threads, on_step: of that check.
+        overwrite: replace what d4c-onnx wrote there.
 
     Raises:
         CheckFailed: onnxruntime's optimiser changes the answers.
@@ -52,7 +54,7 @@ def write_fp16_bundle(
         GraphError: the converter refused an encoder.
         BundleError: the folder cannot be written.
     """
-    with staged_folder(target) as stage:
+    with staged_folder(target, overwrite) as stage:
         for name in (IMAGE_ENCODER, TEXT_ENCODER):
             model = load_model(bundle.path / name)
             clear_notes(model)

@@ -27,12 +27,13 @@ def quantize_to_promise(
     recipe_dump: dict[str, Any],
     provider: str = "cpu",
     threads: int = 0,
+    overwrite: bool = False,
     on_step: OnStep = silent,
 ) -> Bundle:
     """Search the ladder of widths for the section's promise, and write the bundle; or leave nothing behind.
 
     Args:
-        bundle, dataset, target, recipe_dump: see `quantize_bundle_files`.
+        bundle, dataset, target, recipe_dump, overwrite: see `quantize_bundle_files`.
         section: with `target_cosine`, `max_drop` or both.
 
     Raises:
@@ -41,7 +42,7 @@ def quantize_to_promise(
         GraphError, BundleError, RecipeError: see `quantize_bundle_files`.
     """
     readers, served = calibration_readers(bundle, dataset), target_of(section)
-    with staged_folder(target) as stage:
+    with staged_folder(target, overwrite) as stage:
         ladders = {}
         for name, reader in readers.items():
             task = EncoderTask(section, served, reader, provider=provider, threads=threads, on_step=on_step)

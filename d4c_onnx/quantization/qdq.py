@@ -4,6 +4,7 @@ Weights are placed on their grid in the float graph before, so the integers that
 those the rounding chose; every activation's scale and zero point comes from our observers as an override.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,9 +18,17 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.calibration.readers import OneBatchReader
 from d4c_onnx.errors import GraphError
+from d4c_onnx.files import temporary_folder
 from d4c_onnx.graph.forms import INT8
 from d4c_onnx.graph.layers import channels_back
-from d4c_onnx.graph.model import EXTERNAL_SUFFIX, PROTOBUF_LIMIT_BYTES, drop_unused, load_model, save_model
+from d4c_onnx.graph.model import (
+    EXTERNAL_SUFFIX,
+    PROTOBUF_LIMIT_BYTES,
+    drop_unused,
+    load_model,
+    save_model,
+    weight_bytes,
+)
 from d4c_onnx.graph.stored import stored_weight
 from d4c_onnx.graph.values import (
     constant,
@@ -39,6 +48,15 @@ from d4c_onnx.quantization.targets import Target
 # A product's output stays float: the residual stream is never rounded, and onnxruntime's kernel for it
 # (MatMulIntegerToFloat) is as fast. A convolution needs an integer output to become a QLinearConv.
 _FLOAT_OUTPUTS = ["MatMul", "Gemm"]
+
+
+def room_for(model: ir.Model) -> contextlib.AbstractContextManager[Path]:
+    """A folder for the float graph and the quantised one, for as long as onnxruntime makes one of the other.
+
+    Raises:
+        BundleError: there is no room for them.
+    """
+    return temporary_folder(2 * weight_bytes(model))
 
 
 def save_placed(model: ir.Model, plan: Plan, weights: Mapping[str, QuantizedWeight], path: Path) -> None:

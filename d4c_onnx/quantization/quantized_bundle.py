@@ -23,6 +23,7 @@ def quantize_bundle_files(
     recipe_dump: dict[str, Any],
     provider: str = "cpu",
     threads: int = 0,
+    overwrite: bool = False,
     on_step: OnStep = silent,
 ) -> Bundle:
     """Quantise both encoders and write the quantised bundle; or leave nothing behind.
@@ -33,6 +34,7 @@ def quantize_bundle_files(
         target: the quantised bundle's folder.
         section: widths, rounding, ranges.
         recipe_dump: the whole resolved recipe, for the manifest.
+        overwrite: replace what d4c-onnx wrote there.
 
     Raises:
         GraphError: an encoder cannot be quantised.
@@ -42,7 +44,7 @@ def quantize_bundle_files(
     """
     readers = calibration_readers(bundle, dataset)
     eight_bit_nodes = spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
-    with staged_folder(target) as stage:
+    with staged_folder(target, overwrite) as stage:
         reports = {
             name: quantize_encoder(
                 bundle.path / name,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import onnx_ir as ir
 
@@ -16,7 +14,7 @@ from d4c_onnx.manifest import RewriteRecord
 from d4c_onnx.memory import release_freed
 from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.plan import Plan
-from d4c_onnx.quantization.qdq import quantize_file, save_placed
+from d4c_onnx.quantization.qdq import quantize_file, room_for, save_placed
 from d4c_onnx.quantization.rewrites import apply_all, in_float16, same_answers
 from d4c_onnx.quantization.rounding import RoundedWeights
 from d4c_onnx.quantization.storage import clip_activations, store_float16, store_narrow, store_scaled, stored_of
@@ -35,8 +33,8 @@ def to_qdq(
     """The QDQ graph as it is served; `model` must not be used afterwards."""
     weights = rounded.weights
     _place_biases(model, rounded)
-    with tempfile.TemporaryDirectory() as folder:
-        placed = Path(folder) / "float.onnx"
+    with room_for(model) as folder:
+        placed = folder / "float.onnx"
         save_placed(model, plan, weights, placed)
         for value in model.graph.initializers.values():
             value.const_value = None  # quantize_static loads the file several times: a large encoder needs the room

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from d4c_onnx.bundle import file_size_bytes
 from d4c_onnx.errors import BundleError, ModelError
+from d4c_onnx.files import temporary_folder
 from d4c_onnx.manifest import TensorInfo
+from d4c_onnx.untrusted_json import short
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -117,13 +119,13 @@ class EncoderSession:
             options.add_session_config_entry(key, value)
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
+        self._shown = "model" if isinstance(path, bytes) else str(path)
         source: Any = path if isinstance(path, bytes) else str(path)
         name = resolve_provider(provider)
         try:
             self._session = ort.InferenceSession(source, options, providers=_PROVIDERS[name])
         except Exception as error:  # onnxruntime raises its own C++ exception types
-            shown = "model" if isinstance(path, bytes) else path
-            raise BundleError(f"{shown}: onnxruntime {ort.__version__} cannot load it ({str(error)[:300]}).") from error
+            raise self._refused("load", error) from error
         self._session.disable_fallback()  # a run that fails on CUDA would go on on the CPU
         self.input_name = next((value.name for value in self._session.get_inputs()), "")
         self.input_names = [value.name for value in self._session.get_inputs()]
@@ -152,8 +154,8 @@ class EncoderSession:
             if weight_bytes(model) <= _IN_MEMORY_BYTES:
                 return cls(to_proto(model).SerializeToString(), provider, threads, literal=literal)
             # what onnxruntime has mapped stays readable after the file is gone
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                path = Path(folder) / "model.onnx"
+            with temporary_folder(weight_bytes(model)) as folder:
+                path = folder / "model.onnx"
                 save_model(model, path, limit_bytes=0)
                 return cls(path, provider, threads, literal=literal)
 
@@ -180,16 +182,33 @@ class EncoderSession:
         return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """The first output for one batch."""
-        return self._session.run(self.output_names[:1], {self.input_name: batch})[0]
+        """The first output for one batch.
+
+        Raises:
+            BundleError: onnxruntime refuses the batch: the file takes another size or type, or ids that are fewer.
+        """
+        return self._run(self.output_names[:1], {self.input_name: batch})[0]
 
     def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
         """Every output by name."""
         return self.run_named({self.input_name: batch})
 
     def run_named(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every output by name, for a graph of several inputs."""
-        return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
+        """Every output by name, for a graph of several inputs.
+
+        Raises:
+            BundleError: onnxruntime refuses the batch.
+        """
+        return dict(zip(self.output_names, self._run(self.output_names, feed), strict=True))
+
+    def _run(self, outputs: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return self._session.run(list(outputs), dict(feed))
+        except Exception as error:  # onnxruntime raises its own C++ exception types, and ValueError for other inputs
+            raise self._refused("run", error) from error
+
+    def _refused(self, what: str, error: Exception) -> BundleError:
+        return BundleError(f"{self._shown}: onnxruntime {ort.__version__} cannot {what} it ({short(error)}).")
 
 
 def optimized_graph(path: Path | bytes, entries: Mapping[str, str] | None = None) -> "ir.Model":
@@ -200,7 +219,8 @@ def optimized_graph(path: Path | bytes, entries: Mapping[str, str] | None = None
     """
     import onnx_ir as ir
 
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "optimized.onnx"
+    needed = len(path) if isinstance(path, bytes) else file_size_bytes(path)
+    with temporary_folder(needed) as folder:
+        target = folder / "optimized.onnx"
         EncoderSession(path, "cpu", os.cpu_count() or 1, optimized_path=target, entries=entries)
         return ir.load(target)

@@ -46,7 +46,7 @@ def test_embedded_set_is_complete() -> None:
     assert len(dataset) == 10_000
     assert dataset.classes == CIFAR10
     assert np.array_equal(np.bincount(dataset.labels), np.full(10, 1000))
-    assert next(dataset.batches(2))[0].size == (32, 32)
+    assert [image.size for image in next(dataset.batches(2))] == [(32, 32)] * 2
 
 
 def _small(count: int = 300) -> LabelledImages:
@@ -132,11 +132,11 @@ def test_other_files_are_refused(tmp_path: Path, name: str, content: bytes) -> N
 
 def test_bad_rows_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet.classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(DatasetError, match="run to 7"):
+    with pytest.raises(DatasetError, match="from 0 to 7"):
         open_dataset(str(_write(tmp_path / "a.parquet", [0, 7])))
     dataset = open_dataset(str(_write(tmp_path / "a.parquet", [0, 1], b"not an image")))
     with pytest.raises(DatasetError, match="row 0"):
-        next(dataset.batches(2))
+        list(next(dataset.batches(2)))
 
 
 def test_labels_are_integers_and_images_bytes(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_labels_are_integers_and_images_bytes(tmp_path: Path) -> None:
         open_dataset(str(_write(tmp_path / "a.parquet", [0.0, 1.9])))
     assert open_dataset(str(_write(tmp_path / "a.parquet", [0, 1]))).classes == ("cat", "dog")
     pq.write_table(pa.table({"image": [{"bytes": "text"}], "label": [0]}), tmp_path / "a.parquet")
-    with pytest.raises(DatasetError, match=r"row 0.*found str"):
+    with pytest.raises(DatasetError, match="found string"):
         open_dataset(str(tmp_path / "a.parquet"))
     (tmp_path / "a.parquet.classes.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DatasetError, match="UTF-8"):
@@ -160,7 +160,7 @@ def test_a_folder_of_images_holds_files_only(tmp_path: Path) -> None:
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper" / "broken.png").write_bytes(_png()[:40])
     images = open_images(tmp_path)
-    assert len(list(images.select([0]).batches(2))) == 1
+    assert [len(list(batch)) for batch in images.select([0]).batches(2)] == [1]
     with pytest.raises(DatasetError, match=r"deeper/broken\.png: not an image"):
-        list(images.select([1]).batches(2))
+        list(next(images.select([1]).batches(2)))
     assert len(content_sha256(tmp_path)) == 64

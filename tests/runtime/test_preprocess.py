@@ -14,6 +14,7 @@ from PIL import Image
 
 from d4c_onnx.errors import DatasetError
 from d4c_onnx.evaluation.datasets import LabelledImages
+from d4c_onnx.evaluation.encoded import InMemory
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.runtime.preprocess import preprocess_image
 
@@ -193,9 +194,9 @@ def test_what_cannot_become_rgb_is_refused() -> None:
 def test_data_sets_hand_out_images_as_their_files_have_them() -> None:
     """evaluate and the real control see what open_clip's own transform would."""
     count = len(FILES)
-    images = LabelledImages("set", ("",), np.zeros(count, np.int64), list(FILES.values()), [*FILES])
+    images = LabelledImages("set", ("",), np.zeros(count, np.int64), InMemory([*FILES.values()]), [*FILES])
     modes = [image.mode for batch in images.batches(5) for image in batch]
     assert modes == [_open(blob).mode for blob in FILES.values()]
-    broken = replace(images, encoded=[FILES["RGB PNG"][:200]], places=["x.png"])
+    broken = replace(images, encoded=InMemory([FILES["RGB PNG"][:200]]), places=["x.png"])
     with pytest.raises(DatasetError, match=r"set, x\.png: not an image"):
-        list(broken.batches(1))
+        list(next(broken.batches(1)))

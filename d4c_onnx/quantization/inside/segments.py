@@ -79,7 +79,8 @@ class SegmentedEncoder:
     def outputs(self) -> np.ndarray:
         """What the encoder would give from here, float [samples, D]; the position stays where it is."""
         session = self._session(self._nodes[self._position :], list(self._model.graph.outputs))
-        parts = [session.run_named({name: live[name] for name in session.input_names}) for live in self._live]
+        every = (self._live.read(number) for number in range(len(self._live)))
+        parts = [session.run_named({name: live[name] for name in session.input_names}) for live in every]
         return np.concatenate([part[session.output_names[0]] for part in parts])
 
     def _session(self, nodes: list[ir.Node], outputs: list[ir.Value]) -> EncoderSession:

@@ -1,0 +1,71 @@
+"""What of a folder d4c-onnx itself wrote: `--overwrite` removes nothing else.
+
+Bundles and calibration sets name their files in a manifest; a page about a set lies beside it.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from d4c_onnx.locks import LOCK
+
+MANIFEST = "manifest.json"
+STAGE, OLD, WORK = ".stage-", ".old-", ".work-"  # what is being written, was replaced, or will be a set
+_LARGEST = 64 * 2**20  # bytes of a manifest
+_STAGED = re.compile(rf"{re.escape(STAGE)}(?P<name>.+)-[0-9a-f]{{16}}", re.DOTALL)
+
+
+def staged_for(name: str) -> str | None:
+    """Whose stage a name is; None: nobody's."""
+    found = _STAGED.fullmatch(name)
+    return found["name"] if found else None
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a folder is a bundle or a set of d4c-onnx."""
+    return folder.is_dir() and not folder.is_symlink() and bool(_listed(folder))
+
+
+def strangers(folder: Path) -> list[str]:
+    """What lies in a folder, or below, and is in no manifest of d4c-onnx."""
+    return sorted(_strangers(folder, ""))
+
+
+def _strangers(folder: Path, prefix: str) -> Iterator[str]:
+    listed = _listed(folder)
+    for entry in folder.iterdir():
+        name = entry.name
+        if entry.is_symlink():
+            yield prefix + name
+        elif entry.is_dir():
+            yield from _strangers_below(entry, prefix + name, listed)
+        elif not (name in listed or name.startswith(LOCK) or staged_for(name) or _is_page(entry)):
+            yield prefix + name
+
+
+def _strangers_below(folder: Path, place: str, listed: set[str]) -> Iterator[str]:
+    own = {name.partition("/")[2] for name in listed if name.startswith(f"{folder.name}/")}
+    if own:
+        yield from (f"{place}/{entry.name}" for entry in folder.iterdir() if entry.name not in own)
+    elif is_made(folder):
+        yield from _strangers(folder, f"{place}/")
+    elif not folder.name.startswith(WORK) and staged_for(folder.name) is None:
+        yield place
+
+
+def _listed(folder: Path) -> set[str]:
+    """The names in a folder's manifest, and the manifest's own; nothing where there is none that can be read."""
+    path = folder / MANIFEST
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST:
+            return set()
+        names = json.loads(path.read_bytes())["files"]
+        return {MANIFEST, *(str(name) for name in names)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def _is_page(file: Path) -> bool:
+    """Whether it is a page about a calibration set beside it."""
+    return file.suffix == ".html" and is_made(file.with_suffix(""))
