@@ -12,11 +12,11 @@ import argparse
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from d4c_onnx.evaluation.embed import BundleEncoders, class_embeddings
 from results import measured_here
 
 from d4c_onnx.bundle import TOKENIZER, Bundle, encoder_size_bytes, open_bundle
@@ -33,6 +33,7 @@ from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
 from d4c_onnx.quantization.sensitivity import RESERVE, LayerCost, measure_costs, spend
 from d4c_onnx.quantization.targets import target_of
 from d4c_onnx.recipe import QuantizationSection, load_recipe
+from d4c_onnx.runtime import ClipSession
 from d4c_onnx.vocabulary import templates
 
 COLUMNS = (
@@ -122,9 +123,9 @@ class Answers:
 
 def ask(bundle: Bundle, labelled: LabelledImages, threads: int) -> Answers:
     """Every crop, and every class in the first template."""
-    encoders = BundleEncoders(bundle, "cpu", threads)
-    texts = class_embeddings(encoders, labelled.classes, templates()[:1])
-    return Answers(encoders.image_batches(labelled.batches(50)), texts)
+    session = ClipSession(bundle, threads=threads, batch=50)
+    texts = session.embed_labels(labelled.classes, templates()[:1])
+    return Answers(session.embed_images(chain.from_iterable(labelled.batches(50))), texts)
 
 
 def write(bundle: Bundle, towers: dict[str, Tower], choice: Choice, folder: Path) -> tuple[Bundle, dict[str, Any]]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from d4c_onnx.evaluation.embed import BundleEncoders
 from PIL import Image
 
 import d4c_onnx
@@ -20,6 +19,7 @@ from d4c_onnx.evaluation.datasets import open_dataset
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.measure import inspect_bundle
 from d4c_onnx.recipe import load_recipe
+from d4c_onnx.runtime import ClipSession
 from d4c_onnx.runtime.preprocess import preprocess_image
 
 
@@ -123,10 +123,10 @@ def test_pictures_are_turned_upright_where_that_is_asked_for(tmp_path: Path, vit
     seen = {word: one.pixel_values[0] for word, (_, one) in made.items()}
     assert np.array_equal(seen["true"], np.rot90(seen["false"], -1, axes=(1, 2)))
     assert not np.array_equal(seen["true"], seen["false"])
-    encoders, image = BundleEncoders(vit_bundle), Image.open(folder / "0.png")
-    asked = encoders.image_batches([[image]], exif_rotation=True)
-    assert np.array_equal(asked, encoders.image_batches([[Image.fromarray(np.rot90(lying, -1))]]))
-    assert not np.array_equal(asked, encoders.image_batches([[image]]))
+    upright, plain = (ClipSession(vit_bundle, exif_rotation=turned) for turned in (True, False))
+    asked = upright.embed_images(folder / "0.png")
+    assert np.array_equal(asked, plain.embed_images(Image.fromarray(np.rot90(lying, -1))))
+    assert not np.array_equal(asked, plain.embed_images(folder / "0.png"))
 
 
 def test_evaluate_passes_the_rotation_on(tmp_path: Path, vit_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
