@@ -1,6 +1,6 @@
 """What of a folder d4c-onnx itself wrote: `--overwrite` removes nothing else.
 
-Bundles and calibration sets name their files in a manifest; a page about a set lies beside it.
+Bundles, calibration sets and packages name their files in a manifest; a page about a set lies beside it.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from d4c_onnx.locks import LOCK
 
-MANIFEST = "manifest.json"
+MANIFEST, PACKAGE = "manifest.json", "d4c-package.json"
 STAGE, OLD, WORK = ".stage-", ".old-", ".work-"  # what is being written, was replaced, or will be a set
 _LARGEST = 64 * 2**20  # bytes of a manifest
 _STAGED = re.compile(rf"{re.escape(STAGE)}(?P<name>.+)-[0-9a-f]{{16}}", re.DOTALL)
@@ -23,47 +23,41 @@ def staged_for(name: str) -> str | None:
 
 
 def is_made(folder: Path) -> bool:
-    """Whether a folder is a bundle or a set of d4c-onnx."""
+    """Whether a folder is a bundle, a set or a package of d4c-onnx."""
     return folder.is_dir() and not folder.is_symlink() and bool(_listed(folder))
 
 
 def strangers(folder: Path) -> list[str]:
     """What lies in a folder, or below, and is in no manifest of d4c-onnx."""
-    return sorted(_strangers(folder, ""))
+    return sorted(_strangers(folder, "", _listed(folder)))
 
 
-def _strangers(folder: Path, prefix: str) -> Iterator[str]:
-    listed = _listed(folder)
+def _strangers(folder: Path, prefix: str, listed: set[str]) -> Iterator[str]:
+    """Of a folder whose manifest, or that of a folder above, lists these names, as seen from here."""
     for entry in folder.iterdir():
         name = entry.name
         if entry.is_symlink():
             yield prefix + name
         elif entry.is_dir():
-            yield from _strangers_below(entry, prefix + name, listed)
+            below = {rest for first, _, rest in (one.partition("/") for one in listed) if first == name and rest}
+            if below or is_made(entry):
+                yield from _strangers(entry, f"{prefix}{name}/", below or _listed(entry))
+            elif not name.startswith(WORK) and staged_for(name) is None:
+                yield prefix + name
         elif not (name in listed or name.startswith(LOCK) or staged_for(name) or _is_page(entry)):
             yield prefix + name
 
 
-def _strangers_below(folder: Path, place: str, listed: set[str]) -> Iterator[str]:
-    own = {name.partition("/")[2] for name in listed if name.startswith(f"{folder.name}/")}
-    if own:
-        yield from (f"{place}/{entry.name}" for entry in folder.iterdir() if entry.name not in own)
-    elif is_made(folder):
-        yield from _strangers(folder, f"{place}/")
-    elif not folder.name.startswith(WORK) and staged_for(folder.name) is None:
-        yield place
-
-
 def _listed(folder: Path) -> set[str]:
     """The names in a folder's manifest, and the manifest's own; nothing where there is none that can be read."""
-    path = folder / MANIFEST
-    try:
-        if not path.is_file() or path.stat().st_size > _LARGEST:
-            return set()
-        names = json.loads(path.read_bytes())["files"]
-        return {MANIFEST, *(str(name) for name in names)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return set()
+    for manifest in (MANIFEST, PACKAGE):
+        path = folder / manifest
+        try:
+            if path.is_file() and path.stat().st_size <= _LARGEST:
+                return {manifest, *(str(name) for name in json.loads(path.read_bytes())["files"])}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return set()
 
 
 def _is_page(file: Path) -> bool:

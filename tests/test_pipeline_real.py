@@ -138,7 +138,7 @@ def test_evaluate_passes_the_rotation_on(tmp_path: Path, vit_bundle: Bundle, mon
 
     few = open_dataset("cifar10").select(range(2))
     monkeypatch.setattr("d4c_onnx.evaluation.datasets.open_dataset", lambda name: few)
-    monkeypatch.setattr("d4c_onnx.evaluation.embed.preprocess_image", preprocess)
+    monkeypatch.setattr("d4c_onnx.runtime.clip_session.preprocess_image", preprocess)
     for words in ([], ["--exif-rotation"]):
         done = CliRunner().invoke(group, ["evaluate", str(vit_bundle.path), "--quiet", *words])
         assert done.exit_code == 0, done.output

@@ -17,6 +17,7 @@ from d4c_onnx.manifest import EncoderRecord, Refusal, RewriteRecord, Signature, 
 from d4c_onnx.measure.accuracy import check_limits
 from d4c_onnx.measure.content import BundleInspection
 from d4c_onnx.pipeline import BeforeAfter, QuantizeReport
+from d4c_onnx.pipeline.quantize_report import CalibratedWith
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Versus
 from d4c_onnx.runtime.inspection import InspectedLayer, Inspection
@@ -94,6 +95,7 @@ def test_quantize() -> None:
         bits="w4a8",
         bundle=Path("out") / "w4a8",
         calibration="11a60481b5ab",
+        calibrated_with=CalibratedWith(16, "d4c", 32, own_texts=False),
         accuracy_mode_only=False,
         target="cpu",
         target_note="",
@@ -110,6 +112,7 @@ def test_quantize() -> None:
         "bits": "w4a8",
         "bundle": str(Path("out") / "w4a8"),
         "calibration": "11a60481b5ab",
+        "calibrated_with": {"images": 16, "method": "d4c", "texts": 32, "own_texts": False},
         "accuracy_mode_only": False,
         "target": "cpu",
         "target_note": "",

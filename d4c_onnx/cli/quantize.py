@@ -86,9 +86,8 @@ def command(
 ) -> None:
     """Quantise both encoders of MODEL (a name, or an FP32 bundle's path), and measure the files against FP32.
 
-    With --image FILE --text FILE in place of MODEL: the ONNX files of a CLIP that others exported. Exports (or imports)
-    and synthesises first where that has not been done yet. No real image is used before the measuring, unless --images
-    brings some.
+    With --image FILE --text FILE in place of MODEL: a CLIP's ONNX files that others exported. Exports (or imports) and
+    synthesises first where it must. No real image is used before the measuring, unless --images brings some.
     """
     source = model if files is None else _alone(files, pretrained, model_options)
     extra: dict[str, object] = {

@@ -37,8 +37,7 @@ def import_files(
 
     Raises:
         GraphError, ModelError: a file is not what it must be, or nobody says what it cannot say itself.
-        CheckFailed: a rewritten tower answers otherwise than its file.
-        BundleError: onnxruntime cannot load a file, or the folder cannot be written.
+        CheckFailed, BundleError: a tower answers otherwise than its file; it, or the folder, cannot be used.
     """
     on_step("import", 0, 4, {})
     opened = open_towers(files, options)

@@ -11,11 +11,11 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.measure.accuracy import check_measurable, held_out_counts
 from d4c_onnx.measure.calibration_fit import check_set_fits
 from d4c_onnx.memory import release_freed
+from d4c_onnx.pipeline.calibration_sets import find_or_synthesize
 from d4c_onnx.pipeline.exporting import use_threads
 from d4c_onnx.pipeline.quantize_task import QuantizeTask
 from d4c_onnx.pipeline.quantized_files import quantized_files
 from d4c_onnx.pipeline.source import open_or_export
-from d4c_onnx.pipeline.synthesizing import find_or_synthesize
 
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet

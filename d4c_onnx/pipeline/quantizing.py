@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d4c_onnx.extras import need_extra
-from d4c_onnx.manifest_file import write_manifest
-from d4c_onnx.measure.accuracy import check_limits, evaluate
 from d4c_onnx.measure.machine import Machine
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.importing import find_or_import
-from d4c_onnx.pipeline.quantize_report import QuantizeReport, report_of
-from d4c_onnx.pipeline.quantize_run import Clock, MadeBundles, run
-from d4c_onnx.pipeline.quantize_task import QuantizeTask, decide
+from d4c_onnx.pipeline.quantize_measure import measure_made
+from d4c_onnx.pipeline.quantize_report import QuantizeReport
+from d4c_onnx.pipeline.quantize_run import Clock, run
+from d4c_onnx.pipeline.quantize_task import decide
 from d4c_onnx.pipeline.source import claimed_source
 from d4c_onnx.progress import OnAhead, OnStep, silent
 from d4c_onnx.recipe import Recipe
-from d4c_onnx.results import Accuracy
 
 if TYPE_CHECKING:
     from d4c_onnx.foreign import ForeignFiles
@@ -82,27 +79,4 @@ def quantize_bundle(
             on_step=on_step,
             on_ahead=on_ahead,
         )
-        return _measure(task, run(task, clock), clock)
-
-
-def _measure(task: QuantizeTask, made: MadeBundles, clock: Clock) -> QuantizeReport:
-    """Accuracy of what was made beside FP32, written into the manifests and held against the recipe's limits."""
-    beside = [made.fp16] if made.fp16 else []
-    accuracy = evaluate([made.fp32, made.quantized, *beside], task.recipe, made.dataset, task.machine, task.on_step)
-    clock.lap("evaluate")
-    kept = _without_paths(accuracy, task.folder)
-    # the quantised one last: until its manifest has its accuracy, a rerun measures both
-    for bundle in (*beside, made.quantized):
-        write_manifest(bundle.path, bundle.manifest.measured(kept))
-    report = report_of(made.fp32, made.quantized, made.dataset, accuracy, clock.seconds)
-    check_limits(accuracy, task.recipe, report)
-    return report
-
-
-def _without_paths(accuracy: Accuracy, folder: Path) -> Accuracy:
-    """Bundles as seen from the FP32 one, and a data set's file by its name: a manifest holds no machine's paths."""
-    rows = (
-        replace(row, bundle="fp32" if Path(row.bundle) == folder else Path(row.bundle).name) for row in accuracy.bundles
-    )
-    name = Path(accuracy.dataset).name if accuracy.dataset else None
-    return replace(accuracy, bundles=tuple(rows), dataset=name)
+        return measure_made(task, run(task, clock), clock)

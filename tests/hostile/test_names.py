@@ -8,7 +8,7 @@ from killed_runs import FP32
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import ModelError
-from d4c_onnx.pipeline.source import LazyModel
+from d4c_onnx.pipeline.lazy_model import LazyModel
 from d4c_onnx.progress import silent
 
 

@@ -1,6 +1,7 @@
 """What the tower says of images: its statistics, its patches, when it has seen enough, and at half the resolution."""
 
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,10 @@ def test_towers_that_keep_statistics_are_asked_for_them(tmp_path: Path, model: s
     keys = ("images=2", "held_out=0", "batch=2", "steps=2")
     recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
 
+    numbers = count()
+
     def terms(method: Method) -> set[str]:
-        target = tmp_path / "set"
+        target = tmp_path / f"set-{next(numbers)}"
         nouns = loaded.embedded.nouns
         made = synthesize(loaded, target, recipe.synthesis, recipe.text, nouns, seed=0, method=method)
         return set(made.losses[0])
