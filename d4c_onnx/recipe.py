@@ -118,7 +118,7 @@ class QuantizationSection(_Section):
         description="where the files are served. cpu: onnxruntime's CPU provider; portable: standard operators, old "
         "runtimes; tensorrt: symmetric int8, plain int4; openvino: plain int4; cuda: an FP16 bundle beside",
     )
-    rounding: Literal["auto", "nearest", "gptq", "gptaq", "adaround", "adaround-published"] = Field(
+    rounding: Literal["auto", "nearest", "gptq", "gptaq", "yaqa", "adaround", "adaround-published"] = Field(
         "auto",
         description="how weights meet their grid; auto: gptaq at w4a8 and w4a16, else nearest; adaround-published: for "
         "the published 20,000 steps a region",

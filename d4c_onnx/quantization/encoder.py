@@ -65,15 +65,14 @@ def write_encoder(prepared: PreparedEncoder, target_path: Path, task: EncoderTas
     """
     model = prepared.model.clone()  # shares the weights
     exact = prepared.exact.with_widths(model.graph, task)
-    return _written(PreparedEncoder(model, exact, prepared.ranges), target_path, task)
+    return _written(PreparedEncoder(model, exact, prepared.ranges, prepared.outputs), target_path, task)
 
 
 def _written(prepared: PreparedEncoder, target_path: Path, task: EncoderTask) -> EncoderReport:
     """The prepared model must not be used afterwards."""
     model, exact, ranges, section = prepared.model, prepared.exact, prepared.ranges, task.section
-    work = RoundingTask(
-        model, exact.plan, ranges, task.reader, section.correction, task.provider, task.threads, task.on_step
-    )
+    asked = section.correction, task.provider, task.threads, task.on_step
+    work = RoundingTask(model, exact.plan, ranges, task.reader, *asked, prepared.outputs.by_node)
     rounded = METHODS[section.rounding_method].round_weights(work)
     task.on_step("write", 0, 1, {})
     metadata = dict(model.metadata_props) | {"quantization": section.bits}

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from d4c_onnx.bfloat16 import multiplies_bfloat16
 from d4c_onnx.errors import ModelError
 from d4c_onnx.synthesis.coarse import CoarseView
 
@@ -22,17 +23,12 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`synthesis.precision` to a dtype; auto is bfloat16 where the hardware multiplies it, else float32.
-
-    CPUs without AVX512-BF16 or AMX emulate bfloat16, which is slower than float32.
-    """
+    """`synthesis.precision` to a dtype; auto is bfloat16 where the hardware multiplies it, else float32."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # torch has no public question for this; a release without these names answers no
-    asks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return torch.bfloat16 if any(ask is not None and ask() for ask in asks) else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def prepare_tower(

@@ -6,11 +6,13 @@ from d4c_onnx.quantization.rounding.layerwise import Layerwise
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
 from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
 from d4c_onnx.quantization.rounding.schedule import PUBLISHED, SHORT
+from d4c_onnx.quantization.rounding.yaqa import YaqaRounding
 
 METHODS: dict[str, Rounding] = {
     "nearest": Layerwise(NearestRounding),
     "gptq": Layerwise(GptqRounding),
     "gptaq": Layerwise(GptaqRounding),
+    "yaqa": Layerwise(YaqaRounding, uses_outputs=True),
     "adaround": Reconstruction(SHORT),
     "adaround-published": Reconstruction(PUBLISHED),
 }

@@ -8,7 +8,7 @@ that the layers rounded so far deliver. beta falls from 20 to 2 and drives every
 of the steps the regulariser waits. The square error is summed over channels and averaged over everything else (the
 published code averages over channels and sums over tokens).
 
-The one rounding that needs gradients, and the one file of this room that imports torch; it is imported when it runs.
+It needs gradients, and so torch; it is imported when it runs.
 
 Source: AdaRound (Nagel et al., arXiv 2004.10568); the schedule is that of arXiv 2511.15411's code.
 """
@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 
-from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.values import attribute, integers, is_op, name_of
+from d4c_onnx.graph.values import name_of
+from d4c_onnx.quantization.inside.torch_graph import run_node
 from d4c_onnx.quantization.rounding.base import QuantizedWeight, grid_limits
 from d4c_onnx.quantization.rounding.nearest import search_scales
 from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
@@ -106,7 +105,7 @@ def reconstruct(
             values[name] = _to_shape(entry.values(), shape, axis)
         for node in nodes:
             given = [values[name_of(value)] if value is not None else None for value in node.inputs]
-            values[name_of(node.outputs[0])] = _run(node, given)
+            values[name_of(node.outputs[0])] = run_node(node, given)[0]
         loss = (values[target[0]] - outputs[chosen]).square().sum(channels).mean()
         progress = (step / schedule.steps - _WARM_UP) / (1 - _WARM_UP)
         if progress >= 0:
@@ -121,51 +120,3 @@ def reconstruct(
 def _to_shape(rows: torch.Tensor, shape: tuple[int, ...], axis: int) -> torch.Tensor:
     moved = (shape[axis], *(size for position, size in enumerate(shape) if position != axis))
     return rows.reshape(moved).movedim(0, axis)
-
-
-def _run(node: ir.Node, given: list[torch.Tensor | None]) -> torch.Tensor:
-    """One node in torch, with gradients; rounding passes the gradient straight through."""
-    x = given[0]
-    assert x is not None
-    rest = [value for value in given[1:] if value is not None]
-    if is_op(node, "MatMul"):
-        return x @ rest[0]
-    if is_op(node, "Gemm"):
-        left = x.mT if attribute(node, "transA", 0) else x
-        product = left @ (rest[0].mT if attribute(node, "transB", 0) else rest[0])
-        return product + rest[1] if len(rest) > 1 else product
-    if is_op(node, "Conv"):
-        if x.ndim != 4:
-            raise GraphError(f"{node.name}: adaround rounds 2-D convolutions only. Use gptaq for this model.")
-        strides, dilations = _pair(node, "strides"), _pair(node, "dilations")
-        padded = F.pad(x, _pads(node))
-        bias = rest[1] if len(rest) > 1 else None
-        return F.conv2d(padded, rest[0], bias, strides, 0, dilations, attribute(node, "group", 1))
-    if is_op(node, "Relu"):
-        return x.relu()
-    if is_op(node, "Add"):
-        return x + rest[0]
-    if is_op(node, "Clip"):
-        return x.clamp(rest[0], rest[1])
-    if is_op(node, "QuantizeLinear"):  # as a float, so that the gradient passes
-        steps = x / rest[0]
-        return steps + (steps.round() - steps).detach()
-    if is_op(node, "DequantizeLinear"):
-        return x * rest[0]
-    if is_op(node, "AveragePool", "MaxPool"):
-        pool = F.avg_pool2d if is_op(node, "AveragePool") else F.max_pool2d
-        low = 0.0 if is_op(node, "AveragePool") else -torch.inf
-        kernel = _pair(node, "kernel_shape")
-        return pool(F.pad(x, _pads(node), value=low), kernel, _pair(node, "strides"))
-    raise GraphError(f"{node.name}: adaround cannot run {node.op_type}. Use gptaq for this model.")
-
-
-def _pair(node: ir.Node, name: str) -> tuple[int, int]:
-    first, second = integers(node, name, 2)
-    return first, second
-
-
-def _pads(node: ir.Node) -> list[int]:
-    """torch's order: last axis first."""
-    top, left, bottom, right = integers(node, "pads", 4, 0)
-    return [left, right, top, bottom]

@@ -1,6 +1,6 @@
 """The interface that every rounding plugs into."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,6 +41,18 @@ class QuantizedWeight:
         """float32 [channels, inputs]."""
         return self.products.astype(np.float32) * self.scale[:, None]
 
+    def taken(self, order: np.ndarray) -> "QuantizedWeight":
+        """Its channels in another order."""
+        multipliers = None if self.multipliers is None else self.multipliers[order]
+        return QuantizedWeight(self.integers[order], self.scale[order], self.num_bits, multipliers)
+
+
+def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Channels of several weights of one grid and one kind of groups, as one weight."""
+    own = [part.multipliers for part in parts if part.multipliers is not None]
+    integers, scale = np.concatenate([part.integers for part in parts]), np.concatenate([part.scale for part in parts])
+    return QuantizedWeight(integers, scale, parts[0].num_bits, np.concatenate(own) if own else None)
+
 
 @dataclass(frozen=True, slots=True)
 class InputMoments:
@@ -72,6 +84,7 @@ class LayerRounding(Protocol):
         num_bits: int,
         moments: InputMoments | None = None,
         groups: InputGroups | None = None,
+        outputs: np.ndarray | None = None,
     ) -> QuantizedWeight:
         """Round a weight.
 
@@ -80,6 +93,7 @@ class LayerRounding(Protocol):
             num_bits: 4, 6, 7 or 8.
             moments: of the layer's input; given when `uses_data`.
             groups: of inputs that share a multiplier, at 4 bits; none: one scale a channel.
+            outputs: see `gradient_moments`, float32 [blocks, channels of one, channels of one]; none: not known.
         """
         ...
 
@@ -96,6 +110,7 @@ class RoundingTask:
         correction: what is repaired in closed form afterwards: none, bias or affine.
         provider, threads: of the runs.
         on_step: told `round`, how many layers, of how many.
+        outputs: by node, what an error of its output does to the embedding (`gradient_moments`), where that is known.
     """
 
     model: ir.Model
@@ -106,6 +121,7 @@ class RoundingTask:
     provider: str = "cpu"
     threads: int = 0
     on_step: OnStep = silent
+    outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -117,7 +133,14 @@ class RoundedWeights:
 
 
 class Rounding(Protocol):
-    """A method: all weights of an encoder onto their grids. `rounding.METHODS` names them."""
+    """A method: all weights of an encoder onto their grids. `rounding.METHODS` names them.
+
+    Attributes:
+        uses_outputs: whether the task should have output moments.
+    """
+
+    @property
+    def uses_outputs(self) -> bool: ...
 
     def round_weights(self, task: RoundingTask) -> RoundedWeights:
         """Round every weight of the task's plan.

@@ -40,7 +40,7 @@ class GptqRounding:
         Published is 0.01, for data like those that are served; synthetic images know less of real moments.
         """
         self.dampening = dampening
-        self._solved: tuple[InputMoments, _Solved] | None = None
+        self._solved: tuple[InputMoments, Solved] | None = None
 
     def round(
         self,
@@ -48,26 +48,41 @@ class GptqRounding:
         num_bits: int,
         moments: InputMoments | None = None,
         groups: InputGroups | None = None,
+        outputs: np.ndarray | None = None,
     ) -> QuantizedWeight:
-        """See `Rounding.round`."""
+        """See `LayerRounding.round`."""
+        solved = self.factors(moments)
+        return round_target(weight.astype(np.float64) @ solved.shift, num_bits, groups, solved)
+
+    def factors(self, moments: InputMoments | None) -> "Solved":
+        """What rounding needs to know of the inputs, kept for the next call."""
         assert moments is not None
         # q, k and v come one after the other with the same moments: the factors are worth keeping for the next call
         if self._solved is None or self._solved[0] is not moments:
             self._solved = None  # the room of the last factors is needed for the next
             self._solved = moments, _solve(moments, self.dampening)
-        solved = self._solved[1]
-        target = weight.astype(np.float64) @ solved.shift
-        wanted = target.astype(np.float32)
-        if groups is None:
-            scale, multipliers = search_scales(wanted, num_bits, solved.importance), None
-            steps = np.broadcast_to(scale[:, None], weight.shape)
-        else:
-            single = search_scales(wanted, num_bits, solved.pivots)
-            scale, multipliers = search_groups(wanted, groups, single, solved.pivots)
-            steps = spread(scale, multipliers, weight.shape[1])[:, solved.order]
-        integers = np.empty(weight.shape, np.int8)
-        integers[:, solved.order] = _repair(target[:, solved.order], solved.factor, steps, num_bits)
-        return QuantizedWeight(integers, scale, num_bits, multipliers)
+        return self._solved[1]
+
+
+def round_target(target: np.ndarray, num_bits: int, groups: InputGroups | None, solved: "Solved") -> QuantizedWeight:
+    """Rows of best float weights onto their grid.
+
+    Args:
+        target: float64 [channels, inputs].
+        num_bits, groups: see `LayerRounding.round`.
+        solved: of the inputs.
+    """
+    wanted = target.astype(np.float32)
+    if groups is None:
+        scale, multipliers = search_scales(wanted, num_bits, solved.importance), None
+        steps = np.broadcast_to(scale[:, None], target.shape)
+    else:
+        single = search_scales(wanted, num_bits, solved.pivots)
+        scale, multipliers = search_groups(wanted, groups, single, solved.pivots)
+        steps = spread(scale, multipliers, target.shape[1])[:, solved.order]
+    integers = np.empty(target.shape, np.int8)
+    integers[:, solved.order] = _repair(target[:, solved.order], solved.factor, steps, num_bits)
+    return QuantizedWeight(integers, scale, num_bits, multipliers)
 
 
 class GptaqRounding(GptqRounding):
@@ -77,7 +92,7 @@ class GptaqRounding(GptqRounding):
 
 
 @dataclass(frozen=True, slots=True)
-class _Solved:
+class Solved:
     """What all weights that read one input share: C G^-1, diag(G), 1 / diag(G^-1), act-order, the factor of G^-1."""
 
     shift: np.ndarray
@@ -87,7 +102,7 @@ class _Solved:
     factor: np.ndarray
 
 
-def _solve(moments: InputMoments, dampening: float) -> _Solved:
+def _solve(moments: InputMoments, dampening: float) -> Solved:
     inputs = len(moments.gram)
     ridge = dampening * max(float(np.trace(moments.gram)) / inputs, 1e-12)
     gram = _with_ridge(moments.gram, ridge)
@@ -98,7 +113,7 @@ def _solve(moments: InputMoments, dampening: float) -> _Solved:
     shift = _with_ridge(moments.cross, ridge) @ inverse
     pivots = 1 / np.maximum(np.diag(inverse), 1e-30)
     inverse = inverse[np.ix_(order, order)]
-    return _Solved(shift, importance, pivots, order, factor=np.linalg.cholesky(inverse).T)  # upper triangular
+    return Solved(shift, importance, pivots, order, factor=np.linalg.cholesky(inverse).T)  # upper triangular
 
 
 def _with_ridge(matrix: np.ndarray, ridge: float) -> np.ndarray:

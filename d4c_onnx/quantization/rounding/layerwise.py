@@ -16,6 +16,7 @@ from d4c_onnx.quantization.rounding.base import (
     QuantizedWeight,
     RoundedWeights,
     RoundingTask,
+    joined,
 )
 from d4c_onnx.quantization.rounding.bias_room import least_scales, with_room
 from d4c_onnx.quantization.rounding.corrections import correct_affine, correct_mean
@@ -28,9 +29,11 @@ class Layerwise:
 
     Attributes:
         make: a fresh `LayerRounding`, which may keep factors between calls.
+        uses_outputs: see `Rounding`.
     """
 
     make: Callable[[], LayerRounding]
+    uses_outputs: bool = False
 
     def round_weights(self, task: RoundingTask) -> RoundedWeights:
         """See `Rounding`; biases are corrected in closed form where the task says so."""
@@ -98,14 +101,12 @@ class _Layers:
         if self._is_stack(layer):
             rounding = NearestRounding()
         bits, groups = plan.weight_bits[layer.weight], plan.groups.get(layer.weight)
+        outputs = self._task.outputs.get(layer.node)
         if not rounding.uses_data or len(moments) == 1:
-            return rounding.round(rows, bits, moments[0] if rounding.uses_data else None, groups)
+            return rounding.round(rows, bits, moments[0] if rounding.uses_data else None, groups, outputs)
         # a convolution in groups: each has an input, and moments, of its own
-        split = zip(np.split(rows, len(moments)), moments, strict=True)
-        parts = [rounding.round(part, bits, own) for part, own in split]
-        return QuantizedWeight(
-            np.concatenate([part.integers for part in parts]), np.concatenate([part.scale for part in parts]), bits
-        )
+        split = zip(np.split(rows, len(moments)), moments, _of_groups(outputs, len(moments)), strict=True)
+        return joined([rounding.round(part, bits, own, None, known) for part, own, known in split])
 
     def _correct(self, layer: WeightedLayer, value: ir.Value | None, found: InputStatistics, affine: bool) -> None:
         weights, bias, rows = self._result.weights, array(value), self._rows(layer)
@@ -126,6 +127,11 @@ class _Layers:
     def _rows(self, layer: WeightedLayer) -> np.ndarray:
         values = constant(self._graph.initializers[layer.weight])
         return channels_first(np.asarray(values, np.float32), layer.channel_axis)
+
+
+def _of_groups(outputs: np.ndarray | None, groups: int) -> list[np.ndarray] | list[None]:
+    """Each group's own blocks; there are at least as many blocks as groups."""
+    return [None] * groups if outputs is None else np.split(outputs, groups)
 
 
 def bias_of(node: ir.Node) -> ir.Value | None:

@@ -28,8 +28,9 @@ class NearestRounding:
         num_bits: int,
         moments: InputMoments | None = None,
         groups: InputGroups | None = None,
+        outputs: np.ndarray | None = None,
     ) -> QuantizedWeight:
-        """See `Rounding.round`."""
+        """See `LayerRounding.round`."""
         if groups is not None:
             scale, multipliers = search_groups(weight, groups, search_scales(weight, num_bits))
             steps = spread(scale, multipliers, weight.shape[1])

@@ -22,9 +22,11 @@ class Reconstruction:
 
     Attributes:
         schedule: how long it learns.
+        uses_outputs: see `Rounding`.
     """
 
     schedule: AdaRoundSchedule
+    uses_outputs: bool = False
 
     def round_weights(self, task: RoundingTask) -> RoundedWeights:
         """See `Rounding`. One region's input and output over all samples are in memory at a time."""

@@ -1,0 +1,121 @@
+"""What an error of a layer's output does to the embedding: second moments of the embedding's gradients.
+
+Let u be a random direction in the space of embeddings and g = d<u, e> / dy, the gradient by one row y of a layer's
+output. An error d of that row moves the embedding by a mean square of d^T E[g g^T] d. So H = E[g g^T] says which
+outputs of a layer matter, and, off its diagonal, which errors of two outputs cancel each other.
+
+Source: the output side of YAQA's Kronecker-factored Hessian (Tseng et al., arXiv 2505.22988, section 3), for the
+embedding in place of a language model's likelihood.
+
+It needs gradients, and so torch; it is imported when it runs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxruntime.quantization import CalibrationDataReader
+
+from d4c_onnx.bfloat16 import multiplies_bfloat16
+from d4c_onnx.graph.layers import WeightedLayer
+from d4c_onnx.graph.values import attribute, name_of, nodes_by_name
+from d4c_onnx.progress import OnStep, silent
+from d4c_onnx.quantization.inside.torch_graph import TorchGraph
+
+# Images and prompts whose gradients are taken, in batches that lie evenly over all of them, and directions for each.
+_IMAGES, _IMAGE_DIRECTIONS = 64, 10
+_PROMPTS, _PROMPT_DIRECTIONS = 1024, 1
+
+_TOGETHER = 2  # images whose gradients are in memory together
+
+_LARGEST = 1024  # outputs whose errors are looked at together; more of them fall into blocks
+
+
+def gradient_moments(
+    model: ir.Model,
+    layers: Sequence[WeightedLayer],
+    reader: CalibrationDataReader,
+    on_step: OnStep = silent,
+) -> Mapping[str, np.ndarray]:
+    """H of every layer, by its node; of a layer that the embedding does not depend on, none.
+
+    Args:
+        model: the float encoder.
+        layers: of it.
+        reader: rewindable.
+        on_step: told `gradients`, how many batches, of how many.
+
+    Returns:
+        float32 [blocks, outputs, outputs] each, summed over rows: blocks of neighbouring outputs, one for each group of
+        a convolution, and of no more than 1,024.
+
+    Raises:
+        GraphError: the encoder holds an operator whose gradient is not known here.
+    """
+    nodes = nodes_by_name(model.graph)
+    made = {name_of(nodes[layer.node].outputs[0]): layer for layer in layers}
+    encoder = TorchGraph(model.graph)
+    moments: dict[str, np.ndarray] = {}
+    feeds = _spread(reader)
+    for number, feed in enumerate(feeds):
+        for name, gradient in _gradients(encoder, feed, list(made), number):
+            layer = made[name]
+            found = _squared(gradient.movedim(1 if layer.op == "Conv" else -1, -1), nodes[layer.node])
+            moments[layer.node] = moments[layer.node] + found if layer.node in moments else found
+        on_step("gradients", number + 1, len(feeds), {})
+    return moments
+
+
+def _gradients(
+    encoder: TorchGraph, feed: Mapping[str, np.ndarray], names: Sequence[str], seed: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Value by value, the gradients of the embeddings along random directions, float32, direction by direction."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
+        *leaves, (_, embeds) = encoder.run(feed, names)
+    asked = [leaf for _, leaf in leaves]
+    for left in reversed(range(_asked_of(feed)[1])):
+        direction = torch.randn(embeds.shape, generator=draw).to(embeds.dtype)
+        found = torch.autograd.grad(embeds, asked, direction, allow_unused=True, retain_graph=left > 0)
+        yield from ((name, part.float()) for (name, _), part in zip(leaves, found, strict=True) if part is not None)
+
+
+def _squared(gradient: torch.Tensor, node: ir.Node) -> np.ndarray:
+    """Sums of g g^T over all rows, float32 [blocks, outputs, outputs], of gradients [..., channels]."""
+    channels = gradient.shape[-1]
+    blocks = _blocks(channels, attribute(node, "group", 1))
+    parts = gradient.reshape(-1, blocks, channels // blocks).transpose(0, 1)
+    squared: np.ndarray = (parts.mT @ parts).numpy()
+    return squared
+
+
+def _blocks(channels: int, groups: int) -> int:
+    """Into how many parts outputs fall: at least the groups of a convolution, and parts that are not too large."""
+    blocks = groups
+    while channels // blocks > _LARGEST or channels % blocks:
+        blocks += groups
+    return blocks
+
+
+def _asked_of(feed: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    """Samples, and directions of each."""
+    images = next(iter(feed.values())).ndim == 4
+    return (_IMAGES, _IMAGE_DIRECTIONS) if images else (_PROMPTS, _PROMPT_DIRECTIONS)
+
+
+def _spread(reader: CalibrationDataReader) -> list[Mapping[str, np.ndarray]]:
+    """Feeds that lie evenly over all of a reader's, since prompts come sorted by length; of few images each."""
+    reader.rewind()
+    feeds: list[Mapping[str, np.ndarray]] = list(iter(reader.get_next, None))
+    samples = sum(len(next(iter(feed.values()))) for feed in feeds)
+    chosen = feeds[:: max(1, samples // _asked_of(feeds[0])[0])]
+    return [part for feed in chosen for part in _parts(feed)]
+
+
+def _parts(feed: Mapping[str, np.ndarray]) -> Iterator[Mapping[str, np.ndarray]]:
+    """The gradients of a conv net's feature maps take hundreds of megabytes an image."""
+    size = len(next(iter(feed.values())))
+    together = _TOGETHER if next(iter(feed.values())).ndim == 4 else size
+    for start in range(0, size, together):
+        yield {name: values[start : start + together] for name, values in feed.items()}
