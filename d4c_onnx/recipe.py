@@ -120,7 +120,7 @@ class QuantizationSection(_Section):
     )
     rounding: Literal["auto", "nearest", "gptq", "gptaq", "yaqa", "adaround", "adaround-published"] = Field(
         "auto",
-        description="how weights meet their grid; auto: gptaq at w4a8 and w4a16, else nearest; adaround-published: for "
+        description="how weights meet their grid; auto: yaqa at w4a8 and w4a16 (gptaq where torch is not installed), else nearest; adaround-published: for "
         "the published 20,000 steps a region",
     )
     smoothing: Literal["none", "layer_norm", "all"] = Field(
@@ -256,12 +256,12 @@ class QuantizationSection(_Section):
     def rounding_method(self) -> str:
         """`rounding`, with auto resolved.
 
-        gptaq fits the synthetic data, activation noise included: with 8-bit weights there is less to win than that
+        yaqa fits the synthetic data, activation noise included: with 8-bit weights there is less to win than that
         costs, and with activations below 8 bits the noise is what it would mostly fit (docs/fidelity.md).
         """
         if self.rounding != "auto":
             return self.rounding
-        return "gptaq" if self.weight_bits == 4 and self.activation_bits >= 8 else "nearest"
+        return "yaqa" if self.weight_bits == 4 and self.activation_bits >= 8 else "nearest"
 
     @property
     def group_size(self) -> int:

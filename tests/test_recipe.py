@@ -82,7 +82,7 @@ def test_overrides_and_types() -> None:
     assert recipe.quantization.table_bits == 8
     assert recipe.quantization.rounding_method == "nearest"
     assert load_recipe(None).quantization.table_bits == 4
-    assert load_recipe(None).quantization.rounding_method == "gptaq"
+    assert load_recipe(None).quantization.rounding_method == "yaqa"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_missing_file_names_the_shipped_ones() -> None:
 def test_float_activations_are_for_cuda(width: str) -> None:
     section = load_recipe(None, [f"quantization.bits={width}", "quantization.target=cuda"]).quantization
     assert section.weights_only
-    assert section.rounding_method == {"w4a16": "gptaq", "w8a16": "nearest"}[width]
+    assert section.rounding_method == {"w4a16": "yaqa", "w8a16": "nearest"}[width]
     for target in ("cpu", "portable", "tensorrt", "openvino"):
         with pytest.raises(RecipeError, match=rf"{width} keeps activations in float16.*Use {width[:2]}a8"):
             load_recipe(None, [f"quantization.bits={width}", f"quantization.target={target}"])

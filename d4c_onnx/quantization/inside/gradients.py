@@ -24,7 +24,7 @@ from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.inside.torch_graph import TorchGraph
 
 # Images and prompts whose gradients are taken, in batches that lie evenly over all of them, and directions for each.
-_IMAGES, _IMAGE_DIRECTIONS = 64, 10
+_IMAGES, _IMAGE_DIRECTIONS = 64, 8
 _PROMPTS, _PROMPT_DIRECTIONS = 1024, 1
 
 _TOGETHER = 2  # images whose gradients are in memory together
