@@ -179,7 +179,6 @@ WRONG: dict[str, Change] = {
     "input added": _input_added,
     "batch fixed": _batch_fixed,
     "size changed": _size_changed,
-    "axis lost": _axis_lost,
     "type changed": _type_changed,
     "output renamed": _output_renamed,
     "output added": _output_added,
@@ -187,6 +186,7 @@ WRONG: dict[str, Change] = {
     "emptied": _emptied,
 }
 CHANGES: dict[str, Change] = WRONG | {
+    "axis lost": _axis_lost,
     "infinite": _infinite,
     "node names doubled": _node_names_doubled,
     "value made twice": _value_made_twice,
