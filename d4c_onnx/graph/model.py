@@ -49,9 +49,8 @@ def load_model(path: Path) -> ir.Model:
     for node in model.graph.all_nodes():
         for value in node.inputs:
             if value is not None and not (value.producer() or value.is_graph_input() or value.is_initializer()):
-                raise GraphError(
-                    f"{path}: breaks ONNX's rules ({quoted(value.name)} is read, and nothing makes it). Export it again."
-                )
+                why = f"{quoted(value.name)} is read, and nothing makes it"
+                raise GraphError(f"{path}: breaks ONNX's rules ({why}). Export it again.")
     return model
 
 
