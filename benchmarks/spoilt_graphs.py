@@ -37,7 +37,12 @@ def _batch_fixed(model: ModelProto, draw: random.Random) -> None:
 
 def _size_changed(model: ModelProto, draw: random.Random) -> None:
     axes = model.graph.input[0].type.tensor_type.shape.dim
-    axes[draw.randrange(1, len(axes))].dim_value = draw.choice((1, 5, 2**40, -1))
+    axes[draw.randrange(1, len(axes))].dim_value = draw.choice((1, 5, 2**40))
+
+
+def _size_below_nothing(model: ModelProto, draw: random.Random) -> None:
+    axes = model.graph.input[0].type.tensor_type.shape.dim
+    axes[draw.randrange(len(axes))].dim_value = draw.choice((-1, -(2**40)))  # runtimes read it as any size
 
 
 def _axis_lost(model: ModelProto, draw: random.Random) -> None:
@@ -187,6 +192,7 @@ WRONG: dict[str, Change] = {
 }
 CHANGES: dict[str, Change] = WRONG | {
     "axis lost": _axis_lost,
+    "size below nothing": _size_below_nothing,
     "infinite": _infinite,
     "node names doubled": _node_names_doubled,
     "value made twice": _value_made_twice,

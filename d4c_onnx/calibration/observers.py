@@ -48,7 +48,7 @@ def quant_params(low: float, high: float, num_bits: int, symmetric: bool = False
     """
     top = 2**num_bits - 1
     low, high = min(float(low), 0.0), max(float(high), 0.0)
-    if not high - low <= np.finfo(np.float32).max:  # so that what is not a number fails, too
+    if not high - low <= float(np.finfo(np.float32).max):  # so that what is not a number fails, too
         raise CalibrationError(_NOT_FINITE)
     if symmetric:
         half = 2 ** (num_bits - 1)

@@ -18,9 +18,11 @@ from toys import Toy, bundle_of
 
 from d4c_onnx import measure, packaging
 from d4c_onnx.bundle import open_bundle
-from d4c_onnx.errors import BundleError, D4CError
+from d4c_onnx.calibration.observers import quant_params
+from d4c_onnx.errors import BundleError, CalibrationError, D4CError, GraphError
+from d4c_onnx.graph.door import check_source
 from d4c_onnx.runtime import ClipSession
-from d4c_onnx.runtime.verify import verify_bundle
+from d4c_onnx.runtime.verify import read_answers, verify_bundle
 
 IMAGE, TEXT = "image_encoder.onnx", "text_encoder.onnx"
 
@@ -222,10 +224,21 @@ def test_spoilt_golden_vectors(toy: Path, data: st.DataObject) -> None:
     _any_end(folder)
 
 
-def test_a_source_that_breaks_onnx_rules_is_not_taken_apart(copy: Path) -> None:
-    from d4c_onnx.errors import GraphError
-    from d4c_onnx.graph.door import check_source
+def test_answers_whose_header_tells_of_terabytes(tmp_path: Path) -> None:
+    file = tmp_path / "answers.npy"
+    np.save(file, np.zeros((2, 4)))
+    file.write_bytes(file.read_bytes().replace(b"(2, 4), }" + b" " * 15, b"(959999999999, 4), }    ", 1))
+    with pytest.raises(BundleError, match=r"no \.npy file"):
+        read_answers(file, None)
 
+
+@pytest.mark.parametrize("low", [-np.inf, np.nan, -3e38])
+def test_ranges_that_are_no_numbers(low: float) -> None:
+    with pytest.raises(CalibrationError, match="not finite in float32"):
+        quant_params(low, 3e38, 8)
+
+
+def test_a_source_that_breaks_onnx_rules_is_not_taken_apart(copy: Path) -> None:
     told = open_bundle(copy).manifest.io[IMAGE]
     model = onnx.load(copy / IMAGE)
     model.graph.node[0].input[0] = "nowhere"
