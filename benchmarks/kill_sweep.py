@@ -2,6 +2,7 @@
 
     python benchmarks/kill_sweep.py --most 20
     python benchmarks/kill_sweep.py --random 12
+    python benchmarks/kill_sweep.py --most 20 --results docs/results/kills.json
 
 Each command runs to its end once; then it is killed at each of its writes, renames and removals (or at `--most` of
 them), and run again. The bundle's folder must hold the same bytes, and nothing else. `--random` kills one synthesis
@@ -24,6 +25,7 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 import kill_points
+import results
 
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
@@ -34,6 +36,8 @@ KEYS = ("images=24", "held_out=8", "batch=8", "steps=300")
 # a checkpoint after every fifth step instead of every 200th: more kinds of moments to be killed at
 OFTEN = "from d4c_onnx.synthesis import loop; loop.CHECKPOINT_STEPS = 5; from d4c_onnx.cli import main; main()"
 
+_COLUMNS = {"events": "writes, renames, removals", "kills": "killed at", "wrong": "reruns that differ"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -41,6 +45,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="kills a command; all by default")
     parser.add_argument("--random", type=int, metavar="KILLS", help="instead: so many kills at random moments")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, help="result file of a sweep to write")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         wrong = _random(Path(folder), args) if args.random else _sweep(Path(folder), args)
@@ -81,7 +86,7 @@ def _sweep(place: Path, args: argparse.Namespace) -> bool:
         shutil.copytree(before, output)
 
     output.mkdir()
-    wrong = False
+    rows: list[dict[str, object]] = []
     for name, command in commands.items():
         shutil.rmtree(before, ignore_errors=True)
         shutil.copytree(output, before)
@@ -90,10 +95,20 @@ def _sweep(place: Path, args: argparse.Namespace) -> bool:
         for number, what in found.items():
             if what:
                 print(f"  event {number}: {what[:300]}", flush=True)
-        wrong |= any(found.values())
         restore()
-        kill_points.run(_done_or_there(command), output)
-    return wrong
+        whole = kill_points.run(_done_or_there(command), output)
+        rows.append(
+            {
+                "command": name,
+                "events": whole.events,
+                "kills": len(found),
+                "wrong": sum(map(bool, found.values())),
+            }
+        )
+        if args.results:  # after each command: all of them take long
+            columns = [("command", "command", ""), *((key, title, "d") for key, title in _COLUMNS.items())]
+            results.measured_here(rows, threads=1, columns=columns).write(args.results)
+    return any(row["wrong"] for row in rows)
 
 
 def _done_or_there(command: Callable[[], object]) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 from d4c_onnx.manifest import IMPORTED, FileRecord, Manifest
 from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST, read_manifest
+from d4c_onnx.untrusted_json import short
 
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
@@ -100,6 +101,7 @@ def open_bundle(path: str | Path, verify: bool = True) -> Bundle:
             raise BundleError(
                 f"{path / MANIFEST}: is damaged: files or io lack {name}. Export or quantise the bundle again."
             )
+    _check_contract(path / MANIFEST, manifest)
     # what is read all the same must not pass unchecked because the manifest keeps silent about it
     beside = (TOKENIZER, GOLDEN, *(name + EXTERNAL_DATA for name in (IMAGE_ENCODER, TEXT_ENCODER)))
     for name in beside:
@@ -108,6 +110,30 @@ def open_bundle(path: str | Path, verify: bool = True) -> Bundle:
     for name, record in manifest.files.items():
         _check_file(path, name, record, verify)
     return Bundle(path, manifest)
+
+
+def _check_contract(file: Path, manifest: Manifest) -> None:
+    """Refuse encoders that no client of a bundle could feed, whatever their graphs are."""
+    height, width = manifest.preprocess.size
+    image, text = manifest.io[IMAGE_ENCODER], manifest.io[TEXT_ENCODER]
+    [pixels], [ids], [image_embeds], [text_embeds] = image.inputs, text.inputs, image.outputs, text.outputs
+    dimensions = image_embeds.sizes[-1:]
+    context = manifest.tokenizer.context_length
+    faults = {
+        f"{pixels}; expected float32 [any, 3, {height}, {width}]": (
+            pixels.dtype == "float32" and pixels.sizes == (None, 3, height, width)
+        ),
+        f"{ids}; expected int64 [any, any or {context}]": (
+            ids.dtype == "int64" and ids.sizes in ((None, None), (None, context))
+        ),
+        f"{image_embeds} and {text_embeds}; expected float32 [any, so many] of both": (
+            image_embeds.dtype == text_embeds.dtype == "float32"
+            and image_embeds.sizes == text_embeds.sizes == (None, *dimensions)
+        ),
+    }
+    wrong = [fault for fault, right in faults.items() if not right]
+    if wrong:
+        raise BundleError(f"{file}: is damaged at io: {short(wrong[0])}. Export or quantise the bundle again.")
 
 
 def _check_file(folder: Path, name: str, record: FileRecord, verify: bool) -> None:

@@ -25,6 +25,8 @@ _CANNOT_WRITE = (
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
 
+_MORE_ROOM = "Set TMPDIR to a folder with more room, and run the same command again: what is finished is kept."
+
 
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
@@ -217,22 +219,36 @@ def temporary_folder(needed: int = 0) -> Iterator[Path]:
     Raises:
         BundleError: there is no room for them, or no such place.
     """
-    advice = "Set TMPDIR to a folder with more room, and run the same command again: what is finished is kept."
+    with temporary_room(needed) as place, tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def temporary_room(needed: int = 0) -> Iterator[Path]:
+    """Where the system keeps what is needed for a moment, for whoever removes its own files later.
+
+    Args:
+        needed: bytes that will be written there.
+
+    Raises:
+        BundleError: there is no room for them, or no such place; or what is written in the block finds none.
+    """
     try:
         place = Path(tempfile.gettempdir())
         free = shutil.disk_usage(place).free
     except OSError as error:
-        raise BundleError(f"there is no folder for temporary files ({error}). {advice}") from error
+        raise BundleError(f"there is no folder for temporary files ({error}). {_MORE_ROOM}") from error
     if free < needed:
-        raise BundleError(f"{place}: {_mega(needed)} are needed there for a moment, {_mega(free)} are free. {advice}")
+        raise BundleError(
+            f"{place}: {_mega(needed)} are needed there for a moment, {_mega(free)} are free. {_MORE_ROOM}"
+        )
     try:
-        with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as folder:
-            yield Path(folder)
+        yield place
     except OSError as error:
         if not _is_full(error):
             raise
-        left = shutil.disk_usage(place).free
-        raise BundleError(f"{place}: no space left for temporary files ({_mega(left)} are free). {advice}") from error
+        left = _mega(shutil.disk_usage(place).free)
+        raise BundleError(f"{place}: no space left for temporary files ({left} are free). {_MORE_ROOM}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,11 +7,12 @@ refused by name. A key that only adds to what is known does not raise it: reader
 and do not keep them when a manifest is written again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from d4c_onnx.results import Accuracy, Promise
+from d4c_onnx.untrusted_json import printable, short
 
 # 2: rewrites are a list, each with what it refused; 1 had a key for each of four.
 FORMAT = 2
@@ -162,6 +163,18 @@ class TensorInfo:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+    @property
+    def sizes(self) -> tuple[int | None, ...]:
+        """Of the axes; None for one of any length, whatever it is called."""
+        return tuple(size if isinstance(size, int) and size else None for size in self.shape)
+
+    def alike(self, other: "TensorInfo") -> bool:
+        """Whether another one is the same but for the names of axes of any length."""
+        return (self.name, self.dtype, self.sizes) == (other.name, other.dtype, other.sizes)
+
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -170,6 +183,15 @@ class Signature:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     opset: int
+
+    def difference(self, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> str:
+        """In words, how inputs and outputs that were found in a file differ from these; empty where they do not."""
+        faults = []
+        for what, found, told in (("inputs", inputs, self.inputs), ("outputs", outputs, self.outputs)):
+            if len(found) != len(told) or not all(map(TensorInfo.alike, found, told)):
+                own, said = (", ".join(map(str, values)) or "none" for values in (found, told))
+                faults.append(f"its {what} are {short(printable(own))}, the manifest says {short(printable(said))}")
+        return "; ".join(faults)
 
 
 @dataclass(frozen=True, slots=True)

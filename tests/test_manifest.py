@@ -51,8 +51,15 @@ FP32 = Manifest(
     preprocess=Preprocess((48, 32), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
     tokenizer=TokenizerInfo("clip-bpe", 77, "the client's", 49406, 49407, 0, causal=True, dynamic_sequence=True),
     io={
-        name: Signature((TensorInfo("in", "float32", ("batch", 3, 48, 32)),), (TensorInfo("out", "float32", (1,)),), 18)
-        for name in FILES
+        name: Signature((given,), (TensorInfo("embeds", "float32", ("batch", 8)),), 18)
+        for name, given in zip(
+            FILES,
+            (
+                TensorInfo("pixel_values", "float32", ("batch", 3, 48, 32)),
+                TensorInfo("input_ids", "int64", ("batch", "sequence")),
+            ),
+            strict=True,
+        )
     },
     seed=0,
     parity_max_abs_difference={"image": 1e-7, "text": 2e-7},

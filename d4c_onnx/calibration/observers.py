@@ -12,6 +12,8 @@ from d4c_onnx.errors import CalibrationError
 BINS = 2048
 _SHRINK = np.linspace(1.0, 0.1, 91)  # candidate fractions of each observed extreme
 
+_NOT_FINITE = "an activation is not finite in float32. The model or its calibration set is broken."
+
 
 @dataclass(frozen=True, slots=True)
 class QuantParams:
@@ -40,9 +42,14 @@ def quant_params(low: float, high: float, num_bits: int, symmetric: bool = False
         low, high: float range; widened to contain 0, which padding and ReLU need exactly.
         num_bits: width of the grid.
         symmetric: zero lies in the middle: shifted by half its width, the grid is a signed one of zero point 0.
+
+    Raises:
+        CalibrationError: there is no such grid in float32.
     """
     top = 2**num_bits - 1
     low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if not high - low <= float(np.finfo(np.float32).max):  # so that what is not a number fails, too
+        raise CalibrationError(_NOT_FINITE)
     if symmetric:
         half = 2 ** (num_bits - 1)
         scale = float(np.float32(max(-low / half, high / (half - 1))))
@@ -67,9 +74,7 @@ class RangeObserver:
         """First pass. Raises CalibrationError on NaN or infinity."""
         low, high = float(values.min()), float(values.max())
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise CalibrationError(
-                "an activation is not finite in float32. The model or its calibration set is broken."
-            )
+            raise CalibrationError(_NOT_FINITE)
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def observe_histogram(self, values: np.ndarray) -> None:

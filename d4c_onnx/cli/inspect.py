@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from d4c_onnx.cli import options, show
-from d4c_onnx.manifest import EncoderRecord, Signature, TensorInfo
+from d4c_onnx.manifest import EncoderRecord, Signature
 
 if TYPE_CHECKING:
     from d4c_onnx.runtime.inspection import InspectedLayer
@@ -73,7 +73,4 @@ def _row(layer: InspectedLayer) -> list[str]:
 
 
 def _signature(io: Signature) -> str:
-    def shown(values: tuple[TensorInfo, ...]) -> str:
-        return ", ".join(f"{value.name} {value.dtype} [{', '.join(map(str, value.shape))}]" for value in values)
-
-    return f"{shown(io.inputs)} -> {shown(io.outputs)}"
+    return f"{', '.join(map(str, io.inputs))} -> {', '.join(map(str, io.outputs))}"

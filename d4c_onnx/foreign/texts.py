@@ -6,6 +6,7 @@ Nothing in a file says it, so it is tried out on the file itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from d4c_onnx.errors import ModelError
 from d4c_onnx.foreign.beside import check_positions, context_beside, padding_beside, read_tokenizer
 from d4c_onnx.foreign.original import TOLERANCE, OriginalTower
 from d4c_onnx.foreign.tower import ForeignTower
-from d4c_onnx.manifest import TokenizerInfo
+from d4c_onnx.manifest import LONGEST_CONTEXT, TokenizerInfo
 from d4c_onnx.runtime.trial import TRIAL_TEXT
 
 PROMPTS = ("a photo of a cat.", "two words", TRIAL_TEXT, "red", "the small blue house and the river", "7", "of")
@@ -92,9 +93,24 @@ def texts_of(
     if length is None:
         raise ModelError(f"{tower.original.path}: nothing says how long a text may be. Add --context-length N.")
     found.no_padding()
-    found.enable_truncation(length)
-    rows = [encoding.ids for encoding in found.encode_batch(list(PROMPTS))]
+    rows = _cut_rows(tower.original.path, found, length)
     return _Trial(tower, original, found, rows, length).settle(known, fixed is not None)
+
+
+def _cut_rows(path: Path, tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """Ids of the prompts, cut at the context length by the tokenizer, which goes on to do so.
+
+    Raises:
+        ModelError: no text has room in so few ids beside what the tokenizer puts around it, or no tower takes as many.
+    """
+    rows: list[list[int]] = []
+    if 1 <= length <= LONGEST_CONTEXT:
+        with suppress(Exception):  # the library raises this very class: there is no room for its own tokens
+            tokenizer.enable_truncation(length)
+            rows = [encoding.ids for encoding in tokenizer.encode_batch(list(PROMPTS))]
+    if not rows or max(map(len, rows)) > length:
+        raise ModelError(f"{path}: takes texts of {length} ids, which the tokenizer cannot make. Export it again.")
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

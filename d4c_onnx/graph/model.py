@@ -6,6 +6,7 @@ Protobuf appears where something else wants it: `quantize_static` a file, a sess
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass, Re
 
 from d4c_onnx.errors import GraphError
 from d4c_onnx.manifest import Signature, TensorInfo
+from d4c_onnx.untrusted_json import quoted, short
 
 PROTOBUF_LIMIT_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB; the margin is for the graph around the weights
 EXTERNAL_SUFFIX = ".data"
@@ -36,14 +38,32 @@ def load_model(path: Path) -> ir.Model:
         GraphError: the file is not an ONNX model.
     """
     try:
-        model = ir.load(path)
+        with _quiet():
+            model = ir.load(path)
         NameFixPass()(model)  # plans, ranges and reports name nodes and values
     except FileNotFoundError as error:
         raise GraphError(f"{path}: no such file.") from error
     except Exception as error:  # protobuf's DecodeError has no stable public name
-        raise GraphError(f"{path}: not an ONNX model ({str(error)[:200]}).") from error
+        raise GraphError(f"{path}: not an ONNX model ({short(error)}).") from error
     _check_external(model, path.parent)
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and not (value.producer() or value.is_graph_input() or value.is_initializer()):
+                why = f"{quoted(value.name)} is read, and nothing makes it"
+                raise GraphError(f"{path}: breaks ONNX's rules ({why}). Export it again.")
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """onnx_ir tells of each fault of a graph on stderr, and goes on; what is wrong is said once, by an error."""
+    logger = logging.getLogger("onnx_ir")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _check_external(model: ir.Model, folder: Path) -> None:
@@ -252,4 +272,8 @@ def signature_of(model: ir.Model) -> Signature:
 
 def _describe(value: ir.Value) -> TensorInfo:
     shape = tuple(size if isinstance(size, int) else size.value or 0 for size in value.shape or ())
-    return TensorInfo(value.name or "", value.dtype.numpy().name if value.dtype is not None else "unknown", shape)
+    try:
+        dtype = "unknown" if value.dtype is None else value.dtype.numpy().name
+    except TypeError:  # numpy has no such type
+        dtype = "unknown"
+    return TensorInfo(value.name or "", dtype, shape)

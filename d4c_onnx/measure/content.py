@@ -52,11 +52,15 @@ def inspect_bundle(path: str | Path) -> BundleInspection:
 
     Raises:
         BundleError: the folder is not a bundle, or onnxruntime cannot load a file.
+        GraphError: a file is not as its manifest says, or holds what is no number.
     """
+    from d4c_onnx.graph.door import check_graph
     from d4c_onnx.graph.stored import average_bits
     from d4c_onnx.runtime.inspection import inspect_encoder
 
     bundle = open_bundle(path)
+    for file in bundle.encoders.values():
+        check_graph(file, bundle.manifest.io[file.name])
     found = {file.name: inspect_encoder(file, bundle.session_entries) for file in bundle.encoders.values()}
     made = bundle.manifest.quantization
     return BundleInspection(

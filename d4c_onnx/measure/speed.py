@@ -69,7 +69,12 @@ def benchmark_bundles(
 
 
 def _check_inputs(bundles: Sequence[Bundle]) -> None:
-    """Refuse bundles that cannot be fed alike."""
+    """Refuse bundles that are not what their manifests say, or cannot be fed alike."""
+    from d4c_onnx.graph.door import check_graph
+
+    for bundle in bundles:
+        for file in bundle.encoders.values():
+            check_graph(file, bundle.manifest.io[file.name])
 
     def takes(bundle: Bundle) -> tuple[object, ...]:
         tokenizer = bundle.manifest.tokenizer

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import socket
-import tempfile
 import urllib.parse
 import urllib.request
 import warnings
@@ -21,6 +20,7 @@ import torch
 from huggingface_hub import constants as hub
 
 from d4c_onnx.errors import ModelError
+from d4c_onnx.files import temporary_folder
 from d4c_onnx.manifest import Resampled
 from d4c_onnx.models.preprocessing import square_or_sides
 from d4c_onnx.untrusted_json import quoted, short
@@ -185,8 +185,8 @@ def _named(architecture: Architecture) -> Iterator[str]:
     if architecture.known or architecture.name.startswith(HUB):
         yield architecture.name
         return
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, CONFIG).write_text(json.dumps({"model_cfg": dict(architecture.config)}), "utf-8")
+    with temporary_folder() as folder:
+        (folder / CONFIG).write_text(json.dumps({"model_cfg": dict(architecture.config)}), "utf-8")
         yield f"local-dir:{folder}"
 
 

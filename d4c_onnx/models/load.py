@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +49,7 @@ from d4c_onnx.models.preprocessing import (
     settings_of_tag,
     square_or_sides,
 )
-from d4c_onnx.models.transformers_folder import TRANSFORMERS_CONFIG, bert_folder, convert_config, read_weights
+from d4c_onnx.models.transformers_folder import TRANSFORMERS_CONFIG, complete_config, convert_config, read_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +248,7 @@ def _load_transformers(asked: _Asked) -> LoadedModel:
         converted.finish(model)
         return load_tensors(model, checkpoint, name, image_size)
 
-    with tempfile.TemporaryDirectory() as temporary:
-        config = bert_folder(converted, Path(temporary))
+    with complete_config(converted) as config:
         context = config["text_cfg"]["context_length"]
         make = partial(FolderTokenizer, asked.options.tokenizer or folder, context)
         return _created(asked, Architecture(name, config, make_tokenizer=make), "folder", settings, fill)

@@ -4,8 +4,9 @@ open_clip has no converter for them. Configs are filled up with transformers' de
 one; `transformers_names` has the tensors.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from d4c_onnx.errors import ModelError
+from d4c_onnx.files import temporary_folder
 from d4c_onnx.manifest import LARGEST_SIDE
 from d4c_onnx.models.beside import weights_in
 from d4c_onnx.models.checkpoint import Checkpoint, read_checkpoint
@@ -219,9 +221,16 @@ def _siglip(file: Path, texts: _Config, vision: _Config) -> Converted:
     return Converted(config, None, said, renamed_siglip, finish)
 
 
-def bert_folder(converted: Converted, folder: Path) -> _Config:
-    """open_clip's config, its text tower described by a file in a folder, where that is a BERT."""
+@contextlib.contextmanager
+def complete_config(converted: Converted) -> Iterator[_Config]:
+    """open_clip's config, its text tower described by a file that is there for the moment, where that is a BERT.
+
+    Raises:
+        BundleError: there is no room for that file.
+    """
     if converted.bert is None:
-        return converted.config
-    (folder / TRANSFORMERS_CONFIG).write_text(json.dumps(converted.bert), "utf-8")
-    return {**converted.config, "text_cfg": {**converted.config["text_cfg"], "hf_model_name": str(folder)}}
+        yield converted.config
+        return
+    with temporary_folder() as folder:
+        (folder / TRANSFORMERS_CONFIG).write_text(json.dumps(converted.bert), "utf-8")
+        yield {**converted.config, "text_cfg": {**converted.config["text_cfg"], "hf_model_name": str(folder)}}

@@ -10,6 +10,7 @@ from typing import Any
 from d4c_onnx.bundle import GOLDEN, Bundle, open_bundle
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import refuse_existing, sha256, staged_folder, write_json
+from d4c_onnx.graph.door import check_graph
 from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST
 from d4c_onnx.ownership import PACKAGE
 from d4c_onnx.packaging.edits import LooseLayout
@@ -78,11 +79,14 @@ def package_bundle(
     Raises:
         BundleError: the bundle is damaged, the stack cannot serve it (the message says why), a folder is in the way, or
             a written file answers otherwise than the bundle.
+        GraphError: an encoder is not what the bundle's manifest says, or holds what is no number.
     """
     if target not in STACKS:
         raise BundleError(f"--target {quoted(target)}: is no stack that is known; one of {', '.join(STACKS)}.")
     folder, stack = Path(output), STACKS[target]
     source = open_bundle(bundle)
+    for file in source.encoders.values():
+        check_graph(file, source.manifest.io[file.name])
     own = source.path.resolve()
     if folder.resolve() in (own / GOLDEN_FOLDER, own, *own.parents):
         raise BundleError(f"{folder}: is the bundle, or holds it, and would be replaced. Choose another --output.")

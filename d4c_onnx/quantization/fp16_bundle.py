@@ -54,6 +54,7 @@ def write_fp16_bundle(
         GraphError: the converter refused an encoder.
         BundleError: the folder cannot be written.
     """
+    readers = calibration_readers(bundle, dataset)
     with staged_folder(target, overwrite) as stage:
         for name in (IMAGE_ENCODER, TEXT_ENCODER):
             model = load_model(bundle.path / name)
@@ -63,7 +64,6 @@ def write_fp16_bundle(
             except GraphError as error:
                 raise GraphError(f"{bundle.path / name}: {error}") from error
             save_model(half, stage / name, limit_bytes=0 if section.external_data else None)
-        readers = calibration_readers(bundle, dataset)
         session = Session()
         effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
         made = Quantization(

@@ -173,7 +173,9 @@ class ClipSession:
         return TextTokenizer(self.bundle.tokenizer, self.bundle.manifest.tokenizer)
 
     def _session(self, path: Path) -> EncoderSession:
-        return EncoderSession(path, self._provider, self._threads, entries=self.bundle.session_entries)
+        made = EncoderSession(path, self._provider, self._threads, entries=self.bundle.session_entries)
+        made.check(self.bundle.manifest.io[path.name])
+        return made
 
     def pixels(self, source: ImageLike) -> np.ndarray:
         """pixel_values float32 [3, H, W] of one image.

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from d4c_onnx.bundle import file_size_bytes
 from d4c_onnx.errors import BundleError, ModelError
 from d4c_onnx.files import temporary_folder
-from d4c_onnx.manifest import TensorInfo
+from d4c_onnx.manifest import Signature, TensorInfo
 from d4c_onnx.untrusted_json import short
 
 if TYPE_CHECKING:
@@ -158,6 +158,15 @@ class EncoderSession:
                 path = folder / "model.onnx"
                 save_model(model, path, limit_bytes=0)
                 return cls(path, provider, threads, literal=literal)
+
+    def check(self, told: Signature) -> None:
+        """See that the file is what a manifest says of it.
+
+        Raises:
+            BundleError: it takes or gives something else: another tower's, or of a fixed batch, say.
+        """
+        if difference := told.difference(*self.takes_and_gives()):
+            raise BundleError(f"{self._shown}: {difference}. Export or quantise the bundle again.")
 
     def takes_and_gives(self) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
         """Inputs and outputs as onnxruntime sees them; an axis of any length is a text."""

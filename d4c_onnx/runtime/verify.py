@@ -5,7 +5,7 @@ onnxruntime, numpy, pillow and the bundle: nothing that made the files is asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from PIL import Image
 from d4c_onnx.bundle import GOLDEN, Bundle, open_bundle
 from d4c_onnx.errors import BundleError, D4CError
 from d4c_onnx.files import sha256
-from d4c_onnx.manifest import TensorInfo
 from d4c_onnx.manifest_file import GOLDEN_FOLDER
 from d4c_onnx.runtime.clip_session import ClipSession
 from d4c_onnx.runtime.golden import GoldenText, GoldenVectors, ids_sha256, pixels_sha256, read_golden
@@ -94,7 +93,7 @@ def verify_bundle(
     session = ClipSession(bundle, provider=provider, threads=threads, verify=False)
     likeliest: dict[str, str | None] = {"image": None, "text": None}
     try:
-        checks.append(_contract(bundle, session))
+        checks.append(_contract(session))
         golden = read_golden(bundle.path)
         pixels, images = _images(session, golden)
         ids, texts = _texts(session, golden)
@@ -125,27 +124,13 @@ def _files(bundle: Bundle) -> Check:
     return Check("files", True, f"{len(bundle.manifest.files)} files as the manifest's SHA-256 says")
 
 
-def _contract(bundle: Bundle, session: ClipSession) -> Check:
-    """Names, types and axes of both files, as onnxruntime sees them."""
-    faults: list[str] = []
-    for name, encoder in session.encoders().items():
-        told = bundle.manifest.io[name]
-        for what, own, said in zip(
-            ("inputs", "outputs"), encoder.takes_and_gives(), (told.inputs, told.outputs), strict=True
-        ):
-            if list(map(_plain, own)) != list(map(_plain, said)):
-                faults.append(f"{name}: {what} are {_shown(own)}, the manifest says {_shown(said)}")
-    if faults:
-        return Check("contract", False, f"{'; '.join(faults)[:500]}. Export or quantise the bundle again.")
+def _contract(session: ClipSession) -> Check:
+    """Names, types and axes of both files, as onnxruntime sees them; a session that is not so is not made."""
+    try:
+        session.encoders()
+    except BundleError as error:
+        return Check("contract", False, short(error))
     return Check("contract", True, "inputs and outputs as the manifest says")
-
-
-def _plain(value: TensorInfo) -> tuple[str, str, tuple[int | None, ...]]:
-    return value.name, value.dtype, tuple(size if isinstance(size, int) else None for size in value.shape)
-
-
-def _shown(values: Sequence[TensorInfo]) -> str:
-    return ", ".join(f"{value.name} {value.dtype} [{', '.join(map(str, value.shape))}]" for value in values)
 
 
 def _images(session: ClipSession, golden: GoldenVectors) -> tuple[Check, np.ndarray]:
@@ -254,8 +239,9 @@ def read_answers(images: Path | None, texts: Path | None) -> Answers:
 
 def _matrix(file: Path) -> np.ndarray:
     try:
-        found = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # mapped: a header may tell of an array that no memory holds
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy parses the header with ast
         raise BundleError(f"{file}: is no .npy file ({short(error)}). Write one with numpy.save.") from error
     if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind not in "fiu":
         raise BundleError(f"{file}: holds no matrix of numbers. Save float32 [N, D], a row for each golden entry.")

@@ -161,6 +161,16 @@ def test_the_door_is_shut(folder: Path, change: object, reason: str) -> None:
     assert not (folder / "out").exists() or not list((folder / "out").iterdir())
 
 
+@pytest.mark.parametrize("length", [1, 2**40])
+def test_a_length_that_no_text_has(folder: Path, length: int) -> None:
+    def fix(proto: onnx.ModelProto) -> None:
+        proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = length
+
+    _changed(folder, "textual.onnx", fix)
+    with pytest.raises(ModelError, match=f"takes texts of {length} ids, which the tokenizer cannot make"):
+        _import(folder)
+
+
 def test_what_is_no_model(folder: Path) -> None:
     (folder / "visual.onnx").write_text("no model")
     with pytest.raises(D4CError, match=r"visual\.onnx"):

@@ -23,12 +23,14 @@ from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.results import Accuracy, BundleAccuracy
 
 FILES = ("image_encoder.onnx", "text_encoder.onnx")
-_TENSOR = (TensorInfo("x", "float32", ("batch", 3)),)
+_PIXELS = (TensorInfo("pixel_values", "float32", ("batch", 3, 2, 2)),)
+_IDS = (TensorInfo("input_ids", "int64", ("batch", "sequence")),)
+_EMBEDS = (TensorInfo("embeds", "float32", ("batch", 3)),)
 FP32 = Manifest(
     model=ModelInfo("tiny", "random", "0" * 64, False, None, None, True, 77, None, None),
     preprocess=Preprocess((2, 2), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     tokenizer=TokenizerInfo("clip-bpe", 77, "none"),
-    io=dict.fromkeys(FILES, Signature(_TENSOR, _TENSOR, 18)),
+    io={name: Signature(given, _EMBEDS, 18) for name, given in zip(FILES, (_PIXELS, _IDS), strict=True)},
     seed=0,
 )
 MADE = Quantization("w4a8", "cpu", "", {}, "1.23", False, dict.fromkeys(FILES, "0" * 64))

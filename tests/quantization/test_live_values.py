@@ -1,14 +1,17 @@
 """What rounding keeps between two layers: at most so many bytes in memory, and the same numbers wherever it lies."""
 
 import gc
+import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from encoders import section_of
 from graphs import Feeds, parse
 
+from d4c_onnx.errors import BundleError
 from d4c_onnx.graph.model import save_model
 from d4c_onnx.quantization import quantize_encoder
 from d4c_onnx.quantization.inside import live
@@ -105,3 +108,18 @@ def test_values_come_back_as_they_were(folder: Path, monkeypatch: pytest.MonkeyP
     }
     assert values.held_bytes == 1
     assert len(_files(folder)) == 1
+
+
+def test_a_full_disk_is_told_with_its_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")  # not on Windows
+    monkeypatch.setattr(live, "HELD_BYTES", 0)
+    values, limits = LiveValues(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(BundleError, match=r"temporary: no space left .*TMPDIR"):
+            values.append({"a": np.zeros(10_000, np.float32)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(BundleError, match=r"temporary: .* are needed there .*TMPDIR"):
+        values.append({"a": np.zeros(10_000, np.float32)})

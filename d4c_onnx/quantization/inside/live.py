@@ -15,11 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
+from d4c_onnx.files import temporary_room
+
 HELD_BYTES = 2**28  # of an encoder; two of them run side by side, so half a gigabyte, as `ranges` looks at
 
 
 class LiveValues:
-    """By batch its values, which are given back as they were."""
+    """By batch its values, which are given back as they were.
+
+    Raises:
+        BundleError: of what takes new values: there is no room for them on the disk.
+    """
 
     def __init__(self) -> None:
         self._batches: list[dict[str, np.ndarray | Path]] = []
@@ -55,11 +61,12 @@ class LiveValues:
         if self.held_bytes + value.nbytes <= HELD_BYTES:
             self.held_bytes += value.nbytes
             return value
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="d4c-onnx-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        path = self._folder / f"{next(self._numbers)}.npy"
-        np.save(path, value)
+        with temporary_room(value.nbytes) as place:
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="d4c-onnx-", dir=place))
+                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            path = self._folder / f"{next(self._numbers)}.npy"
+            np.save(path, value)
         return path
 
     def _drop(self, entry: np.ndarray | Path) -> None:

@@ -1,0 +1,102 @@
+"""What `hostile.py` spoils: small, whole, and made in seconds.
+
+toy, toy-set           a bundle of two graphs of a few nodes, and a calibration set of it
+foreign                the ONNX files of a CLIP that another exporter wrote, with its configs
+imported, imported-set the bundle that they become, and a calibration set of it
+weights                a checkpoint in two formats, and the config of its architecture
+images, texts.txt      what `embed` reads
+labelled.parquet       what `evaluate` reads
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from d4c_onnx import pipeline
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.calibration import CalibrationSet
+from d4c_onnx.calibration.dataset import save_calibration_set
+from d4c_onnx.calibration.key import calibration_key
+from d4c_onnx.foreign import ForeignFiles
+from d4c_onnx.recipe import load_recipe
+from d4c_onnx.runtime.tokenizer import TextTokenizer
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(TESTS / "packaging"), str(TESTS / "foreign")]
+
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+_WORDS = ("red boats", "old houses", "a dog", "dark clouds")
+
+
+def make(origin: Path) -> None:
+    """All of it."""
+    from toys import Toy, bundle_of
+
+    origin.mkdir()
+    toy = bundle_of(origin / "toy", Toy(bits="fp32", name="toy"))
+    _set_of(toy, origin / "toy-set")
+    (origin / "foreign").mkdir()
+    imported = _import(origin)
+    _set_of(imported, origin / "imported-set")
+    _weights(origin / "weights")
+    _images(origin / "images")
+    (origin / "texts.txt").write_text("\n".join((*_WORDS, "crème brûlée", "🐕")) + "\n")
+    _parquet(origin / "images", origin / "labelled.parquet")
+
+
+def _set_of(bundle: Bundle, target: Path) -> None:
+    recipe, manifest = load_recipe(), bundle.manifest
+    pixels = np.random.default_rng(0).random((6, 3, *manifest.preprocess.size), np.float32)
+    ids = tuple(tuple(row) for row in TextTokenizer(bundle.tokenizer, manifest.tokenizer)(list(_WORDS)).tolist())
+    key = calibration_key(bundle.weights_sha256, recipe.synthesis, recipe.text, _WORDS, 0)
+    told: dict[str, Any] = {"model": bundle.model_name, "key": key, "compute": {"device": "cpu"}, "versions": {}}
+    made = CalibrationSet(pixels[:4], pixels[4:], _WORDS + _WORDS[:2], _WORDS, ids, ("a cat", "a bird"), told)
+    save_calibration_set(target, made, pixels)
+
+
+def _import(origin: Path) -> Bundle:
+    from exports import export_open_clip, open_clip_model
+
+    made = export_open_clip(origin / "foreign", open_clip_model(quick_gelu=False, layers=1), False, 14)
+    return pipeline.import_bundle(ForeignFiles(made.image, made.text), origin, load_recipe(), name="imported")
+
+
+def _weights(folder: Path) -> None:
+    import torch
+    from open_clip.model import CLIP
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = CLIP(CONFIG["embed_dim"], CONFIG["vision_cfg"], CONFIG["text_cfg"])
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / "tiny.safetensors")
+    torch.save({"state_dict": state, "epoch": 1}, folder / "tiny.pt")
+    (folder / "tiny.json").write_text(json.dumps(CONFIG))
+
+
+def _images(folder: Path) -> None:
+    folder.mkdir()
+    pixels = np.random.default_rng(1).integers(0, 256, (24, 40, 3), np.uint8)
+    for name in ("rgb.jpg", "rgb.png", "rgb.webp", "rgb.gif", "rgb.bmp"):
+        Image.fromarray(pixels).save(folder / name)
+    Image.fromarray(pixels[..., 0]).convert("P").save(folder / "palette.png")
+    Image.fromarray((pixels[..., 0].astype(np.uint16)) * 257).save(folder / "deep.png")
+
+
+def _parquet(images: Path, file: Path) -> None:
+    rows = [{"bytes": (images / name).read_bytes(), "path": name} for name in ("rgb.png", "rgb.jpg", "palette.png")]
+    table = pa.table({"image": rows, "label": pa.array([0, 1, 1], pa.int64())})
+    names = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    told = {"huggingface": json.dumps({"info": {"features": names}})}
+    pq.write_table(table.replace_schema_metadata(told), file)
