@@ -82,14 +82,14 @@ class Served:
     """What the paths ask: encoders that take turns in one thread, and images that are decoded in others."""
 
     def __init__(self, session: ClipSession, fp32: ClipSession | None, limits: Limits, meters: Meters) -> None:
-        """Load every encoder.
+        """Load both encoders and the tokenizer of each.
 
         Args:
             session: of the bundle that is served.
             fp32: of its original.
 
         Raises:
-            BundleError: `fp32` is no original of it, or an encoder cannot be loaded.
+            BundleError: `fp32` is no original of it, or a part cannot be loaded.
         """
         if fp32 is not None:
             _check_original(session, fp32)
@@ -97,8 +97,9 @@ class Served:
         self._encoding = ThreadPoolExecutor(1, "encoder")  # each encoder uses all cores by itself
         self._decoding = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "pixels")
         sessions = [session] if fp32 is None else [session, fp32]
-        for one in sessions:
-            one.encoders()
+        for one in sessions:  # load all, and run it once: the first run takes longer than any other
+            one.embed_images(np.zeros((8, 8, 3), np.uint8))
+            one.embed_texts("a")
         self._behind = [_Behind(one, self._encoding, limits, meters) for one in sessions]
 
     @property

@@ -26,10 +26,8 @@ def page_of(engine: str) -> str:
 def content_security_policy(page: str) -> str:
     """A header's value that lets the page run its own script, show dropped pictures, ask its server, and no more."""
     [style], [script] = (re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page, re.DOTALL) for tag in ("style", "script"))
-    return (
-        f"default-src 'none'; connect-src 'self'; img-src blob:; style-src {_hash(style)}; script-src {_hash(script)}; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    own = f"style-src {_hash(style)}; script-src {_hash(script)}; connect-src 'self'; img-src blob: data:"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 def _hash(content: str) -> str:

@@ -245,10 +245,11 @@ def test_requests_that_arrive_together_are_encoded_together(bundles: tuple[Bundl
         assert gate.wait(30)
         return encode(batches)
 
+    app = create_app(session)
     session.embed_pixels = counted  # type: ignore[method-assign, assignment]
     pictures = [encoded((20 * number, 50, 90)) for number in range(9)]
     found: dict[int, list[float]] = {}
-    with TestClient(create_app(session)) as client:
+    with TestClient(app) as client:
 
         def ask(number: int) -> None:
             answer = client.post("/embed/image", content=pictures[number], headers={"Content-Type": "image/png"})
