@@ -23,23 +23,23 @@ class BoundedBodies:
             return
         body = bytearray()
         try:
-            self._announced(scope)
-            async with asyncio.timeout(self._limits.arrive_seconds):
-                if not await self._read(receive, body):
-                    return
-            await self._app(scope, _replayed(bytes(body), receive), send)
-        except TimeoutError:
-            await Refused(408, "The request's body did not arrive in time.").response()(scope, receive, send)
+            if await self._arrived(scope, receive, body):
+                await self._app(scope, _replayed(bytes(body), receive), send)
         except Refused as error:
             await error.response()(scope, receive, send)
         finally:
             self._held -= len(body)
 
-    def _announced(self, scope: Scope) -> None:
-        """Refuse what says itself that it is too long."""
+    async def _arrived(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+        """Fill the body in time; False where the client went away."""
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if length.isdigit() and int(length[:20]) > self._limits.body_bytes:
+        if length.isdigit() and int(length[:20]) > self._limits.body_bytes:  # it says so itself
             raise self._too_long()
+        try:
+            async with asyncio.timeout(self._limits.arrive_seconds):
+                return await self._read(receive, body)
+        except TimeoutError as error:
+            raise Refused(408, "The request's body did not arrive in time.") from error
 
     async def _read(self, receive: Receive, body: bytearray) -> bool:
         """Fill the body; False where the client went away."""

@@ -31,7 +31,7 @@ class Limits:
     letters: int = 2000
     batch: int = 16
     window_seconds: float = 0.002
-    waiting: int = 1024
+    waiting: int = 512
     connections: int = 256
     arrive_seconds: float = 20.0
     idle_seconds: float = 15.0
