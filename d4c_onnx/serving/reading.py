@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -165,8 +166,9 @@ async def _form(
                 else:
                     takes = " and ".join(["images (files)", *names])
                     raise Refused(422, f"{short(ascii(name))}: is no field of this form, which has {takes}.")
-    except HTTPException as error:  # starlette's, of a form that it cannot read
-        raise Refused(400, f"The form cannot be read: {short(error.detail)}") from error
+    except (HTTPException, FormParserError) as error:  # older starlettes let the parser's own through
+        why = error.detail if isinstance(error, HTTPException) else error
+        raise Refused(400, f"The form cannot be read: {short(why)}") from error
     _count(len(images), limits)
     return images, fields
 

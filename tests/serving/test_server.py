@@ -136,6 +136,8 @@ def test_prometheus_reads_counts(client: TestClient) -> None:
 PICTURE = encoded()
 CUT = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n' + PICTURE[:40]
 
+FIELD = b'--x\r\nContent-Disposition: form-data; name="labels"\r\n\r\na\r\n--x--\r\n'
+
 
 def body(content: bytes, kind: str) -> dict[str, Any]:
     return {"content": content, "headers": {"Content-Type": kind}}
@@ -183,7 +185,7 @@ HOSTILE: dict[str, tuple[int, tuple[str, dict[str, Any]]]] = {
     "a number as an image": (422, images(7)),
     "five images": (422, images(*["AAAA"] * 5)),
     "five files": (400, ("/embed/image", {"files": [("images", ("a", PICTURE, "image/png"))] * 5})),
-    "no files": (422, ("/embed/image", body(b"--x--", "multipart/form-data; boundary=x"))),
+    "no files": (422, ("/zero-shot", body(FIELD, "multipart/form-data; boundary=x"))),
     "a form cut off": (400, form(CUT, "multipart/form-data; boundary=x")),
     "a form without a boundary": (400, form(CUT + b"\r\n--x--", "multipart/form-data")),
     "another boundary": (400, form(CUT + b"\r\n--x--", "multipart/form-data; boundary=y")),
