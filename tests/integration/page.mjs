@@ -1,6 +1,6 @@
 // Drives the page in headless Chromium as a person does, mouse and keyboard; prints JSON about what it shows.
 import { createRequire } from "node:module";
-import { mkdtempSync } from "node:fs";
+import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
 
@@ -72,3 +72,4 @@ const overflow = await page.evaluate(() => Math.max(
 await page.screenshot({ path: screenshots[1], fullPage: true });
 console.log(JSON.stringify({ model, without, status, chosen, typed, dropped, refused, overflow, asked: [...asked], faults }));
 await browser.close();
+rmSync(folder, { recursive: true, force: true, maxRetries: 5 });
