@@ -4,7 +4,10 @@ from importlib.util import find_spec
 
 from d4c_onnx.errors import MissingExtra
 
-_EXTRAS = {"export": ("torch", "open_clip", "torchvision", "safetensors")}
+_EXTRAS = {
+    "export": ("torch", "open_clip", "torchvision", "safetensors"),
+    "serve": ("fastapi", "prometheus_client", "python_multipart", "uvicorn"),
+}
 
 
 def need_extra(extra: str, what: str) -> None:

@@ -26,6 +26,7 @@ COMMANDS = {
     "synthesize": "Make a calibration set from the model itself.",
     "quantize": "Quantise both encoders, and measure the files against FP32.",
     "package": "Write a bundle as a serving stack wants it.",
+    "serve": "Serve a bundle over HTTP, with a page.",
     "evaluate": "Measure bundles side by side on a labelled set.",
     "benchmark": "Time bundles side by side on this machine.",
     "embed": "Turn images or texts into vectors, in one file.",

@@ -14,7 +14,7 @@ from d4c_onnx.cli import options, show
     required=True,
     metavar="STACK",
     help="transformersjs, immich, fastembed (txtai, too), triton, optimum, openvino, librephotos, rclip, frigate, "
-    "vespa, or onnxruntime (alone, with examples).",
+    "vespa, onnxruntime (alone, with examples), or web (a page that runs in the browser).",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The package's folder.")
 @click.option("--name", help="The model's name, for stacks that know models by name.  [the bundle's]")

@@ -113,13 +113,8 @@ class ClipSession:
         Raises:
             DatasetError: a template has no `{}`, or there is no label.
         """
-        odd = next((template for template in templates if "{}" not in template), None)
-        if odd is not None or not templates:
-            raise DatasetError(f"template {odd!r}: needs a {{}} where the label goes.")
-        if not labels:
-            raise DatasetError("no label: name at least one.")
-        texts = [template.replace("{}", label) for label in labels for template in templates]
-        return unit(self.embed_texts(texts).reshape(len(labels), len(templates), -1).mean(1))
+        vectors = self.embed_texts(prompts(labels, templates))
+        return label_embeds(vectors, len(labels))
 
     def similarity(self, images: ImageLike | Iterable[ImageLike], texts: str | Iterable[str]) -> np.ndarray:
         """Cosine of each image with each text, float32 [N, M]."""
@@ -201,6 +196,25 @@ class ClipSession:
             if on_batch is not None:
                 on_batch(len(batch))
         return np.concatenate(parts) if parts else np.zeros((0, session.width), np.float32)
+
+
+def prompts(labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[str]:
+    """Each label in each template, label by label.
+
+    Raises:
+        DatasetError: a template has no `{}`, or there is no label.
+    """
+    odd = next((template for template in templates if "{}" not in template), None)
+    if odd is not None or not templates:
+        raise DatasetError(f"template {odd!r}: needs a {{}} where the label goes.")
+    if not labels:
+        raise DatasetError("no label: name at least one.")
+    return [template.replace("{}", label) for label in labels for template in templates]
+
+
+def label_embeds(text_embeds: np.ndarray, labels: int) -> np.ndarray:
+    """Unit vectors of prompts, label by label, [labels * templates, D], as one of each label, [labels, D]."""
+    return unit(text_embeds.reshape(labels, -1, text_embeds.shape[-1]).mean(1))
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -8,15 +8,14 @@ registry is out of reach is skipped.
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from encoders import material
+from environments import NODE, environment
 from PIL import Image
 
 from d4c_onnx.bundle import Bundle, open_bundle
@@ -30,13 +29,6 @@ from d4c_onnx.runtime.tokenizer import TextTokenizer
 pytestmark = pytest.mark.integration
 
 HERE = Path(__file__).parent
-PYTHON = {
-    "fastembed": ["fastembed==0.9.1"],
-    "openvino": ["openvino==2026.4.1", "numpy"],
-    "optimum": ["optimum-onnx[onnxruntime]==0.1.0", "torch"],
-    "triton": ["tritonclient[grpc]"],
-}
-NODE = {"transformersjs": ["@huggingface/transformers@4.3.2"]}
 TEXTS = ["a photo of a cat.", "word, and another. " * 60, "a ship"]
 # The least cosine to the bundle's own answer: of given pixels and texts, and of an image that the client resized.
 # OpenVINO computes floats in bfloat16 where the processor has it; transformers.js does not resize as pillow does.
@@ -48,33 +40,9 @@ LEAST = {
 }
 
 
-def _environment(client: str) -> Path:
-    """The folder of a client's environment, made where there is none; skips where it cannot be made."""
-    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    folder = Path(os.environ.get("D4C_CLIENTS", f"{cache}/d4c-onnx/clients")) / client
-    ready = folder / "ready"
-    if ready.exists():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if client in NODE:
-        if shutil.which("npm") is None:
-            pytest.skip("no npm here")
-        commands = [["npm", "init", "-y"], ["npm", "install", "--ignore-scripts", *NODE[client]]]
-    else:
-        python = str(folder / "bin" / "python")
-        commands = [[sys.executable, "-m", "venv", str(folder)], [python, "-m", "pip", "install", *PYTHON[client]]]
-    for command in commands:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"{client} cannot be installed here: {done.stderr.strip()[-200:]}")
-    ready.touch()
-    return folder
-
-
 def _run(client: str, folder: Path, request: Path) -> dict[str, Any]:
     """What a client's script prints about a package."""
-    place = _environment(client)
+    place = environment(client)
     if client in NODE:
         command = ["node", HERE / f"{client}.mjs", place, folder, request]
     else:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,29 @@ def test_the_example_of_onnxruntime_says_what_the_bundle_says(
     np.testing.assert_allclose(shown, image_embeds @ text_embeds.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+def test_web(mode: str, tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path / "toy", changed(TOY, resize_mode=mode))
+    report = package_bundle(bundle.path, "web", tmp_path / "to")
+    config = json_of(report.path / "web.json")
+    assert config["model"] == "toy"
+    assert config["bundle"] == "w4a8"
+    assert (config["logit_scale"], config["logit_bias"]) == (10.0, None)
+    assert config["preprocess"] == {
+        "size": [8, 8],
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "resize_mode": mode,
+        "interpolation": "bicubic",
+        "fill_color": 0,
+    }
+    libraries = json_of(report.path / "package.json")["dependencies"]
+    page = (report.path / "index.html").read_text("utf-8")
+    imported = set(re.findall(r'from "\./node_modules/((?:@[\w-]+/)?[\w-]+)/', page))
+    assert imported == set(libraries)
+    assert "http" not in page  # nothing from elsewhere
+
+
 def tokens_of(folder: Path, text: str) -> np.ndarray:
     from tokenizers import Tokenizer
 
@@ -287,6 +311,7 @@ GUARDED = {
     "frigate": "model_cache/jinaai/jina-clip-v1/text_model_fp16.onnx",
     "optimum": "model.onnx",
     "onnxruntime": "text_encoder.onnx",  # its example in JavaScript tokenises with transformers.js
+    "web": "text_encoder.onnx",
 }
 
 
@@ -316,7 +341,7 @@ def test_ids_that_servers_get_wrong(
         np.testing.assert_allclose(found, expected.run(right(given, context)), atol=1e-6)
 
 
-@pytest.mark.parametrize("target", ["transformersjs", "fastembed", "optimum", "vespa", "onnxruntime"])
+@pytest.mark.parametrize("target", ["transformersjs", "fastembed", "optimum", "vespa", "onnxruntime", "web"])
 def test_towers_of_a_fixed_length_take_what_stacks_feed(target: str, tmp_path: Path) -> None:
     bundle = bundle_of(tmp_path / "toy", changed(TOY, dynamic=False))
     report = package_bundle(bundle.path, target, tmp_path / "to")
@@ -343,6 +368,7 @@ REFUSED = [
     ("frigate", {}, "stores 768 numbers an embedding, and this model gives 4"),
     ("transformersjs", {"resize_mode": "longest"}, "padded"),
     ("transformersjs", {"has_file": False}, "tokenizer.json"),
+    ("web", {"has_file": False}, "tokenizer.json"),
     ("fastembed", {"last_id": 3}, "cannot express this tokenizer"),
     ("optimum", {"logit_scale": None}, "no logit scale"),
     ("optimum", {"normalized": False}, "without --raw"),

@@ -12,6 +12,7 @@ from d4c_onnx.packaging.stacks.rclip import RCLIP
 from d4c_onnx.packaging.stacks.transformersjs import TRANSFORMERSJS
 from d4c_onnx.packaging.stacks.triton import TRITON
 from d4c_onnx.packaging.stacks.vespa import VESPA
+from d4c_onnx.packaging.stacks.web import WEB
 
 _ALL = (
     TRANSFORMERSJS,
@@ -25,6 +26,7 @@ _ALL = (
     FRIGATE,
     VESPA,
     ONNXRUNTIME,
+    WEB,
 )
 STACKS: dict[str, Stack] = {stack.name: stack for stack in _ALL}
 
