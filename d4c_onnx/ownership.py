@@ -1,6 +1,6 @@
 """What of a folder d4c-onnx itself wrote: `--overwrite` removes nothing else.
 
-Bundles and calibration sets name their files in a manifest; a page about a set lies beside it.
+Bundles, calibration sets and packages name their files in a manifest; a page about a set lies beside it.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from d4c_onnx.locks import LOCK
 
 MANIFEST = "manifest.json"
+PACKAGE = "d4c-package.json"  # not package.json: some stacks' folders are read by npm, too
 STAGE, OLD, WORK = ".stage-", ".old-", ".work-"  # what is being written, was replaced, or will be a set
 _LARGEST = 64 * 2**20  # bytes of a manifest
 _STAGED = re.compile(rf"{re.escape(STAGE)}(?P<name>.+)-[0-9a-f]{{16}}", re.DOTALL)
@@ -23,7 +24,7 @@ def staged_for(name: str) -> str | None:
 
 
 def is_made(folder: Path) -> bool:
-    """Whether a folder is a bundle or a set of d4c-onnx."""
+    """Whether a folder is a bundle, a set or a package of d4c-onnx."""
     return folder.is_dir() and not folder.is_symlink() and bool(_listed(folder))
 
 
@@ -47,23 +48,27 @@ def _strangers(folder: Path, prefix: str) -> Iterator[str]:
 def _strangers_below(folder: Path, place: str, listed: set[str]) -> Iterator[str]:
     own = {name.partition("/")[2] for name in listed if name.startswith(f"{folder.name}/")}
     if own:
-        yield from (f"{place}/{entry.name}" for entry in folder.iterdir() if entry.name not in own)
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                yield from _strangers_below(entry, f"{place}/{entry.name}", own)
+            elif entry.name not in own:
+                yield f"{place}/{entry.name}"
     elif is_made(folder):
         yield from _strangers(folder, f"{place}/")
-    elif not folder.name.startswith(WORK) and staged_for(folder.name) is None:
+    elif not folder.name.startswith(WORK) and staged_for(folder.name) is None and any(folder.iterdir()):
         yield place
 
 
 def _listed(folder: Path) -> set[str]:
     """The names in a folder's manifest, and the manifest's own; nothing where there is none that can be read."""
-    path = folder / MANIFEST
-    try:
-        if not path.is_file() or path.stat().st_size > _LARGEST:
-            return set()
-        names = json.loads(path.read_bytes())["files"]
-        return {MANIFEST, *(str(name) for name in names)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return set()
+    for name in (MANIFEST, PACKAGE):
+        path = folder / name
+        try:
+            if path.is_file() and path.stat().st_size <= _LARGEST:
+                return {name, *(str(file) for file in json.loads(path.read_bytes())["files"])}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return set()
 
 
 def _is_page(file: Path) -> bool:

@@ -12,16 +12,13 @@ from d4c_onnx.errors import BundleError
 from d4c_onnx.files import refuse_existing, sha256, staged_folder, write_json
 from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST
 from d4c_onnx.packaging.edits import LooseLayout
-from d4c_onnx.packaging.job import Job, PackagedModel
+from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.needs import unit_vectors
+from d4c_onnx.packaging.package_manifest import FORMAT, PACKAGE, PackagedModel
 from d4c_onnx.packaging.proof import prove
 from d4c_onnx.packaging.stacks import STACKS
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.untrusted_json import quoted, short
-
-# not package.json: some stacks' folders are read by npm, too
-PACKAGE = "d4c-package.json"
-FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +79,13 @@ def package_bundle(
     if target not in STACKS:
         raise BundleError(f"--target {quoted(target)}: is no stack that is known; one of {', '.join(STACKS)}.")
     folder, stack = Path(output), STACKS[target]
-    refuse_existing(folder, overwrite)
     source = open_bundle(bundle)
     own = source.path.resolve()
     if folder.resolve() in (own / GOLDEN_FOLDER, own, *own.parents):
         raise BundleError(f"{folder}: is the bundle, or holds it, and would be replaced. Choose another --output.")
+    refuse_existing(folder, overwrite)
     on_step("package", 0, 3, {})
-    with staged_folder(folder) as stage:
+    with staged_folder(folder, overwrite) as stage:
         job = Job(source, stage, target, name)
         unit_vectors(job)
         stack.write(job)

@@ -26,28 +26,6 @@ from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.trial import trial_pixels
 
 TOY = Toy()
-# a toy that each stack can serve
-FITTING = {
-    "immich": changed(TOY, dimensions=512, name="ViT-B-32", pretrained="laion2b_s34b_b79k"),
-    "librephotos": changed(TOY, dimensions=512, side=(224, 224)),
-    "rclip": changed(TOY, dimensions=512, side=(256, 256), context=77),
-    "frigate": changed(TOY, dimensions=768),
-}
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """By stack a bundle that fits it."""
-    folder = tmp_path_factory.mktemp("toys")
-    plain = bundle_of(folder / "plain", TOY)
-    return {name: bundle_of(folder / name, FITTING[name]) if name in FITTING else plain for name in STACKS}
-
-
-@pytest.fixture(scope="module")
-def packages(toys: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> dict[str, PackageReport]:
-    """Every stack's package of its toy."""
-    folder = tmp_path_factory.mktemp("packages")
-    return {name: package_bundle(bundle.path, name, folder / name) for name, bundle in toys.items()}
 
 
 def _io(report: PackageReport, file: str) -> tuple[list[tuple[str, str, tuple]], list[tuple[str, tuple]]]:
@@ -365,15 +343,21 @@ def test_a_name_on_the_list_may_be_given(tmp_path: Path) -> None:
     assert (report.path / "ViT-B-16__openai" / "visual" / "model.onnx").is_file()
 
 
-def test_a_folder_in_the_way_is_refused_and_replaced_on_demand(toys: dict[str, Bundle], tmp_path: Path) -> None:
-    bundle, out = toys["openvino"].path, tmp_path / "out"
-    package_bundle(bundle, "openvino", out)
+@pytest.mark.parametrize("target", ["triton", "transformersjs", "frigate"])
+def test_a_folder_in_the_way_is_refused_and_replaced_on_demand(
+    target: str, toys: dict[str, Bundle], tmp_path: Path
+) -> None:
+    bundle, out = toys[target].path, tmp_path / "out"
+    report = package_bundle(bundle, target, out)
     before = (out / "d4c-package.json").read_bytes()
     with pytest.raises(BundleError, match="--overwrite"):
-        package_bundle(bundle, "openvino", out)
-    (out / "stray").write_text("")
-    package_bundle(bundle, "openvino", out, overwrite=True)
-    assert not (out / "stray").exists()
+        package_bundle(bundle, target, out)
+    for stray in (out / "stray", (out / report.models[0].file).parent / "stray"):
+        stray.write_text("")
+        with pytest.raises(BundleError, match="did not write"):
+            package_bundle(bundle, target, out, overwrite=True)
+        stray.unlink()
+    package_bundle(bundle, target, out, overwrite=True)
     assert (out / "d4c-package.json").read_bytes() == before
 
 
