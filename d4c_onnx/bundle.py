@@ -94,7 +94,7 @@ def open_bundle(path: str | Path, verify: bool = True) -> Bundle:
     path = Path(path)
     if not (path / MANIFEST).is_file():
         raise BundleError(f"{path}: not a bundle (no {MANIFEST}). Make one with d4c-onnx export.")
-    _check_inside(path, MANIFEST)
+    check_inside(path, MANIFEST)
     manifest = read_manifest(path)
     for name in (IMAGE_ENCODER, TEXT_ENCODER):
         if name not in manifest.files or name not in manifest.io:
@@ -137,7 +137,7 @@ def _check_contract(file: Path, manifest: Manifest) -> None:
 
 
 def _check_file(folder: Path, name: str, record: FileRecord, verify: bool) -> None:
-    _check_inside(folder, name)
+    check_inside(folder, name)
     file = folder / name
     if not file.is_file():
         raise BundleError(f"{file}: is missing. Export or quantise the bundle again.")
@@ -145,8 +145,12 @@ def _check_file(folder: Path, name: str, record: FileRecord, verify: bool) -> No
         raise BundleError(f"{file}: differs from the manifest's SHA-256. Export or quantise the bundle again.")
 
 
-def _check_inside(folder: Path, name: str) -> None:
-    """Refuse a link that leads out of the bundle."""
+def check_inside(folder: Path, name: str) -> None:
+    """Refuse a link that leads out of a bundle or package.
+
+    Raises:
+        BundleError: it does.
+    """
     try:
         inside = (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # links that go in circles

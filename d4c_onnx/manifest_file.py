@@ -121,14 +121,14 @@ def _manifest(top: Node) -> Manifest:
     session = top.take("session", _session, None)  # first, and in FP32, too: what is harmful is called so
     return Manifest(
         model=top.take("model", _model),
-        preprocess=top.take("preprocess", _preprocess),
-        tokenizer=top.take("tokenizer", _tokenizer),
+        preprocess=top.take("preprocess", preprocess_of),
+        tokenizer=top.take("tokenizer", tokenizer_of),
         io=top.take("io", mapping(_signature, file_name)),
         seed=top.take("seed", integer(0)),
         parity_max_abs_difference=top.take("parity_max_abs_difference", nullable(mapping(number)), None),
         quantization=_quantization(top, written_in, session) if quantized else None,
         versions=top.take("versions", mapping(text)),
-        files=top.take("files", mapping(_file, file_name)),
+        files=top.take("files", mapping(file_of, file_name)),
     )
 
 
@@ -161,7 +161,8 @@ def _resampled(node: Node) -> Resampled:
     return Resampled(node.take("name", text), node.take("stored", integer(1)), node.take("taken", integer(1)))
 
 
-def _preprocess(node: Node) -> Preprocess:
+def preprocess_of(node: Node) -> Preprocess:
+    """How images become pixels."""
     height, width = node.take("size", sequence(integer(1, LARGEST_SIDE), 2))
     return Preprocess(
         size=(height, width),
@@ -175,7 +176,8 @@ def _preprocess(node: Node) -> Preprocess:
     )
 
 
-def _tokenizer(node: Node) -> TokenizerInfo:
+def tokenizer_of(node: Node) -> TokenizerInfo:
+    """How texts become ids."""
     return TokenizerInfo(
         type=node.take("type", text),
         context_length=node.take("context_length", integer(1, LONGEST_CONTEXT)),
@@ -197,18 +199,21 @@ _token = integer(0, 2**31 - 1)
 
 
 def _signature(node: Node) -> Signature:
-    one = sequence(_tensor, 1)
+    one = sequence(tensor_of, 1)
     return Signature(node.take("inputs", one), node.take("outputs", one), node.take("opset", integer(1)))
 
 
-def _tensor(node: Node) -> TensorInfo:
+def tensor_of(node: Node) -> TensorInfo:
+    """An input or output."""
+
     def axis(size: Node) -> int | str:
         return text(size) if isinstance(size.value, str) else integer(0)(size)
 
     return TensorInfo(node.take("name", text), node.take("dtype", text), node.take("shape", sequence(axis)))
 
 
-def _file(node: Node) -> FileRecord:
+def file_of(node: Node) -> FileRecord:
+    """A file's hash and size."""
     return FileRecord(node.take("sha256", sha256_text), node.take("size_bytes", integer(0)))
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from d4c_onnx.locks import LOCK
 
-MANIFEST, PACKAGE = "manifest.json", "d4c-package.json"
+MANIFEST = "manifest.json"
+PACKAGE = "d4c-package.json"  # not package.json: some stacks' folders are read by npm, too
 STAGE, OLD, WORK = ".stage-", ".old-", ".work-"  # what is being written, was replaced, or will be a set
 _LARGEST = 64 * 2**20  # bytes of a manifest
 _STAGED = re.compile(rf"{re.escape(STAGE)}(?P<name>.+)-[0-9a-f]{{16}}", re.DOTALL)
@@ -42,7 +43,7 @@ def _strangers(folder: Path, prefix: str, listed: set[str]) -> Iterator[str]:
             below = {rest for first, _, rest in (one.partition("/") for one in listed) if first == name and rest}
             if below or is_made(entry):
                 yield from _strangers(entry, f"{prefix}{name}/", below or _listed(entry))
-            elif not name.startswith(WORK) and staged_for(name) is None:
+            elif not name.startswith(WORK) and staged_for(name) is None and any(entry.iterdir()):
                 yield prefix + name
         elif not (name in listed or name.startswith(LOCK) or staged_for(name) or _is_page(entry)):
             yield prefix + name

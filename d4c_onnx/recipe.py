@@ -120,8 +120,9 @@ class QuantizationSection(_Section):
     )
     rounding: Literal["auto", "nearest", "gptq", "gptaq", "yaqa", "adaround", "adaround-published"] = Field(
         "auto",
-        description="how weights meet their grid; auto: yaqa at w4a8 and w4a16 (gptaq where torch is not installed), else nearest; adaround-published: for "
-        "the published 20,000 steps a region",
+        description="how weights meet their grid; auto: yaqa at w4a8, w8a8 and w4a16 (gptaq where torch is not "
+        "installed, or an operator has no gradient), else nearest; adaround-published: for the published 20,000 steps "
+        "a region",
     )
     smoothing: Literal["none", "layer_norm", "all"] = Field(
         "all",
@@ -256,12 +257,13 @@ class QuantizationSection(_Section):
     def rounding_method(self) -> str:
         """`rounding`, with auto resolved.
 
-        yaqa fits the synthetic data, activation noise included: with 8-bit weights there is less to win than that
-        costs, and with activations below 8 bits the noise is what it would mostly fit (docs/fidelity.md).
+        yaqa fits the synthetic data, activation noise included: with activations below 8 bits the noise is what it
+        would mostly fit, and 8-bit weights beside float activations have little to win (docs/fidelity.md).
         """
         if self.rounding != "auto":
             return self.rounding
-        return "yaqa" if self.weight_bits == 4 and self.activation_bits >= 8 else "nearest"
+        fitted = (self.weight_bits, self.activation_bits) in ((4, 8), (8, 8), (4, 16))
+        return "yaqa" if fitted else "nearest"
 
     @property
     def group_size(self) -> int:

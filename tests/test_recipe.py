@@ -80,7 +80,7 @@ def test_overrides_and_types() -> None:
     recipe = load_recipe(None, ["synthesis.steps=7", "quantization.bits=w8a8", "seed=3"])
     assert (recipe.synthesis.steps, recipe.quantization.weight_bits, recipe.seed) == (7, 8, 3)
     assert recipe.quantization.table_bits == 8
-    assert recipe.quantization.rounding_method == "nearest"
+    assert recipe.quantization.rounding_method == "yaqa"
     assert load_recipe(None).quantization.table_bits == 4
     assert load_recipe(None).quantization.rounding_method == "yaqa"
 

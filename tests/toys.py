@@ -53,6 +53,19 @@ class Toy:
     last_id: int | None = None
 
 
+def fitting(stack: str) -> Toy:
+    """A toy that the stack can serve."""
+    return changed(Toy(), **_FITTING.get(stack, {}))
+
+
+_FITTING: dict[str, dict[str, object]] = {
+    "immich": {"dimensions": 512, "name": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"},
+    "librephotos": {"dimensions": 512, "side": (224, 224)},
+    "rclip": {"dimensions": 512, "side": (256, 256), "context": 77},
+    "frigate": {"dimensions": 768},
+}
+
+
 def bundle_of(folder: Path, toy: Toy) -> Bundle:
     """Write a toy."""
     folder.mkdir(parents=True)

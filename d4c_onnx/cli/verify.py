@@ -28,16 +28,20 @@ def command(
 ) -> None:
     """Check BUNDLE: hashes, inputs and outputs, golden input to golden output, with onnxruntime alone.
 
+    BUNDLE may be a package, too (d4c-onnx package): each of its files is run, and its configs are looked at.
+
     With --images or --texts (a row for each entry of golden/golden.json) your client is checked, too. Where golden
     vectors do not come out, the likeliest mistake is named.
     """
     from d4c_onnx.errors import CheckFailed
+    from d4c_onnx.packaging import is_package, verify_package
     from d4c_onnx.runtime.session import resolve_provider
     from d4c_onnx.runtime.verify import read_answers, verify_bundle
 
     with show.stdout_to_stderr(), show.waiting("running both encoders", quiet or as_json):
         answers = read_answers(images, texts)
-        found = verify_bundle(bundle, answers, provider=resolve_provider(provider), threads=threads)
+        check = verify_package if is_package(bundle) else verify_bundle
+        found = check(bundle, answers, provider=resolve_provider(provider), threads=threads)
     if not found.ok:
         if not as_json:
             _print(found)
@@ -55,5 +59,6 @@ def _failed(found: Verification) -> str:
 
 
 def _print(found: Verification) -> None:
+    wide = max(len(check.name) for check in found.checks)
     for check in found.checks:
-        click.echo(f"{_MARK[check.ok]:<7} {check.name:<26} {check.detail}")
+        click.echo(f"{_MARK[check.ok]:<7} {check.name:<{wide}} {check.detail}")

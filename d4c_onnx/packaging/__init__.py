@@ -5,6 +5,8 @@ when a package is written.
 """
 
 from d4c_onnx.packaging.package import PackageReport, package_bundle
+from d4c_onnx.packaging.package_manifest import is_package
 from d4c_onnx.packaging.stacks import STACKS
+from d4c_onnx.packaging.verification import verify_package
 
-__all__ = ["STACKS", "PackageReport", "package_bundle"]
+__all__ = ["STACKS", "PackageReport", "is_package", "package_bundle", "verify_package"]

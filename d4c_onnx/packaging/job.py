@@ -14,26 +14,10 @@ from d4c_onnx.bundle import EXTERNAL_DATA, Bundle
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import write_json, write_text
 from d4c_onnx.graph.model import load_model, save_model, signature_of
-from d4c_onnx.manifest import Preprocess, Signature, TokenizerInfo
+from d4c_onnx.manifest import Preprocess, TokenizerInfo
 from d4c_onnx.packaging.combined import combine
 from d4c_onnx.packaging.edits import Edit, GuardIds
-
-
-@dataclass(frozen=True, slots=True)
-class PackagedModel:
-    """One .onnx of a package.
-
-    Attributes:
-        file: below the package's folder.
-        towers: image, text, or both in one file.
-        edits: what was done to it, in words.
-        io: what it takes and gives now.
-    """
-
-    file: str
-    towers: tuple[str, ...]
-    edits: tuple[str, ...]
-    io: Signature
+from d4c_onnx.packaging.package_manifest import PackagedModel
 
 
 @dataclass(slots=True)

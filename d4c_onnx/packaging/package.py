@@ -12,17 +12,14 @@ from d4c_onnx.errors import BundleError
 from d4c_onnx.files import refuse_existing, sha256, staged_folder, write_json
 from d4c_onnx.graph.door import check_graph
 from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST
-from d4c_onnx.ownership import PACKAGE
 from d4c_onnx.packaging.edits import LooseLayout
-from d4c_onnx.packaging.job import Job, PackagedModel
+from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.needs import unit_vectors
+from d4c_onnx.packaging.package_manifest import FORMAT, PACKAGE, PackagedModel
 from d4c_onnx.packaging.proof import prove
 from d4c_onnx.packaging.stacks import STACKS
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.untrusted_json import quoted, short
-
-# not package.json: some stacks' folders are read by npm, too
-FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)

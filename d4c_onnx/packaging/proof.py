@@ -14,13 +14,12 @@ import numpy as np
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import BundleError
 from d4c_onnx.manifest_file import GOLDEN_FOLDER
-from d4c_onnx.packaging.job import PackagedModel
+from d4c_onnx.packaging.feeds import feed_of, output_of
+from d4c_onnx.packaging.package_manifest import PackagedModel
 from d4c_onnx.runtime.clip_session import ClipSession
 from d4c_onnx.runtime.golden import read_golden
 from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.vectors import unit
-
-_TYPES = {"int32": np.int32, "int64": np.int64, "float32": np.float32, "float16": np.float16}
 
 
 def prove(bundle: Bundle, folder: Path, models: list[PackagedModel]) -> None:
@@ -44,29 +43,10 @@ def prove(bundle: Bundle, folder: Path, models: list[PackagedModel]) -> None:
             feeds = {"image": pixels, "text": np.array([row], np.int64)}
             expected = {tower: own[tower].run(feeds[tower]) for tower in own}
             for model in models:
-                answers = written[model.file].run_named(_feed(model, feeds))
+                answers = written[model.file].run_named(feed_of(model, feeds))
                 for tower in model.towers:
-                    found = answers[_output(model, tower)].reshape(expected[tower].shape)
+                    found = answers[output_of(model, tower)].reshape(expected[tower].shape)
                     _compare(model.file, found, expected[tower], 0.0 if literal else vectors.tolerance[tower])
-
-
-def _feed(model: PackagedModel, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Golden input under a file's own names and in its own types."""
-    given = {}
-    for entry in model.io.inputs:
-        if entry.dtype.startswith("float"):
-            given[entry.name] = feeds["image"].astype(_TYPES[entry.dtype])
-        elif "mask" in entry.name:
-            given[entry.name] = np.ones(feeds["text"].shape, _TYPES[entry.dtype])
-        else:
-            given[entry.name] = feeds["text"].astype(_TYPES[entry.dtype])
-    return given
-
-
-def _output(model: PackagedModel, tower: str) -> str:
-    """The name of a tower's embedding."""
-    names = [entry.name for entry in model.io.outputs]
-    return names[0] if len(model.towers) == 1 else f"{tower}_embeds"
 
 
 def _compare(file: str, found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:

@@ -9,36 +9,49 @@ from pathlib import Path
 import pytest
 
 PYTHON = {
-    "fastembed": ["fastembed==0.9.1"],
+    "fastembed": ["fastembed==0.9.1", "qdrant-client==1.20.0"],
     "openvino": ["openvino==2026.4.1", "numpy"],
-    "optimum": ["optimum-onnx[onnxruntime]==0.1.0", "torch"],
-    "triton": ["tritonclient[grpc]"],
+    "optimum": ["optimum-onnx[onnxruntime]==0.1.0"],
+    "triton": ["tritonclient[grpc]==2.73.0"],
+    "txtai": ["txtai==9.14.0"],
 }
 NODE = {
-    "transformersjs": ["@huggingface/transformers@4.3.2"],
+    "node": ["@huggingface/transformers@4.3.2", "onnxruntime-web@1.30.0", "playwright-core@1.65.1"],
     "page": ["@huggingface/tokenizers@0.2.0", "onnxruntime-web@1.30.0", "playwright-core@1.65.1"],
 }
+# These need torch, which takes gigabytes: they see that of the environment in which the tests run.
+SHARING = ("optimum", "txtai")
+INSTALLING = 600  # seconds, after which a registry is called out of reach
 
 
-def environment(client: str) -> Path:
-    """The folder of a client's environment, made where there is none; skips where it cannot be made."""
+def environment(name: str) -> Path:
+    """The folder of an environment, made where there is none of these packages; skips where it cannot be made."""
     cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    folder = Path(os.environ.get("D4C_CLIENTS", f"{cache}/d4c-onnx/clients")) / client
-    ready = folder / "ready"
-    if ready.exists():
+    folder = Path(os.environ.get("D4C_CLIENTS", f"{cache}/d4c-onnx/clients")) / name
+    ready, wanted = folder / "ready", "\n".join(PYTHON.get(name) or NODE[name])
+    if ready.exists() and ready.read_text() == wanted:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if client in NODE:
+    if name in NODE:
         if shutil.which("npm") is None:
             pytest.skip("no npm here")
-        commands = [["npm", "init", "-y"], ["npm", "install", "--ignore-scripts", *NODE[client]]]
+        _install(name, folder, [["npm", "init", "-y"], ["npm", "install", "--ignore-scripts", *NODE[name]]])
     else:
-        python = str(folder / "bin" / "python")
-        commands = [[sys.executable, "-m", "venv", str(folder)], [python, "-m", "pip", "install", *PYTHON[client]]]
-    for command in commands:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"{client} cannot be installed here: {done.stderr.strip()[-200:]}")
-    ready.touch()
+        _install(name, folder, [[sys.executable, "-m", "venv", str(folder)]])
+        if name in SHARING:
+            [site] = folder.glob("lib/python*/site-packages")
+            (site / "zz-shared.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+        _install(name, folder, [[str(folder / "bin" / "python"), "-m", "pip", "install", *PYTHON[name]]])
+    ready.write_text(wanted)
     return folder
+
+
+def _install(name: str, folder: Path, commands: list[list[str]]) -> None:
+    for command in commands:
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=INSTALLING)
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"{name} was not installed within {INSTALLING} seconds")
+        if done.returncode:
+            pytest.skip(f"{name} cannot be installed here: {done.stderr.strip()[-200:]}")

@@ -11,15 +11,15 @@ folder, request = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text("utf
 core = openvino.Core()
 
 
-def answers(tower: str, feed: np.ndarray) -> list[list[float]]:
-    """What the served file gives."""
+def answers(tower: str, feeds: list[np.ndarray]) -> list[list[float]]:
+    """What the served file gives, one request after the other."""
     model = core.compile_model(core.read_model(folder / "model_repository" / tower / "1" / "model.onnx"), "CPU")
-    return model(feed)[model.output(0)].tolist()
+    return [model(feed)[model.output(0)][0].tolist() for feed in feeds]
 
 
 pixels = np.array(request["pixels"], np.float32).reshape(request["shape"])
 found = {
-    "image_embeds": answers("image_encoder", pixels)[0],
-    "text_embeds": answers("text_encoder", np.array(request["input_ids"], np.int64)),
+    "image_embeds": answers("image_encoder", [one[None] for one in pixels]),
+    "text_embeds": answers("text_encoder", [np.array([ids], np.int64) for ids in request["input_ids"]]),
 }
 print(json.dumps(found))

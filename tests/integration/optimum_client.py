@@ -14,13 +14,14 @@ model = ORTModelForZeroShotImageClassification.from_pretrained(folder)
 tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
 words = tokenizer(request["texts"], padding=True, return_tensors="pt")
 pixels = torch.tensor(request["pixels"]).reshape(request["shape"])
+images = [Image.open(path) for path in request["images"]]
 given = model(**words, pixel_values=pixels)
-own = model(**words, pixel_values=processor(Image.open(request["image"]), return_tensors="pt")["pixel_values"])
+own = model(**words, pixel_values=processor(images, return_tensors="pt")["pixel_values"])
 classify = pipeline("zero-shot-image-classification", model=model, tokenizer=tokenizer, image_processor=processor)
 found = {
     "text_embeds": given.text_embeds.tolist(),
-    "image_embeds": given.image_embeds[0].tolist(),
-    "own_resize": own.image_embeds[0].tolist(),
-    "scores": classify(request["image"], candidate_labels=request["texts"], hypothesis_template="{}"),
+    "image_embeds": given.image_embeds.tolist(),
+    "own_resize": own.image_embeds.tolist(),
+    "scores": classify(request["images"][0], candidate_labels=request["texts"], hypothesis_template="{}"),
 }
 print(json.dumps(found))

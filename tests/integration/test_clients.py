@@ -1,14 +1,17 @@
-"""Real clients load packages from disk, unmodified, each in an environment of its own.
+"""Real clients load packages from disk, unmodified, each in an environment of its own, and see the golden input.
 
     pytest -m integration tests/integration
 
 Environments are made once, with pip and npm, in `$D4C_CLIENTS` (by default in the user's cache), and a client whose
-registry is out of reach is skipped.
+registry is out of reach is skipped, as are browsers where there is no Chromium.
 """
 
 import json
 import os
+import shutil
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +19,70 @@ import numpy as np
 import pytest
 from encoders import material
 from environments import NODE, environment
-from PIL import Image
 
 from d4c_onnx.bundle import Bundle, open_bundle
-from d4c_onnx.packaging import package_bundle
+from d4c_onnx.packaging import package_bundle, verify_package
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.recipe import load_recipe
-from d4c_onnx.runtime.preprocess import preprocess_image
-from d4c_onnx.runtime.session import EncoderSession
+from d4c_onnx.runtime import ClipSession
+from d4c_onnx.runtime.golden import read_golden
 from d4c_onnx.runtime.tokenizer import TextTokenizer
 
 pytestmark = pytest.mark.integration
 
 HERE = Path(__file__).parent
-TEXTS = ["a photo of a cat.", "word, and another. " * 60, "a ship"]
-# The least cosine to the bundle's own answer: of given pixels and texts, and of an image that the client resized.
-# OpenVINO computes floats in bfloat16 where the processor has it; transformers.js does not resize as pillow does.
-LEAST = {
-    "fastembed": (0.9999, 0.99),
-    "openvino": (0.995, None),
-    "optimum": (0.9999, 0.99),
-    "transformersjs": (0.9999, 0.85),
+
+
+@dataclass(frozen=True)
+class Client:
+    """A real client.
+
+    Attributes:
+        name: with its version.
+        target: of the package that it loads.
+        environment: where it is installed.
+        exact: the least cosine to the bundle's own answers, of given pixels and ids or plain texts.
+        resized: of the golden photo when the client resizes it, and of all golden images; None: it takes no images.
+        texts: of all golden texts, whatever the client's tokenizer makes of them.
+    """
+
+    name: str
+    target: str
+    environment: str
+    exact: float
+    resized: tuple[float, float] | None
+    texts: float
+
+
+# OpenVINO computes floats in bfloat16 where the processor has it. transformers.js does not resize as pillow does.
+CLIENTS = {
+    "fastembed_client.py": Client("fastembed 0.9.1", "fastembed", "fastembed", 0.9999, (0.99, 0.9), 0.9),
+    "qdrant_search_client.py": Client("qdrant-client 1.20.0", "fastembed", "fastembed", 0.9999, (0.99, 0.9), 0.9),
+    "txtai_client.py": Client("txtai 9.14.0", "fastembed", "txtai", 0.9999, None, 0.9),
+    "openvino_client.py": Client("OpenVINO 2026.4.1", "openvino", "openvino", 0.995, None, 0.995),
+    "optimum_client.py": Client("optimum-onnx 0.1.0", "optimum", "optimum", 0.9999, (0.99, 0.9), 0.9),
+    "transformersjs_client.mjs": Client(
+        "transformers.js 4.3.2, Node", "transformersjs", "node", 0.9999, (0.99, 0.9), 0.9
+    ),
+    "transformersjs_browser.mjs": Client(
+        "transformers.js 4.3.2, Chromium", "transformersjs", "node", 0.9999, (0.99, 0.9), 0.9
+    ),
+    "onnxruntime_web_client.mjs": Client("onnxruntime-web 1.30.0, Node", "onnxruntime", "node", 0.9999, None, 0.9999),
 }
 
 
-def _run(client: str, folder: Path, request: Path) -> dict[str, Any]:
+def _run(script: str, where: str, folder: Path, request: Path) -> dict[str, Any]:
     """What a client's script prints about a package."""
-    place = environment(client)
-    if client in NODE:
-        command = ["node", HERE / f"{client}.mjs", place, folder, request]
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+    if script.endswith("_browser.mjs") and not chromium:
+        pytest.skip("no Chromium here (apt install chromium)")
+    place = environment(where)
+    if where in NODE:
+        command = ["node", HERE / script, place, folder, request]
     else:
-        command = [place / "bin" / "python", HERE / f"{client}_client.py", folder, request]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=offline)
+        command = [place / "bin" / "python", HERE / script, folder, request]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "D4C_CHROMIUM": chromium}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=offline, timeout=300)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -65,38 +99,90 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return open_bundle(folder)
 
 
-def _photo() -> Image.Image:
-    """A picture that has to be resized and cropped."""
-    y, x = np.mgrid[0:1:150j, 0:1:200j]
-    bands = [np.sin(9 * x) ** 2, np.cos(7 * y) ** 2, (x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.1]
-    return Image.fromarray((np.stack(bands, -1) * 255).astype(np.uint8))
+@pytest.fixture
+def asked(bundle: Bundle, tmp_path: Path) -> Path:
+    """The golden input: files and texts for clients that prepare by themselves, pixels and ids for others."""
+    golden, session = read_golden(bundle.path), ClipSession(bundle, verify=False)
+    images = [str(bundle.path / "golden" / one.file) for one in golden.images]
+    pixels = np.stack([session.pixels(image) for image in images])
+    given = {"pixels": pixels.ravel().tolist(), "shape": pixels.shape}
+    texts = {"texts": [one.text for one in golden.texts], "input_ids": [one.input_ids for one in golden.texts]}
+    (tmp_path / "request.json").write_text(
+        json.dumps({"images": images, **texts, **given, "size": len(golden.images[0].embeds)})
+    )
+    return tmp_path / "request.json"
 
 
-@pytest.mark.parametrize("client", LEAST)
-def test_a_client_says_what_the_bundle_says(client: str, bundle: Bundle, tmp_path: Path) -> None:
-    report = package_bundle(bundle.path, client, tmp_path / "package")
-    photo, asked = tmp_path / "photo.png", tmp_path / "request.json"
-    _photo().save(photo)
-    pixels = preprocess_image(_photo(), bundle.manifest.preprocess)[None]
-    ids = TextTokenizer(bundle.tokenizer)(TEXTS)
-    given = {"pixels": pixels.ravel().tolist(), "shape": pixels.shape, "input_ids": ids.tolist()}
-    asked.write_text(json.dumps({"image": str(photo), "texts": TEXTS, **given}))
-    found = _run(client, report.path, asked)
-    texts, [image] = EncoderSession(bundle.text_encoder).run(ids), EncoderSession(bundle.image_encoder).run(pixels)
-    exact, resized = LEAST[client]
-    assert (texts * np.array(found["text_embeds"])).sum(-1).min() > exact
-    assert "image_embeds" in found or client == "fastembed"  # which takes no pixels
-    assert image @ np.array(found.get("image_embeds", image)) > exact
-    if resized is not None:
-        assert image @ np.array(found["own_resize"]) > resized
+def _cosines(found: list[list[float]], golden: tuple[Any, ...]) -> np.ndarray:
+    rows, right = np.array(found), np.array([one.embeds for one in golden])
+    assert rows.shape == right.shape
+    return (rows * right).sum(-1) / np.linalg.norm(rows, axis=-1) / np.linalg.norm(right, axis=-1)
+
+
+@pytest.mark.parametrize("script", CLIENTS)
+def test_a_client_says_what_the_bundle_says(
+    script: str, bundle: Bundle, asked: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    client, golden = CLIENTS[script], read_golden(bundle.path)
+    report = package_bundle(bundle.path, client.target, tmp_path / "package")
+    assert verify_package(report.path).ok
+    found = _run(script, client.environment, report.path, asked)
+    texts = _cosines(found["text_embeds"], golden.texts)
+    measured: dict[str, Any] = {"client": client.name, "bundle": bundle.path.name, "texts": texts.round(5).tolist()}
+    for name in ("image_embeds", "own_resize"):
+        if name in found:
+            measured[name] = _cosines(found[name], golden.images).round(5).tolist()
+    record_property("cosines", json.dumps(measured))
+    plain = [number for number, one in enumerate(golden.texts) if one.text.isascii()]
+    assert plain
+    assert texts[plain].min() > client.exact
+    assert texts.min() > client.texts
+    assert min(measured.get("image_embeds", [1.0])) > client.exact
+    assert ("own_resize" in measured) == (client.resized is not None)
+    if client.resized is not None:
+        photo, every = client.resized
+        assert measured["own_resize"][0] > photo
+        assert min(measured["own_resize"]) > every
     if "scores" in found:
-        ranked = [TEXTS[index] for index in np.argsort(-(texts @ image))]
-        assert found["scores"][0]["label"].strip() == ranked[0].strip()
+        best = np.array(found["text_embeds"]) @ np.array(found["own_resize"][0])
+        assert found["scores"][0]["label"].split() == golden.texts[int(best.argmax())].text.split()
+    if "searched" in found:
+        assert found["searched"][0]["label"] == golden.texts[0].text
+
+
+# What each build of onnxruntime-web can load: INT4 with a Cast needs a kernel that these two lack.
+WITHOUT_INT4 = {"ort.webgpu.min.mjs", "ort.jspi.min.mjs"}
+
+
+@pytest.mark.parametrize("layout", ["cast", "nibbles"])
+def test_builds_of_onnxruntime_web_in_a_browser(layout: str, bundle: Bundle, asked: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    if layout == "cast":
+        shutil.copytree(bundle.path, folder)
+    else:
+        report = package_bundle(bundle.path, "transformersjs", tmp_path / "package")
+        folder.mkdir()
+        shutil.copy(report.path / "onnx/vision_model_quantized.onnx", folder / "image_encoder.onnx")
+        shutil.copy(report.path / "onnx/text_model_quantized.onnx", folder / "text_encoder.onnx")
+    found = _run("onnxruntime_web_browser.mjs", "node", folder, asked)
+    refused = {build for build, answer in found.items() if "refused" in answer}
+    assert refused == (WITHOUT_INT4 if layout == "cast" else set()), found
+    assert all("Cast(21)" in found[build]["refused"] for build in refused)
+    golden = read_golden(bundle.path)
+    for build in set(found) - refused:
+        assert _cosines(found[build]["image_embeds"], golden.images).min() > 0.9999
+        assert _cosines(found[build]["text_embeds"], golden.texts).min() > 0.9999
+
+
+def test_texts_longer_than_the_context(bundle: Bundle, tmp_path: Path) -> None:
+    """What the golden texts hold: one that every stack has to cut."""
+    longest = max(read_golden(bundle.path).texts, key=lambda one: len(one.text))
+    assert len(longest.input_ids) == TextTokenizer(bundle.tokenizer).info.context_length
 
 
 def test_triton_knows_every_field(bundle: Bundle, tmp_path: Path) -> None:
     report = package_bundle(bundle.path, "triton", tmp_path / "package")
-    configs = _run("triton", report.path, tmp_path)
+    configs = _run("triton_client.py", "triton", report.path, tmp_path)
     assert len(configs) == 6
     assert all(entry["name"] == name for name, entry in configs.items())
     ensembles = {"embed_image": ["image_pixels", "image_encoder"], "embed_text": ["text_ids", "text_encoder"]}

@@ -8,17 +8,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 from click.testing import CliRunner
 from encoders import material
 from toys import MERGES, PAD, Toy, bundle_of, changed, json_of, right, tokens
 
-from d4c_onnx.bundle import Bundle
+from d4c_onnx import pipeline
+from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.cli.main import group
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 from d4c_onnx.graph.model import load_model
-from d4c_onnx.packaging import STACKS, PackageReport, package_bundle
+from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, verify_package
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime import ClipSession
@@ -27,28 +29,6 @@ from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.trial import trial_pixels
 
 TOY = Toy()
-# a toy that each stack can serve
-FITTING = {
-    "immich": changed(TOY, dimensions=512, name="ViT-B-32", pretrained="laion2b_s34b_b79k"),
-    "librephotos": changed(TOY, dimensions=512, side=(224, 224)),
-    "rclip": changed(TOY, dimensions=512, side=(256, 256), context=77),
-    "frigate": changed(TOY, dimensions=768),
-}
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """By stack a bundle that fits it."""
-    folder = tmp_path_factory.mktemp("toys")
-    plain = bundle_of(folder / "plain", TOY)
-    return {name: bundle_of(folder / name, FITTING[name]) if name in FITTING else plain for name in STACKS}
-
-
-@pytest.fixture(scope="module")
-def packages(toys: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> dict[str, PackageReport]:
-    """Every stack's package of its toy."""
-    folder = tmp_path_factory.mktemp("packages")
-    return {name: package_bundle(bundle.path, name, folder / name) for name, bundle in toys.items()}
 
 
 def _io(report: PackageReport, file: str) -> tuple[list[tuple[str, str, tuple]], list[tuple[str, tuple]]]:
@@ -391,17 +371,21 @@ def test_a_name_on_the_list_may_be_given(tmp_path: Path) -> None:
     assert (report.path / "ViT-B-16__openai" / "visual" / "model.onnx").is_file()
 
 
-def test_a_folder_in_the_way_is_refused_and_replaced_on_demand(toys: dict[str, Bundle], tmp_path: Path) -> None:
-    bundle, out = toys["openvino"].path, tmp_path / "out"
-    package_bundle(bundle, "openvino", out)
+@pytest.mark.parametrize("target", ["triton", "transformersjs", "frigate"])
+def test_a_folder_in_the_way_is_refused_and_replaced_on_demand(
+    target: str, toys: dict[str, Bundle], tmp_path: Path
+) -> None:
+    bundle, out = toys[target].path, tmp_path / "out"
+    report = package_bundle(bundle, target, out)
     before = (out / "d4c-package.json").read_bytes()
     with pytest.raises(BundleError, match="--overwrite"):
-        package_bundle(bundle, "openvino", out)
-    (out / "stray").write_text("")
-    with pytest.raises(BundleError, match="stray"):
-        package_bundle(bundle, "openvino", out, overwrite=True)
-    (out / "stray").unlink()
-    package_bundle(bundle, "openvino", out, overwrite=True)
+        package_bundle(bundle, target, out)
+    for stray in (out / "stray", (out / report.models[0].file).parent / "stray"):
+        stray.write_text("")
+        with pytest.raises(BundleError, match="did not write"):
+            package_bundle(bundle, target, out, overwrite=True)
+        stray.unlink()
+    package_bundle(bundle, target, out, overwrite=True)
     assert (out / "d4c-package.json").read_bytes() == before
 
 
@@ -452,21 +436,77 @@ def test_packaging_needs_no_torch(toys: dict[str, Bundle], tmp_path: Path) -> No
     subprocess.run([sys.executable, "-c", code, toys["openvino"].path, "openvino", tmp_path / "out"], check=True)
 
 
+# What these stacks say to a mini, whose images have 48 pixels and whose embeddings have their own length.
+REFUSING = {
+    "immich": "is not on it",
+    "librephotos": "makes images of 224 x 224 pixels",
+    "rclip": "makes images of 256 x 256 pixels",
+    "frigate": "stores 768 numbers an embedding",
+}
+
+
+def _packaged(bundle: Bundle, target: str, output: Path) -> PackageReport:
+    """Bit by bit the bundle's answers, which is asserted when a package is written; and whole, as it is read back."""
+    report = package_bundle(bundle.path, target, output)
+    found = verify_package(report.path)
+    assert found.ok, found.checks
+    return report
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["transformersjs", "fastembed", "triton", "optimum", "openvino", "vespa"])
+@pytest.mark.parametrize("target", STACKS)
 @pytest.mark.parametrize("bits", ["w4a8", "w8a8"])
 @pytest.mark.parametrize("mini", ["vit", "rn"])
 def test_minis_are_packaged(
     mini: str, bits: str, target: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """That they answer bit by bit as the bundle does is asserted when a package is written."""
     folder = tmp_path_factory.getbasetemp() / "packaged" / mini / bits
     if not folder.exists():
         bundle, calibration = material(request, mini)
         section = load_recipe(None, [f"quantization.bits={bits}", "quantization.rounding=nearest"]).quantization
         recipe = {"seed": 0, "quantization": {}}
         quantize_bundle_files(bundle, calibration, folder, section, recipe_dump=recipe)
-    report = package_bundle(folder, target, folder.parent / f"{bits}-{target}")
-    assert report.models
+    output = folder.parent / f"{bits}-{target}"
+    if target in REFUSING:
+        with pytest.raises(BundleError, match=REFUSING[target]):
+            package_bundle(folder, target, output)
+        return
+    report = _packaged(open_bundle(folder), target, output)
     if target == "transformersjs":
         assert {model.io.opset for model in report.models} == {18}
+
+
+SIGLIP = {
+    "embed_dim": 96,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160},
+    "text_cfg": {
+        **{"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        **{"no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A SigLIP-like model in random weights at w4a8: a fixed length of texts, padding that is read, a bias."""
+    folder = tmp_path_factory.mktemp("siglip")
+    (folder / "tiny-sigmoid.json").write_text(json.dumps(SIGLIP))
+    open_clip.add_model_config(folder)
+    quick = ("images=4", "held_out=2", "batch=2", "steps=1")
+    rest = ("text.prompts=16", "text.held_out=4", "quantization.bits=w4a8", "quantization.rounding=nearest")
+    recipe = load_recipe(None, [*(f"synthesis.{key}" for key in quick), *rest, "evaluation.dataset=fidelity"])
+    return open_bundle(
+        pipeline.quantize_bundle("tiny-sigmoid", recipe, output=folder / "to", pretrained="random").bundle
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", STACKS)
+def test_a_siglip_like_model_is_packaged(target: str, siglip: Bundle, tmp_path: Path) -> None:
+    if target in REFUSING:
+        with pytest.raises(BundleError, match=REFUSING[target].replace("numbers an embedding", "numbers")):
+            package_bundle(siglip.path, target, tmp_path / "out")
+        return
+    _packaged(siglip, target, tmp_path / "out")

@@ -20,9 +20,10 @@ from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.golden import read_golden
+from d4c_onnx.runtime.golden_check import Answers
 from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.tokenizer import TextTokenizer
-from d4c_onnx.runtime.verify import Answers, verify_bundle
+from d4c_onnx.runtime.verify import verify_bundle
 
 
 @dataclass(frozen=True)

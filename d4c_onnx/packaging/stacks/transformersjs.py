@@ -33,7 +33,7 @@ def _write(job: Job) -> None:
     job.json("config.json", configs.clip_config(job) | {"transformers.js_config": {"dtype": dtype}})
     job.json("preprocessor_config.json", configs.preprocessor_config(job))
     configs.write_texts(job)
-    job.remarks.append("its resize is not pillow's: cosines to the right embedding of .98 on photographs.")
+    job.remarks.append("its resize is not pillow's: images get only near the right embeddings (docs/serving.md).")
     configs.remark_on_cleaning(job, "transformers.js")
 
 

@@ -1,0 +1,113 @@
+"""What a package's own configs say of pixels and texts: they are what a stack reads, so they are looked at, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, RESIZE_MODES, Preprocess, TokenizerInfo
+from d4c_onnx.manifest_file import MANIFEST, preprocess_of
+from d4c_onnx.packaging.configs import RESAMPLE
+from d4c_onnx.packaging.package_manifest import AGAIN
+from d4c_onnx.untrusted_json import Node, flag, integer, number, one_of, positive, read_json, sequence
+
+_SIDE = integer(1, LARGEST_SIDE)
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What one file says.
+
+    Attributes:
+        preprocess: what it makes of images, as far as that can be said; None: it is not about images.
+        differences: in words, from what the model wants.
+    """
+
+    preprocess: Preprocess | None
+    differences: tuple[str, ...]
+
+
+def stated(file: Path, preprocess: Preprocess, tokenizer: TokenizerInfo) -> Stated | None:
+    """What a config says beside what the model wants; None: it is none that is known by its name.
+
+    Args:
+        preprocess, tokenizer: the model's.
+
+    Raises:
+        BundleError: a field is not what it may be.
+    """
+    if file.name == "tokenizer_config.json":
+        return _texts(read_json(file, mend=AGAIN), tokenizer)
+    readers = {"preprocessor_config.json": _hugging_face, "preprocess_cfg.json": _open_clip, MANIFEST: _bundle}
+    if file.name not in readers:
+        return None
+    found, further = readers[file.name](read_json(file, mend=AGAIN), preprocess)
+    return Stated(found, (*_differences(found, preprocess), *further))
+
+
+def _texts(top: Node, tokenizer: TokenizerInfo) -> Stated:
+    most, wanted = top.take("model_max_length", integer(1)), tokenizer.context_length
+    return Stated(None, () if most == wanted else (f"cuts texts at {most} ids, and the model takes {wanted}",))
+
+
+def _hugging_face(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str, ...]]:
+    """CLIP's image processor; a factor is told as the mean and std that do the same, m / f and s / f."""
+    height, width = top.take("crop_size", lambda node: (node.take("height", _SIDE), node.take("width", _SIDE)))
+    cropped = top.take("do_center_crop", flag)
+    factor = 255 * top.take("rescale_factor", positive) if top.take("do_rescale", flag) else 255.0
+    mean, std = top.take("image_mean", sequence(number, 3)), top.take("image_std", sequence(positive, 3))
+    if not top.take("do_normalize", flag):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    edge = top.take("size", lambda node: node.take("shortest_edge", _SIDE, None))
+    further = [] if top.take("do_resize", flag) else ["does not resize"]
+    if cropped and edge != min(height, width):
+        further.append(f"resizes to {edge} before it crops to {min(height, width)}")
+    resample = top.take("resample", integer(0, max(RESAMPLE.values())))
+    names = [name for name, filtered in RESAMPLE.items() if filtered == resample]
+    found = replace(
+        wanted,
+        size=(height, width),
+        mean=tuple(value / factor for value in mean),
+        std=tuple(value / factor for value in std),
+        interpolation=wanted.interpolation if wanted.interpolation in names else names[0],
+        resize_mode="shortest" if cropped else "squash",
+    )
+    return found, tuple(further)
+
+
+def _open_clip(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str, ...]]:
+    """open_clip's own keys, which Immich reads."""
+    height, width = top.take("size", sequence(_SIDE, 2))
+    interpolation = top.take("interpolation", one_of(*INTERPOLATIONS))
+    found = replace(
+        wanted,
+        size=(height, width),
+        mean=top.take("mean", sequence(number, 3)),
+        std=top.take("std", sequence(positive, 3)),
+        interpolation=wanted.interpolation
+        if (interpolation, wanted.interpolation) == ("bicubic", "random")
+        else interpolation,
+        resize_mode=top.take("resize_mode", one_of(*RESIZE_MODES)),
+        fill_color=top.take("fill_color", integer(0, 255)),
+    )
+    return found, ()
+
+
+def _bundle(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str, ...]]:
+    """A bundle's manifest, which Triton's Python models read."""
+    return top.take("preprocess", preprocess_of), ()
+
+
+def _differences(found: Preprocess, wanted: Preprocess) -> list[str]:
+    """Settings that are not the model's; numbers may be rounded."""
+    said = []
+    for name in ("size", "mean", "std", "interpolation", "resize_mode"):
+        own, right = getattr(found, name), getattr(wanted, name)
+        rounded = name in ("mean", "std") and max(abs(a - b) for a, b in zip(own, right, strict=True)) < 1e-6
+        if own != right and not rounded:
+            said.append(f"{name} is {_shown(own)}, and the model's is {_shown(right)}")
+    return said
+
+
+def _shown(value: object) -> str:
+    return ", ".join(f"{part:.6g}" for part in value) if isinstance(value, tuple) else str(value)

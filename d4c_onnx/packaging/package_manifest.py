@@ -1,0 +1,124 @@
+"""`d4c-package.json`: what a package says of itself, its names, its one reader.
+
+Packages travel as bundles do, so nothing in it is taken on trust.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from d4c_onnx.bundle import EXTERNAL_DATA, GOLDEN, check_inside
+from d4c_onnx.errors import BundleError
+from d4c_onnx.manifest import FileRecord, Preprocess, Signature, TokenizerInfo
+from d4c_onnx.manifest_file import file_name, file_of, preprocess_of, tensor_of, tokenizer_of
+from d4c_onnx.ownership import PACKAGE
+from d4c_onnx.untrusted_json import Node, integer, mapping, one_of, read_json, sequence, text
+
+FORMAT = 1
+AGAIN = "Package the bundle again."
+TYPES = ("float32", "float16", "int64", "int32")  # of inputs and outputs
+_DEEPEST = 12  # folders above a file
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """One .onnx of a package.
+
+    Attributes:
+        file: below the package's folder.
+        towers: image, text, or both in one file.
+        edits: what was done to it, in words.
+        io: what it takes and gives now.
+    """
+
+    file: str
+    towers: tuple[str, ...]
+    edits: tuple[str, ...]
+    io: Signature
+
+
+@dataclass(frozen=True, slots=True)
+class PackageManifest:
+    """What a package holds.
+
+    Attributes:
+        target: the stack it was written for.
+        models: each .onnx.
+        preprocess, tokenizer: the model's, as its bundle said; the stack's own configs must say the same.
+        files: by path below the folder.
+    """
+
+    target: str
+    models: tuple[PackagedModel, ...]
+    preprocess: Preprocess
+    tokenizer: TokenizerInfo
+    files: Mapping[str, FileRecord]
+
+
+def is_package(folder: Path) -> bool:
+    """Whether a folder is a package, perhaps a damaged one."""
+    return (folder / PACKAGE).is_file()
+
+
+def read_package(folder: Path) -> PackageManifest:
+    """A package's manifest; whether the files are as it says is not looked at.
+
+    Raises:
+        BundleError: it cannot be read, is of a newer format, a field is not what it may be, or what would be read all
+            the same is not on its list.
+    """
+    check_inside(folder, PACKAGE)
+    top = read_json(folder / PACKAGE, mend=AGAIN)
+    written_in = top.take("format", integer(1))
+    if written_in > FORMAT:
+        raise BundleError(f"{top.file}: format {written_in}, this d4c-onnx reads up to {FORMAT}: update d4c-onnx.")
+    top.take("kind", one_of("package"))
+    found = PackageManifest(
+        target=top.take("target", text),
+        models=top.take("models", sequence(_model)),
+        preprocess=top.take("preprocess", preprocess_of),
+        tokenizer=top.take("tokenizer", tokenizer_of),
+        files=top.take("files", mapping(file_of, _path)),
+    )
+    if not found.models:
+        raise top.below("models", []).wrong("at least one model")
+    beside = [model.file + EXTERNAL_DATA for model in found.models if (folder / (model.file + EXTERNAL_DATA)).exists()]
+    for name in (GOLDEN, *(model.file for model in found.models), *beside):
+        if name not in found.files:
+            raise top.below("files", {}).wrong(f"an object with {name}")
+    for name in found.files:
+        check_inside(folder, name)
+    return found
+
+
+def _path(node: Node) -> str:
+    """A file below the package's folder."""
+    parts = str(node.value).split("/")
+    if len(parts) > _DEEPEST:
+        raise node.wrong(f"a path of at most {_DEEPEST} folders")
+    for part in parts:
+        file_name(replace(node, value=part))
+    return text(node)
+
+
+def _model(node: Node) -> PackagedModel:
+    towers = node.take("towers", sequence(one_of("image", "text")))
+    if towers not in (("image",), ("text",), ("image", "text")):
+        raise node.wrong("a model of one tower, or of both")
+    return PackagedModel(
+        node.take("file", _path), towers, node.take("edits", sequence(text)), node.take("io", _signature)
+    )
+
+
+def _signature(node: Node) -> Signature:
+    io = Signature(
+        node.take("inputs", sequence(tensor_of)),
+        node.take("outputs", sequence(tensor_of)),
+        node.take("opset", integer(1)),
+    )
+    types = {entry.dtype for entry in (*io.inputs, *io.outputs)}
+    if not io.inputs or not io.outputs or not types <= set(TYPES):
+        raise node.wrong(f"inputs and outputs of {', '.join(TYPES)}")
+    return io

@@ -1,0 +1,169 @@
+"""Whether a package is whole and answers as its bundle does, through its own files, names, configs and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from d4c_onnx.errors import BundleError
+from d4c_onnx.files import sha256
+from d4c_onnx.manifest_file import GOLDEN_FOLDER
+from d4c_onnx.packaging.feeds import PackagedSession
+from d4c_onnx.packaging.own_configs import stated
+from d4c_onnx.packaging.package_manifest import AGAIN, PackageManifest, read_package
+from d4c_onnx.runtime.golden import GoldenVectors, read_golden
+from d4c_onnx.runtime.golden_check import (
+    Answers,
+    Check,
+    Subject,
+    check_embeddings,
+    check_ids,
+    check_pixels,
+    likeliest_mistake,
+)
+from d4c_onnx.runtime.tokenizer import TextTokenizer
+from d4c_onnx.runtime.verify import Verification, check_contract, judge_client, not_running
+from d4c_onnx.untrusted_json import short
+
+TOWERS = ("image", "text")
+
+
+def verify_package(
+    path: str | Path, answers: Answers | None = None, *, provider: str = "cpu", threads: int = 0
+) -> Verification:
+    """Check hashes, inputs and outputs, golden vectors through each file, and what the stack's own configs say.
+
+    Args:
+        path: a folder that `package_bundle` wrote.
+        answers: a client's, to be judged beside the package.
+
+    Raises:
+        BundleError: the package's manifest cannot be read, or answers do not fit the golden vectors.
+    """
+    folder = Path(path)
+    manifest = read_package(folder)
+    changed = _changed(folder, manifest)
+    checks = [_files(manifest, changed)]
+    likeliest: dict[str, str | None] = dict.fromkeys(TOWERS)
+    try:
+        golden = read_golden(folder)
+        idle = _idle(golden, manifest)
+        sessions = [PackagedSession(folder, model, idle, provider, threads) for model in manifest.models]
+        checks.append(check_contract({one.model.file: (one.encoder, one.model.io) for one in sessions}))
+        subject = _subject(folder, manifest, sessions)
+        checks += _inputs(folder, manifest, golden, subject)
+        for tower in TOWERS:
+            checks += _tower(tower, golden, subject, sessions, likeliest, changed)
+        checks += _configs(folder, manifest, golden, subject, likeliest)
+    except Exception as error:  # onnxruntime raises types of its own; nothing more can be looked at
+        return Verification(str(folder), (*checks, not_running(error)), likeliest)
+    checks += judge_client(subject, golden, answers or Answers(), likeliest)
+    return Verification(str(folder), tuple(checks), likeliest)
+
+
+def _changed(folder: Path, manifest: PackageManifest) -> list[str]:
+    """Files that are missing, or not those that were written."""
+
+    def same(name: str) -> bool:
+        file, record = folder / name, manifest.files[name]
+        return file.is_file() and file.stat().st_size == record.size_bytes and sha256(file) == record.sha256
+
+    return [name for name in manifest.files if not same(name)]
+
+
+def _files(manifest: PackageManifest, changed: list[str]) -> Check:
+    if changed:
+        detail = f"{', '.join(changed[:5])}: missing, or not as the manifest's SHA-256 says. {AGAIN}"
+        return Check("files", False, detail)
+    return Check("files", True, f"{len(manifest.files)} files as the manifest's SHA-256 says")
+
+
+def _idle(golden: GoldenVectors, manifest: PackageManifest) -> dict[str, np.ndarray]:
+    """A row for the tower that is not asked, in files of both."""
+    height, width = manifest.preprocess.size
+    ids = np.array([golden.texts[0].input_ids], np.int64)
+    return {"image": np.zeros((1, 3, height, width), np.float32), "text": ids}
+
+
+def _subject(folder: Path, manifest: PackageManifest, sessions: list[PackagedSession]) -> Subject:
+    """The package as golden vectors see it: of each tower the first file that has it."""
+    first = {
+        tower: next((partial(one.embed, tower) for one in sessions if tower in one.model.towers), None)
+        for tower in TOWERS
+    }
+    tokenizer = next(
+        (TextTokenizer(file, manifest.tokenizer) for _, file in _named(folder, manifest, _TOKENIZER)), None
+    )
+    return Subject(folder, manifest.preprocess, tokenizer, first["image"], first["text"])
+
+
+_TOKENIZER = "tokenizer.json"
+
+
+def _named(folder: Path, manifest: PackageManifest, name: str = "") -> Iterator[tuple[str, Path]]:
+    """The stack's own files of that name, or all; what is missing is told by the hashes."""
+    for listed in sorted(manifest.files):
+        file = folder / listed
+        if not listed.startswith(f"{GOLDEN_FOLDER}/") and name in ("", file.name) and file.is_file():
+            yield listed, file
+
+
+def _inputs(folder: Path, manifest: PackageManifest, golden: GoldenVectors, subject: Subject) -> Iterator[Check]:
+    """Golden pixels as today's pillow makes them, and the ids of each tokenizer of the package."""
+    if subject.embed_pixels is not None:
+        yield check_pixels(golden, subject.pixels(golden))
+    for listed, file in _named(folder, manifest, _TOKENIZER):
+        yield check_ids(golden, listed, TextTokenizer(file, manifest.tokenizer))
+
+
+def _tower(
+    tower: str,
+    golden: GoldenVectors,
+    subject: Subject,
+    sessions: list[PackagedSession],
+    likeliest: dict[str, str | None],
+    changed: list[str],
+) -> Iterator[Check]:
+    """Golden embeddings of a tower through each file that has it."""
+    for one in sessions:
+        if tower not in one.model.towers:
+            continue
+        file = one.model.file
+        if tower == "image":
+            found = one.embed(tower, (pixels[None] for pixels in subject.pixels(golden)))
+        else:
+            found = one.embed(tower, (np.array([text.input_ids], np.int64) for text in golden.texts))
+        check = check_embeddings(golden, tower, f"{tower} embeddings of {file}", found)
+        if not check.ok:
+            another = f"{file} is another file than the one that was packaged" if file in changed else None
+            likeliest[tower] = likeliest_mistake(subject, golden, tower) or another
+        yield check
+
+
+def _configs(
+    folder: Path,
+    manifest: PackageManifest,
+    golden: GoldenVectors,
+    subject: Subject,
+    likeliest: dict[str, str | None],
+) -> Iterator[Check]:
+    """Each config that says how images or texts are prepared; where it says otherwise, what comes of it is named."""
+    for listed, file in _named(folder, manifest):
+        try:
+            said = stated(file, manifest.preprocess, manifest.tokenizer)
+        except BundleError as error:
+            yield Check(listed, False, short(error))
+            continue
+        if said is None:
+            continue
+        yield Check(listed, not said.differences, "; ".join(said.differences) or "says what the model wants")
+        if not said.differences:
+            continue
+        tower, mistake = "text" if said.preprocess is None else "image", None
+        if said.preprocess is not None and said.preprocess.size == subject.preprocess.size and subject.embed_pixels:
+            answers = subject.seen(subject.pixels(golden, said.preprocess))
+            mistake = likeliest_mistake(subject, golden, tower, answers)
+        likeliest[tower] = mistake or f"{listed}: {said.differences[0]}"
