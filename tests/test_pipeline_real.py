@@ -68,7 +68,7 @@ def test_a_manifest_holds_what_was_read_not_where_it_lay(
         return pipeline.quantize_bundle("mini-vit", recipe, output=tmp_path / "out")
 
     with monkeypatch.context() as patched:
-        patched.setattr("d4c_onnx.pipeline.quantizing.evaluate", lambda *_: 1 / 0)
+        patched.setattr("d4c_onnx.pipeline.quantize_measure.evaluate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize()
     report = quantize()  # the same images: what was not measured is measured
@@ -77,6 +77,7 @@ def test_a_manifest_holds_what_was_read_not_where_it_lay(
     assert len(json.loads(manifest)["recipe"]["synthesis"]["source"]) == 64
 
 
+@pytest.mark.slow
 def test_public_functions_take_paths_as_strings(tmp_path: Path) -> None:
     """A notebook's user writes strings."""
     nouns = tmp_path / "nouns.txt"

@@ -46,7 +46,7 @@ def test_what_was_not_measured_is_measured_by_the_rerun(own: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("d4c_onnx.pipeline.quantizing.evaluate", interrupted)
+        patched.setattr("d4c_onnx.pipeline.quantize_measure.evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize()
     left = open_bundle(own / "w4a8")
@@ -72,7 +72,7 @@ def test_a_given_set_says_what_calibrated(own: Path, monkeypatch: pytest.MonkeyP
         return pipeline.quantize_bundle(str(own), recipe, output=own.parent, calibration=folder)
 
     with monkeypatch.context() as patched:
-        patched.setattr("d4c_onnx.pipeline.quantizing.evaluate", lambda *_: 1 / 0)
+        patched.setattr("d4c_onnx.pipeline.quantize_measure.evaluate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize()
     quantize()  # measures what was left unmeasured
@@ -98,7 +98,7 @@ def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch
         return write_manifest(path, manifest)
 
     with monkeypatch.context() as patched:
-        patched.setattr("d4c_onnx.pipeline.quantizing.write_manifest", killed)
+        patched.setattr("d4c_onnx.pipeline.quantize_measure.write_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
             quantize()
     half = (own / "fp16" / "image_encoder.onnx").stat().st_mtime_ns
@@ -187,6 +187,7 @@ def test_values_that_are_not_numbers_pass_no_check() -> None:
             check_limits(measured, load_recipe(None, [f"evaluation.{key}"]), measured)
 
 
+@pytest.mark.slow
 def test_weights_are_those_that_were_asked_for(tmp_path: Path) -> None:
     """The manifest knows the name of a checkpoint, and what is in it: the same name elsewhere is another model."""
     import open_clip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from d4c_onnx.packaging.edits import LooseLayout
 from d4c_onnx.packaging.job import Job
 from d4c_onnx.untrusted_json import short
 
@@ -57,3 +58,10 @@ def context(job: Job, most: int) -> None:
     """Raises BundleError: the stack feeds rows of one length, and the tower takes another."""
     if job.tokenizer.context_length != most:
         raise job.refusal(f"feeds {most} ids a text, and this model takes {job.tokenizer.context_length}")
+
+
+def remark_on_release(job: Job) -> None:
+    """From which release of onnxruntime on the files load, where they lie as the bundle's do."""
+    quantization = job.bundle.manifest.quantization
+    if quantization is not None and not any(LooseLayout().words in model.edits for model in job.models):
+        job.remarks.append(f"needs onnxruntime {short(quantization.minimum_onnxruntime)} or newer where that runs it.")

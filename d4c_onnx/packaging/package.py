@@ -12,14 +12,13 @@ from d4c_onnx.errors import BundleError
 from d4c_onnx.files import refuse_existing, sha256, staged_folder, write_json
 from d4c_onnx.graph.door import check_graph
 from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST
-from d4c_onnx.packaging.edits import LooseLayout
 from d4c_onnx.packaging.job import Job
-from d4c_onnx.packaging.needs import unit_vectors
+from d4c_onnx.packaging.needs import remark_on_release, unit_vectors
 from d4c_onnx.packaging.package_manifest import FORMAT, PACKAGE, PackagedModel
 from d4c_onnx.packaging.proof import prove
 from d4c_onnx.packaging.stacks import STACKS
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.untrusted_json import quoted, short
+from d4c_onnx.untrusted_json import quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ def package_bundle(
         job = Job(source, stage, target, name)
         unit_vectors(job)
         stack.write(job)
-        _remark_on_release(job)
+        remark_on_release(job)
         on_step("package", 1, 3, {})
         prove(source, stage, job.models)
         on_step("package", 2, 3, {})
@@ -102,13 +101,6 @@ def package_bundle(
         write_json(stage / PACKAGE, _manifest(source, report))
     on_step("package", 3, 3, {})
     return report
-
-
-def _remark_on_release(job: Job) -> None:
-    """From which release of onnxruntime on the files load, where they lie as the bundle's do."""
-    quantization = job.bundle.manifest.quantization
-    if quantization is not None and not any(LooseLayout().words in model.edits for model in job.models):
-        job.remarks.append(f"needs onnxruntime {short(quantization.minimum_onnxruntime)} or newer where that runs it.")
 
 
 def _report(job: Job, folder: Path, use: str) -> PackageReport:

@@ -153,8 +153,9 @@ def read_answers(images: Path | None, texts: Path | None) -> Answers:
 
 def _matrix(file: Path) -> np.ndarray:
     try:
-        found = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # mapped: a header may tell of an array that no memory holds
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy parses the header with ast
         raise BundleError(f"{file}: is no .npy file ({short(error)}). Write one with numpy.save.") from error
     if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind not in "fiu":
         raise BundleError(f"{file}: holds no matrix of numbers. Save float32 [N, D], a row for each golden entry.")

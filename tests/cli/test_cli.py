@@ -65,7 +65,7 @@ def test_help_and_import_load_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"serve"}))  # a server reports over HTTP
 def test_every_command_explains_itself(name: str) -> None:
     result = CliRunner().invoke(group, [name, "--help"])
     assert result.exit_code == 0
@@ -80,6 +80,7 @@ def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
     return Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignore)).parent
 
 
+@pytest.mark.slow
 @pytest.mark.oldest
 def test_quantize_json_is_one_object_with_the_promised_keys(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = _run("quantize", "--bits", "w4a8", "-o", str(own), "--json", "--dataset", "fidelity", *TINY)

@@ -120,7 +120,7 @@ def _mixed_by_einsum(model: ir.Model) -> None:
     ],
     ids=["div", "einsum", "einsum of values"],
 )
-@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("target", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_attention_that_is_not_known(
     change: Callable[[ir.Model], None], reason: str, target: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_rungs_go_from_coarse_groups_to_8_bits_everywhere() -> None:
     assert len(ungrouped) == len(rungs) - 3
 
 
+@pytest.mark.slow
 def test_the_smallest_files_are_written_and_the_manifest_says_how(own: Path) -> None:
     recipe = recipe_of("quantization.target_cosine=0.9996")
     report = pipeline.quantize_bundle(str(own), recipe, output=own.parent)

@@ -228,6 +228,7 @@ def test_the_token_table_has_the_form_of_its_target(target: str, kind: ir.DataTy
     assert made("image", target)[0].token_table_bits is None
 
 
+@pytest.mark.slow
 def test_pools_become_depthwise_convolutions(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     bundle, dataset = material(request, "rn")
     rewrites = tuple(rewrite for rewrite in TARGETS["cpu"].served_rewrites if rewrite is not CONVOLVE_POOLS)

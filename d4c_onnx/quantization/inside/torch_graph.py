@@ -214,7 +214,7 @@ def _reshape(node: ir.Node, given: Given) -> torch.Tensor:
     x, sizes = _x(given), [int(size) for size in _x(given, 1).tolist()]
     if not attribute(node, "allowzero", 0):
         sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
-    return x.reshape(sizes)
+    return x.reshape(tuple(sizes))
 
 
 def _flatten(node: ir.Node, given: Given) -> torch.Tensor:
@@ -259,7 +259,7 @@ def _gather(node: ir.Node, given: Given) -> torch.Tensor:
     x, indices = _x(given), _x(given, 1).long()
     axis = attribute(node, "axis", 0) % x.ndim
     rows = x.index_select(axis, torch.where(indices < 0, indices + x.shape[axis], indices).reshape(-1))
-    return rows.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return rows.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def _gather_elements(node: ir.Node, given: Given) -> torch.Tensor:
