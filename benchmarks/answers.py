@@ -10,6 +10,7 @@ model of really trained weights: the embedded ones are too easy to tell them apa
 """
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def rows_of(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
                     name, recipe, output=args.output, pretrained=pretrained, overwrite=True
                 )
                 kept = Path(report.bundle).with_name(f"answers-{len(made)}")
+                shutil.rmtree(kept, ignore_errors=True)  # of an earlier run
                 Path(report.bundle).rename(kept)
                 made.append(({"model": name, "bits": bits, "calibration": method, "keys": sets}, kept))
     fp32 = open_bundle(args.output / name)
