@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+from encoders import section_of
+from graphs import parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +16,6 @@ from d4c_onnx.quantization.inside.output_moments import output_moments
 from d4c_onnx.quantization.rounding.base import InputMoments
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding
 from d4c_onnx.quantization.rounding.yaqa import YaqaRounding
-from tests.encoders import section_of
-from tests.graphs import parse
 
 TWO = "g (float[n,3,8] x) => (float[n,3,6] y) { [first] h = MatMul(x, first_w) [second] y = MatMul(h, second_w) }"
 STRANGE = "g (float[n,8] x) => (float[n,16] y) { h = MatMul(x, first_w) s = Sinh(h) y = MatMul(s, second_w) }"

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from graphs import parse, run
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.model import load_model
 from d4c_onnx.quantization.inside.torch_graph import OPERATORS, TorchGraph
-from tests.graphs import parse, run
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 4, 6, 6)).astype(np.float32)
