@@ -142,8 +142,9 @@ def test_another_folder_of_the_same_name_is_noticed(tmp_path: Path, folder: Path
         pipeline.synthesize_calibration_set(str(folder), recipe, output=out)
     for old in (out / "mine").glob("calibration-*"):
         old.rename(tmp_path / old.name)
+    asking = load_recipe(None, [f"synthesis.{key}" for key in ("images=2", "held_out=1", "steps=1")])
     with pytest.raises(ModelError, match="Name the folder of mine"):
-        pipeline.synthesize_calibration_set(str(out / "mine"), recipe, output=out)
+        pipeline.synthesize_calibration_set(str(out / "mine"), asking, output=out)
 
 
 @pytest.mark.parametrize("place", ["tokenizer", "config"])

@@ -14,6 +14,7 @@ from d4c_onnx import pipeline
 from d4c_onnx.bundle import Bundle, encoder_size_bytes, open_bundle
 from d4c_onnx.cli.main import group
 from d4c_onnx.errors import CalibrationError, CheckFailed, RecipeError
+from d4c_onnx.files import write_json
 from d4c_onnx.quantization.ladder import rungs_of
 from d4c_onnx.quantization.promise import search
 from d4c_onnx.quantization.sensitivity import LayerCost
@@ -128,7 +129,7 @@ def test_the_smallest_files_are_written_and_the_manifest_says_how(own: Path) -> 
 @pytest.mark.slow  # every rung up to 8 bits
 def test_a_promise_that_nothing_keeps_writes_nothing(own: Path) -> None:
     (own / "w4a8").mkdir()
-    (own / "w4a8" / "mine.txt").write_text("kept")
+    write_json(own / "w4a8" / "manifest.json", {"files": {}})  # as of a bundle that may be replaced
     recipe = recipe_of("quantization.target_cosine=1.0")
     with pytest.raises(CheckFailed, match="NO CONFIGURATION KEEPS") as caught:
         pipeline.quantize_bundle(str(own), recipe, output=own.parent, overwrite=True)
@@ -137,7 +138,7 @@ def test_a_promise_that_nothing_keeps_writes_nothing(own: Path) -> None:
     assert promise.chosen is None
     assert promise.tries[-1].image == "w8" or promise.tries[-1].text == "w8"
     assert promise.as_dict()["kept"] is False
-    assert [path.name for path in (own / "w4a8").iterdir()] == ["mine.txt"]
+    assert [path.name for path in (own / "w4a8").iterdir()] == ["manifest.json"]
     assert not [path for path in own.iterdir() if path.name.startswith(".stage")]
 
 

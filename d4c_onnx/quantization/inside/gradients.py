@@ -23,11 +23,13 @@ from d4c_onnx.graph.values import attribute, name_of, nodes_by_name
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.inside.torch_graph import TorchGraph
 
-# Images and prompts whose gradients are taken, in batches that lie evenly over all of them, and directions for each.
-_IMAGES, _IMAGE_DIRECTIONS = 64, 8
-_PROMPTS, _PROMPT_DIRECTIONS = 1024, 1
+# Images and prompts whose gradients are taken, which lie evenly over all of them.
+_IMAGES, _PROMPTS = 64, 1024
 
-_TOGETHER = 2  # images whose gradients are in memory together
+# Gradients in all: of few samples more directions are asked, or H would know a few directions only.
+_GRADIENTS = 512
+
+_PIXELS = 2 * 224 * 224  # of the images whose gradients are in memory together
 
 _LARGEST = 1024  # outputs whose errors are looked at together; more of them fall into blocks
 
@@ -58,8 +60,9 @@ def gradient_moments(
     encoder = TorchGraph(model.graph)
     moments: dict[str, np.ndarray] = {}
     feeds = _spread(reader)
+    directions = -(-_GRADIENTS // sum(map(_samples, feeds)))
     for number, feed in enumerate(feeds):
-        for name, gradient in _gradients(encoder, feed, list(made), number):
+        for name, gradient in _gradients(encoder, feed, list(made), directions, number):
             layer = made[name]
             found = _squared(gradient.movedim(1 if layer.op == "Conv" else -1, -1), nodes[layer.node])
             moments[layer.node] = moments[layer.node] + found if layer.node in moments else found
@@ -68,14 +71,14 @@ def gradient_moments(
 
 
 def _gradients(
-    encoder: TorchGraph, feed: Mapping[str, np.ndarray], names: Sequence[str], seed: int
+    encoder: TorchGraph, feed: Mapping[str, np.ndarray], names: Sequence[str], directions: int, seed: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Value by value, the gradients of the embeddings along random directions, float32, direction by direction."""
     draw = torch.Generator().manual_seed(seed)
     with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
         *leaves, (_, embeds) = encoder.run(feed, names)
     asked = [leaf for _, leaf in leaves]
-    for left in reversed(range(_asked_of(feed)[1])):
+    for left in reversed(range(directions)):
         direction = torch.randn(embeds.shape, generator=draw).to(embeds.dtype)
         found = torch.autograd.grad(embeds, asked, direction, allow_unused=True, retain_graph=left > 0)
         yield from ((name, part.float()) for (name, _), part in zip(leaves, found, strict=True) if part is not None)
@@ -98,24 +101,19 @@ def _blocks(channels: int, groups: int) -> int:
     return blocks
 
 
-def _asked_of(feed: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """Samples, and directions of each."""
-    images = next(iter(feed.values())).ndim == 4
-    return (_IMAGES, _IMAGE_DIRECTIONS) if images else (_PROMPTS, _PROMPT_DIRECTIONS)
-
-
 def _spread(reader: CalibrationDataReader) -> list[Mapping[str, np.ndarray]]:
-    """Feeds that lie evenly over all of a reader's, since prompts come sorted by length; of few images each."""
+    """Feeds that lie evenly over all of a reader's, since prompts come sorted by length; images in other batches."""
     reader.rewind()
     feeds: list[Mapping[str, np.ndarray]] = list(iter(reader.get_next, None))
-    samples = sum(len(next(iter(feed.values()))) for feed in feeds)
-    chosen = feeds[:: max(1, samples // _asked_of(feeds[0])[0])]
-    return [part for feed in chosen for part in _parts(feed)]
+    [(name, first), *_] = feeds[0].items()
+    images = first.ndim == 4
+    chosen = feeds[:: max(1, sum(map(_samples, feeds)) // (_IMAGES if images else _PROMPTS))]
+    if not images:
+        return chosen
+    pixels = np.concatenate([feed[name] for feed in chosen])
+    together = max(1, _PIXELS // (pixels.shape[2] * pixels.shape[3]))
+    return [{name: pixels[start : start + together]} for start in range(0, len(pixels), together)]
 
 
-def _parts(feed: Mapping[str, np.ndarray]) -> Iterator[Mapping[str, np.ndarray]]:
-    """The gradients of a conv net's feature maps take hundreds of megabytes an image."""
-    size = len(next(iter(feed.values())))
-    together = _TOGETHER if next(iter(feed.values())).ndim == 4 else size
-    for start in range(0, size, together):
-        yield {name: values[start : start + together] for name, values in feed.items()}
+def _samples(feed: Mapping[str, np.ndarray]) -> int:
+    return len(next(iter(feed.values())))

@@ -251,7 +251,7 @@ def _slice(node: ir.Node, given: Given) -> torch.Tensor:
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step < 1:
             raise GraphError(f"{node.name}: a Slice that runs backwards has no form here.")
-        chosen[axis] = slice(start, min(end, x.shape[axis]), step)
+        chosen[axis] = slice(*slice(start, end, step).indices(x.shape[axis]))  # ends may be 2^63 - 1
     return x[tuple(chosen)]
 
 
