@@ -69,7 +69,12 @@ def test_a_bundle_is_used_without_torch(vit_bundle: Bundle, tmp_path: Path) -> N
     photos.mkdir()
     Image.new("RGB", (20, 20)).save(photos / "a.png")
     bundle, output = str(vit_bundle.path), str(tmp_path / "out.npy")
-    commands = [["--help"], ["verify", bundle], ["embed", bundle, str(photos), "-o", output], ["export", "mini-vit"]]
+    commands = [
+        ["--help"],
+        ["verify", bundle],
+        ["embed", bundle, str(photos), "-o", output],
+        ["export", "mini-vit", "--output", str(tmp_path)],
+    ]
     results = _run(commands)
     assert [code for _, code, *_ in results] == [0, 0, 0, 2], results
     assert "pip install 'd4c-onnx[export]'" in results[-1][2]
