@@ -62,12 +62,20 @@ class TextTokenizer:
         cleaned = texts if name is None else [clean(text, name) for text in texts]
         if self._clip:
             return self._words(cleaned)
-        ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)], np.int64)
+        ids = np.array(self._encoded(cleaned), np.int64)
         if self.info.zeroed_id is not None:
             ids[ids == self.info.zeroed_id] = 0
         if self.info.last_id is not None:
             ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=self.info.last_id)
         return ids
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        try:
+            return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise BundleError(f"tokenizer.json: cannot be used ({short(error)}). Export the bundle again.") from error
 
     def uncleaned(self) -> "TextTokenizer":
         """This tokenizer as a client has it that forgets the cleaning: texts fall into tokens as they are."""
