@@ -17,6 +17,7 @@ from d4c_onnx.errors import ModelError
 from d4c_onnx.graph.model import drop_unused, with_shapes
 from d4c_onnx.graph.values import (
     CONTRIB,
+    STANDARD,
     array,
     attribute,
     is_op,
@@ -133,7 +134,7 @@ def expand_contrib(model: ir.Model, path: Path) -> None:
             if number < len(entry.outputs):
                 take_over(entry.outputs[number], value)
     drop_unused(model)
-    kept = {entry.domain for entry in model.graph.all_nodes()} | {"", "ai.onnx"}
+    kept = {entry.domain for entry in model.graph.all_nodes()} | set(STANDARD)
     for domain in [domain for domain in model.graph.opset_imports if domain not in kept]:
         del model.graph.opset_imports[domain]
 

@@ -18,7 +18,7 @@ from onnx_ir.passes.common import (
 from d4c_onnx.errors import ModelError
 from d4c_onnx.foreign.contrib import expand_contrib, is_expanded
 from d4c_onnx.graph.model import PROTOBUF_LIMIT_BYTES, clear_notes, drop_unused, load_model, opset_of, raise_opset
-from d4c_onnx.graph.values import attribute, set_constant
+from d4c_onnx.graph.values import STANDARD, attribute, set_constant
 from d4c_onnx.untrusted_json import quoted, short
 
 _OLDEST, _NEWEST = 13, 23
@@ -80,7 +80,7 @@ def _check_weights(model: ir.Model, path: Path) -> None:
 def _check_operators(model: ir.Model, path: Path) -> None:
     """Only ONNX's own operators, and those of onnxruntime that can be written in them, on float32."""
     for node in model.graph.all_nodes():
-        if node.domain not in ("", "ai.onnx") and not is_expanded(node):
+        if node.domain not in STANDARD and not is_expanded(node):
             raise ModelError(
                 f"{path}: holds {quoted(f'{node.domain}:{node.op_type}')}, which is no standard operator, and none of "
                 "onnxruntime's that are known here. Export it again without optimisations for one runtime."

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass, RemoveUnusedNodesPass
 
 from d4c_onnx.errors import GraphError
+from d4c_onnx.graph.values import STANDARD
 from d4c_onnx.manifest import Signature, TensorInfo
 from d4c_onnx.untrusted_json import quoted, short
 
@@ -162,7 +163,7 @@ def raise_opset(model: ir.Model, version: int) -> None:
     Raises:
         GraphError: the graph holds an operator whose meaning changed on the way.
     """
-    changed = sorted({node.op_type for node in model.graph.all_nodes() if node.domain in ("", "ai.onnx")} & _CHANGED)
+    changed = sorted({node.op_type for node in model.graph.all_nodes() if node.domain in STANDARD} & _CHANGED)
     if changed:
         raise GraphError(f"cannot raise the opset to {version}: {', '.join(changed)} changed its meaning on the way.")
     model.graph.opset_imports[""] = max(opset_of(model), version)
@@ -171,7 +172,7 @@ def raise_opset(model: ir.Model, version: int) -> None:
 
 def opset_of(model: ir.Model) -> int:
     """The version of the default operator set."""
-    return max((model.graph.opset_imports.get(domain) or 0 for domain in ("", "ai.onnx")), default=0)
+    return max((model.graph.opset_imports.get(domain) or 0 for domain in STANDARD), default=0)
 
 
 def set_metadata(model: ir.Model, properties: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from d4c_onnx.graph.model import opset_of, to_proto, without_weights
-from d4c_onnx.graph.values import CONTRIB
+from d4c_onnx.graph.values import CONTRIB, STANDARD
 
 LEAST = 17  # LayerNormalization came with it; what our operators meant below it was never looked at
 _IR_VERSIONS = ((21, 10), (19, 9), (0, 8))  # from which opset on, which IR version; onnxruntime 1.16 ends at 9
@@ -46,7 +46,7 @@ def _shell(model: ir.Model) -> onnx.ModelProto:
 def _expresses(shell: onnx.ModelProto, version: int) -> bool:
     """Whether every node is one of that opset, with inputs, attributes and types that it knows."""
     for entry in shell.opset_import:
-        if entry.domain in ("", "ai.onnx"):
+        if entry.domain in STANDARD:
             entry.version = version
     try:
         onnx.checker.check_model(shell)

@@ -11,15 +11,17 @@ import onnx_ir as ir
 from d4c_onnx.errors import GraphError
 
 CONTRIB = "com.microsoft"
-_DEFAULT = ("", "ai.onnx")
+STANDARD = ("", "ai.onnx")  # domains of ONNX's own operators
+
+
+def op_of(node: ir.Node) -> str:
+    """A node's operator: `Add` of ONNX, `com.microsoft:Gelu` of onnxruntime's own."""
+    return node.op_type if node.domain in STANDARD else f"{node.domain}:{node.op_type}"
 
 
 def is_op(node: ir.Node | None, *names: str) -> bool:
-    """Whether a node is one of these operators: `Add` of ONNX, `com.microsoft:Gelu` of onnxruntime's own."""
-    if node is None:
-        return False
-    own = node.op_type if node.domain in _DEFAULT else f"{node.domain}:{node.op_type}"
-    return own in names
+    """Whether a node is one of these operators, named as in `op_of`."""
+    return node is not None and op_of(node) in names
 
 
 def array(value: ir.Value | None) -> np.ndarray | None:

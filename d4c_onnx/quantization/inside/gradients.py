@@ -11,6 +11,7 @@ It needs gradients, and so torch; it is imported when it runs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 import onnx_ir as ir
@@ -104,10 +105,13 @@ def _blocks(channels: int, groups: int) -> int:
 def _spread(reader: CalibrationDataReader) -> list[Mapping[str, np.ndarray]]:
     """Feeds that lie evenly over all of a reader's, since prompts come sorted by length; images in other batches."""
     reader.rewind()
-    feeds: list[Mapping[str, np.ndarray]] = list(iter(reader.get_next, None))
-    [(name, first), *_] = feeds[0].items()
+    samples = sum(map(_samples, iter(reader.get_next, None)))  # of which no more are kept than are used
+    reader.rewind()
+    [(name, first)] = reader.get_next().items()
     images = first.ndim == 4
-    chosen = feeds[:: max(1, sum(map(_samples, feeds)) // (_IMAGES if images else _PROMPTS))]
+    reader.rewind()
+    every = max(1, samples // (_IMAGES if images else _PROMPTS))
+    chosen: list[Mapping[str, np.ndarray]] = list(islice(iter(reader.get_next, None), None, None, every))
     if not images:
         return chosen
     pixels = np.concatenate([feed[name] for feed in chosen])

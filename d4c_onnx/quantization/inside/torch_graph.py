@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.values import CONTRIB, attribute, is_constant, name_of
+from d4c_onnx.graph.values import CONTRIB, attribute, constant, integers, is_constant, name_of, op_of
 
 Given = Sequence[torch.Tensor | None]
 Operator = Callable[[ir.Node, Given], torch.Tensor | tuple[torch.Tensor, ...]]
@@ -32,7 +32,7 @@ class TorchGraph:
         for node in self._nodes:
             _operator(node)
         read = {value for node in self._nodes for value in node.inputs if is_constant(value) and value is not None}
-        self._constants = {name_of(value): as_tensor(value.const_value.numpy()) for value in read if value.const_value}
+        self._constants = {name_of(value): as_tensor(constant(value)) for value in read}
         last = {name_of(v): number for number, node in enumerate(self._nodes) for v in node.inputs if v is not None}
         self._output = name_of(graph.outputs[0])
         self._last = last | {self._output: len(self._nodes)}
@@ -77,10 +77,9 @@ def as_tensor(values: np.ndarray) -> torch.Tensor:
 
 
 def _operator(node: ir.Node) -> Operator:
-    name = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}:{node.op_type}"
-    found = OPERATORS.get(name)
+    found = OPERATORS.get(op_of(node))
     if found is None:
-        raise GraphError(f"{node.name}: {name} has no gradient here. Use rounding gptaq, which asks for none.")
+        raise GraphError(f"{node.name}: {op_of(node)} has no gradient here. Use rounding gptaq, which asks for none.")
     return found
 
 
@@ -113,10 +112,9 @@ def _binary(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> O
 
 def _gemm(node: ir.Node, given: Given) -> torch.Tensor:
     left, right, bias = _x(given), _x(given, 1), _optional(given, 2)
-    product = (left.mT if attribute(node, "transA", 0) else left) @ (
-        right.mT if attribute(node, "transB", 0) else right
-    )
-    product = product * attribute(node, "alpha", 1.0)
+    left = left.mT if attribute(node, "transA", 0) else left
+    right = right.mT if attribute(node, "transB", 0) else right
+    product = (left @ right) * attribute(node, "alpha", 1.0)
     return product if bias is None else product + bias * attribute(node, "beta", 1.0)
 
 
@@ -124,26 +122,21 @@ def _conv(node: ir.Node, given: Given) -> torch.Tensor:
     x, weight, rank = _x(given), _x(given, 1), _x(given).ndim - 2
     function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[rank]
     padded = F.pad(x, _pads(node, rank))
-    steps = [tuple(_integers(node, name, rank)) for name in ("strides", "dilations")]
+    steps = [tuple(integers(node, name, rank)) for name in ("strides", "dilations")]
     return function(padded, weight, _optional(given, 2), steps[0], 0, steps[1], attribute(node, "group", 1))
-
-
-def _integers(node: ir.Node, name: str, count: int, default: int = 1) -> list[int]:
-    stored = attribute(node, name)
-    return [int(value) for value in stored] if stored is not None else [default] * count
 
 
 def _pads(node: ir.Node, rank: int) -> list[int]:
     """torch's order: last axis first."""
     if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID") or attribute(node, "ceil_mode", 0):
         raise GraphError(f"{node.name}: auto_pad and ceil_mode have no form here.")
-    pads = _integers(node, "pads", 2 * rank, 0)
+    pads = integers(node, "pads", 2 * rank, 0)
     return [end for axis in reversed(range(rank)) for end in (pads[axis], pads[rank + axis])]
 
 
 def _average_pool(node: ir.Node, given: Given) -> torch.Tensor:
     x, pads = _x(given), _pads(node, 2)
-    kernel, strides = _integers(node, "kernel_shape", 2), _integers(node, "strides", 2)
+    kernel, strides = integers(node, "kernel_shape", 2), integers(node, "strides", 2)
     pooled = F.avg_pool2d(F.pad(x, pads), tuple(kernel), tuple(strides))
     if any(pads) and not attribute(node, "count_include_pad", 0):
         inside = F.pad(torch.ones_like(x[:1, :1]), pads)
@@ -153,7 +146,7 @@ def _average_pool(node: ir.Node, given: Given) -> torch.Tensor:
 
 def _max_pool(node: ir.Node, given: Given) -> torch.Tensor:
     padded = F.pad(_x(given), _pads(node, 2), value=-torch.inf)
-    return F.max_pool2d(padded, tuple(_integers(node, "kernel_shape", 2)), tuple(_integers(node, "strides", 2)))
+    return F.max_pool2d(padded, tuple(integers(node, "kernel_shape", 2)), tuple(integers(node, "strides", 2)))
 
 
 def _global_average(node: ir.Node, given: Given) -> torch.Tensor:
