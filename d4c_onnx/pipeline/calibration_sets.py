@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d4c_onnx.measure.machine import Machine
-from d4c_onnx.models.model_options import is_local
 from d4c_onnx.pipeline.control_sets import asks_no_model, make_control_set
 from d4c_onnx.pipeline.controls import draw_real_images, work_ahead
 from d4c_onnx.pipeline.lazy_model import LazyModel
@@ -48,8 +47,7 @@ def find_or_synthesize(
         return target, open_calibration_set(target)
     if on_ahead is not None and key["method"] is None:
         on_ahead(work_ahead(recipe, bundle.manifest.preprocess))
-    # a folder that the user named may hold other weights by now: those are looked at
-    if asks_no_model(bundle, recipe) and not (model.asked and is_local(model.asked)):
+    if asks_no_model(model, recipe):
 
         def control() -> CalibrationSet:
             if target.exists():  # another process of the group was first

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration.method import METHODS
+from d4c_onnx.models.model_options import is_local
 from d4c_onnx.pipeline.controls import draw_real_images
+from d4c_onnx.pipeline.lazy_model import LazyModel
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import OwnWords
 
@@ -18,15 +20,19 @@ if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
 
 
-def asks_no_model(bundle: Bundle, recipe: Recipe) -> bool:
-    """Whether a recipe's set can be made from the bundle alone.
+def asks_no_model(model: LazyModel, recipe: Recipe) -> bool:
+    """Whether a recipe's set is made from the bundle alone.
 
     The ids of its texts must then be those of the model's own tokenizer, and so must the words that stand for nouns:
-    they are for CLIP's. An older bundle does not name its cleaning.
+    they are for CLIP's. An older bundle does not name its cleaning. A folder that the user named may hold other weights
+    by now: those are looked at.
     """
-    tokenizer = bundle.manifest.tokenizer
+    if model.bundle.imported:
+        return True
+    tokenizer = model.bundle.manifest.tokenizer
     known = tokenizer.type == "clip-bpe" and tokenizer.clean is not None and tokenizer.has_file
-    return bundle.imported or (recipe.synthesis.method not in METHODS and known)
+    named = model.asked is not None and is_local(model.asked)
+    return recipe.synthesis.method not in METHODS and known and not named
 
 
 def make_control_set(
