@@ -37,6 +37,7 @@ from d4c_onnx.manifest import (
     TensorInfo,
     TokenizerInfo,
 )
+from d4c_onnx.ownership import MANIFEST as MANIFEST  # what a manifest is called, for all who read one
 from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Promise, PromiseTry, Versus
 from d4c_onnx.untrusted_json import (
     Node,
@@ -56,7 +57,6 @@ from d4c_onnx.untrusted_json import (
     text,
 )
 
-MANIFEST = "manifest.json"
 # The one sub-folder that belongs to a bundle; others are calibration sets and bundles of other widths.
 GOLDEN_FOLDER = "golden"
 _COUNTED_IN_1 = ("pooled_row_only", "fused_attention", "fused_biases", "fused_qkv")

@@ -3,17 +3,18 @@
 Bundles, calibration sets and packages name their files in a manifest; a page about a set lies beside it.
 """
 
-import json
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from d4c_onnx.errors import BundleError
 from d4c_onnx.locks import LOCK
+from d4c_onnx.untrusted_json import Node, read_json
 
 MANIFEST = "manifest.json"
 PACKAGE = "d4c-package.json"  # not package.json: some stacks' folders are read by npm, too
 STAGE, OLD, WORK = ".stage-", ".old-", ".work-"  # what is being written, was replaced, or will be a set
-_LARGEST = 64 * 2**20  # bytes of a manifest
 _STAGED = re.compile(rf"{re.escape(STAGE)}(?P<name>.+)-[0-9a-f]{{16}}", re.DOTALL)
 
 
@@ -52,13 +53,16 @@ def _strangers(folder: Path, prefix: str, listed: set[str]) -> Iterator[str]:
 def _listed(folder: Path) -> set[str]:
     """The names in a folder's manifest, and the manifest's own; nothing where there is none that can be read."""
     for manifest in (MANIFEST, PACKAGE):
-        path = folder / manifest
-        try:
-            if path.is_file() and path.stat().st_size <= _LARGEST:
-                return {manifest, *(str(name) for name in json.loads(path.read_bytes())["files"])}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
+        if (folder / manifest).is_file():
+            with contextlib.suppress(BundleError):
+                return {manifest, *read_json(folder / manifest).take("files", _names)}
     return set()
+
+
+def _names(node: Node) -> list[str]:
+    if not isinstance(node.value, list | dict):
+        raise node.wrong("a list of names")
+    return [str(name) for name in node.value]
 
 
 def _is_page(file: Path) -> bool:

@@ -29,14 +29,14 @@ from d4c_onnx.calibration.set_file import (
 )
 from d4c_onnx.errors import CalibrationError
 from d4c_onnx.files import sha256, staged_folder, write_json
+from d4c_onnx.ownership import MANIFEST, WORK
 
-PIXELS, HELD_OUT, LOSSES, PROMPTS, SHEET, MANIFEST = (
+PIXELS, HELD_OUT, LOSSES, PROMPTS, SHEET = (
     "pixel_values.npy",
     "held_out.npy",
     "losses.json",
     "prompts.json",
     "contact_sheet.png",
-    "manifest.json",
 )
 
 
@@ -97,12 +97,12 @@ def save_calibration_set(target: Path, content: CalibrationSet, preview: np.ndar
         contact_sheet(preview).save(stage / SHEET)
         files = {file.name: sha256(file) for file in sorted(stage.iterdir())}
         write_json(stage / MANIFEST, {**content.manifest, "files": files})
-    return open_calibration_set(target)
+    return open_calibration_set(target, verify=False)  # hashed and looked at a moment ago
 
 
 def work_folder(target: Path) -> Path:
     """Where the units of a set that is being made lie until it is whole."""
-    return target.with_name(f".work-{target.name}")
+    return target.with_name(f"{WORK}{target.name}")
 
 
 def open_calibration_set(path: str | Path, verify: bool = True) -> CalibrationSet:

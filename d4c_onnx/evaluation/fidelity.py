@@ -10,11 +10,13 @@ import numpy as np
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.errors import CalibrationError
+from d4c_onnx.evaluation.baseline import Baselines
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.results import Accuracy, BundleAccuracy, Versus
 from d4c_onnx.runtime.clip_session import ClipSession
 
 _TEXTS = 64  # that go through the text encoder together
+Pair = tuple[np.ndarray, np.ndarray]  # unit vectors of images and of texts
 
 
 def check_held_out(images: int, prompts: int) -> None:
@@ -34,9 +36,13 @@ def evaluate_fidelity(
     batch: int = 16,
     provider: str = "cpu",
     threads: int = 0,
+    baselines: Baselines[Pair] | None = None,
     on_step: OnStep = silent,
 ) -> Accuracy:
     """Compare each bundle with the first on the set's held-out images and prompts.
+
+    Args:
+        baselines: of earlier calls on the same set, where the first bundle may be known.
 
     Returns:
         Rows after the first hold the mean and least cosine per tower, agreement of the best prompt per image in
@@ -47,25 +53,26 @@ def evaluate_fidelity(
     """
     images, texts = calibration.held_out, list(calibration.held_out_texts)
     check_held_out(len(images), len(texts))
-    total, done = len(images) * len(bundles), 0
-    rows: list[BundleAccuracy] = []
-    first: tuple[np.ndarray, np.ndarray] | None = None
-    for bundle in bundles:
+    known: Baselines[Pair] = Baselines() if baselines is None else baselines
+    total, done = len(images) * (len(bundles) - (bundles[0] in known)), 0
+
+    def count(number: int) -> None:
+        nonlocal done
+        done += number
+        on_step("evaluate", done, total, {})
+
+    def ask(bundle: Bundle) -> Pair:
         session = ClipSession(bundle, provider=provider, threads=threads)
-
-        def count(number: int) -> None:
-            nonlocal done
-            done += number
-            on_step("evaluate", done, total, {})
-
         pixels = session.embed_pixels((images[i : i + batch] for i in range(0, len(images), batch)), count)
-        seen = (pixels, session.embed_texts(texts, _TEXTS))
-        rows.append(BundleAccuracy(str(bundle.path), versus_first=None if first is None else _compare(seen, first)))
-        first = first or seen
+        return pixels, session.embed_texts(texts, _TEXTS)
+
+    first = known.of(bundles[0], ask)
+    rows = [BundleAccuracy(str(bundles[0].path), versus_first=None)]
+    rows += [BundleAccuracy(str(one.path), versus_first=_compare(ask(one), first)) for one in bundles[1:]]
     return Accuracy("fidelity", len(images), tuple(rows), prompts=len(texts))
 
 
-def _compare(seen: tuple[np.ndarray, np.ndarray], first: tuple[np.ndarray, np.ndarray]) -> Versus:
+def _compare(seen: Pair, first: Pair) -> Versus:
     similarity, baseline = seen[0] @ seen[1].T, first[0] @ first[1].T
     image, text = ((mine * reference).sum(1) for mine, reference in zip(seen, first, strict=True))
     return Versus(

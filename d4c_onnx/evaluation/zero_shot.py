@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 
 from d4c_onnx.bundle import Bundle
+from d4c_onnx.evaluation.baseline import Baselines
 from d4c_onnx.evaluation.datasets import LabelledImages
 from d4c_onnx.evaluation.intervals import paired_difference
 from d4c_onnx.progress import OnStep, silent
@@ -18,7 +19,7 @@ _TEXTS = 64  # that go through the text encoder together
 
 
 @dataclass(frozen=True, slots=True)
-class _Answers:
+class Answers:
     """What one bundle says: unit vectors [N, D] and [K, D], their products [N, K], the best five classes, hits [N]."""
 
     images: np.ndarray
@@ -36,6 +37,7 @@ def evaluate_zero_shot(
     exif_rotation: bool = False,
     provider: str = "cpu",
     threads: int = 0,
+    baselines: Baselines[Answers] | None = None,
     on_step: OnStep = silent,
 ) -> Accuracy:
     """Top-1 and top-5 of each bundle, and how each compares with the first.
@@ -44,43 +46,48 @@ def evaluate_zero_shot(
         bundles: the baseline first (FP32, where there is one).
         dataset: all of its images are used.
         exif_rotation: turn them upright first, as their EXIF entry says.
+        baselines: of earlier calls on the same data, where the first bundle may be known.
 
     Returns:
         In percent and percentage points; rows after the first hold the paired 95 % interval of top-1, agreement of the
         top-1 answers, the mean cosine of each tower's embeddings, and the error of the similarity matrix.
     """
-    total, done = len(dataset) * len(bundles), 0
-    rows: list[BundleAccuracy] = []
-    first: _Answers | None = None
-    for bundle in bundles:
+    known: Baselines[Answers] = Baselines() if baselines is None else baselines
+    total, done = len(dataset) * (len(bundles) - (bundles[0] in known)), 0
+
+    def count(images: int) -> None:
+        nonlocal done
+        done += images
+        on_step("evaluate", done, total, {})
+
+    def ask(bundle: Bundle) -> Answers:
         session = ClipSession(bundle, provider=provider, threads=threads, batch=_TEXTS, exif_rotation=exif_rotation)
-
-        def count(images: int) -> None:
-            nonlocal done
-            done += images
-            on_step("evaluate", done, total, {})
-
         texts = session.embed_labels(dataset.classes, templates())
         images = chain.from_iterable(dataset.batches(batch))
-        seen = _answer(session.embed_images(images, batch, count), texts, dataset.labels)
-        row = BundleAccuracy(
-            bundle=str(bundle.path),
-            top1=100 * float(seen.hits.mean()),
-            top5=100 * float((seen.best == dataset.labels[:, None]).any(1).mean()),
-            versus_first=None if first is None else _compare(seen, first),
-        )
-        first = first or seen
-        rows.append(row)
+        return _answer(session.embed_images(images, batch, count), texts, dataset.labels)
+
+    first = known.of(bundles[0], ask)
+    rows = [_row(bundles[0], first, dataset, None)]
+    rows += [_row(bundle, ask(bundle), dataset, first) for bundle in bundles[1:]]
     return Accuracy("zero-shot", len(dataset), tuple(rows), dataset=dataset.name)
 
 
-def _answer(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> _Answers:
+def _row(bundle: Bundle, seen: Answers, dataset: LabelledImages, first: Answers | None) -> BundleAccuracy:
+    return BundleAccuracy(
+        bundle=str(bundle.path),
+        top1=100 * float(seen.hits.mean()),
+        top5=100 * float((seen.best == dataset.labels[:, None]).any(1).mean()),
+        versus_first=None if first is None else _compare(seen, first),
+    )
+
+
+def _answer(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> Answers:
     similarity = images @ texts.T
     best = np.argsort(-similarity, axis=1, kind="stable")[:, :5]
-    return _Answers(images, texts, similarity, best, best[:, 0] == labels)
+    return Answers(images, texts, similarity, best, best[:, 0] == labels)
 
 
-def _compare(seen: _Answers, first: _Answers) -> Versus:
+def _compare(seen: Answers, first: Answers) -> Versus:
     return Versus(
         agreement=100 * float((seen.best[:, 0] == first.best[:, 0]).mean()),
         cosine_image=float((seen.images * first.images).sum(1).mean()),

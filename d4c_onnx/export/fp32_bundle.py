@@ -19,10 +19,7 @@ from d4c_onnx.manifest import Manifest, ModelInfo, Signature, TokenizerInfo
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.runtime.golden import Bounds, golden_texts, write_golden
-
-# Of golden vectors in FP32, as `d4c_onnx.runtime.golden` measures distances: other kernels sum in another order.
-GOLDEN_BOUNDS = Bounds(least=1e-4, most=1e-3)
+from d4c_onnx.runtime.golden import FP32_BOUNDS, golden_texts, write_golden
 
 
 def export_fp32(
@@ -56,7 +53,7 @@ def export_fp32(
         image, image_difference = _export_image(loaded, stage, seed, raw, text.tokenizer)
         on_step("export", 2, 4, {})
         files = (stage / IMAGE_ENCODER, stage / TEXT_ENCODER)
-        write_golden(stage, files, loaded.preprocess, _golden(loaded, text.tokenizer), GOLDEN_BOUNDS, text.tokenizer)
+        write_golden(stage, files, loaded.preprocess, _golden(loaded, text.tokenizer), FP32_BOUNDS, text.tokenizer)
         on_step("export", 3, 4, {})
         worst = {"image": image_difference, "text": text.difference}
         manifest = Manifest(

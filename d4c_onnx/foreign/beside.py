@@ -7,18 +7,19 @@ None of it is trusted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from d4c_onnx.errors import ModelError
-from d4c_onnx.extras import need_extra
 from d4c_onnx.manifest import LONGEST_CONTEXT, Preprocess
 from d4c_onnx.models.beside import configs_beside
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.models.preprocessing import BESIDE, architecture_settings, first_said, said_by, tag_settings
-from d4c_onnx.untrusted_json import Node, integer, nullable, read_json, short, text
+from d4c_onnx.models.preprocessing import BESIDE, architecture_settings, first_said, liked_tag, said_by, tag_settings
+from d4c_onnx.runtime.panics import tokenizer_of
+from d4c_onnx.untrusted_json import Node, integer, nullable, read_json, text
 
 _ASKED = {
     "mean": "--mean",
@@ -92,10 +93,12 @@ def read_tokenizer(file: Path, given: Path | None) -> tuple[Tokenizer, Path]:
         )
     if found.stat().st_size > _LARGEST_TOKENIZER:
         raise ModelError(f"{found}: has {found.stat().st_size:,} bytes, which no tokenizer has. Name another one.")
-    try:
-        return Tokenizer.from_file(str(found)), found
-    except Exception as error:  # the library raises this very class
-        raise ModelError(f"{found}: is no tokenizer ({short(error)}). Name another one.") from error
+    refuse = partial(_no_tokenizer, found)
+    return tokenizer_of(found, refuse), found
+
+
+def _no_tokenizer(file: Path, why: str) -> ModelError:
+    return ModelError(f"{file}: is no tokenizer ({why}). Name another one.")
 
 
 def padding_beside(tokenizer: Tokenizer, file: Path) -> int | None:
@@ -179,10 +182,9 @@ def _token(node: Node) -> str:
 def _liked(options: ModelOptions) -> list[tuple[str, Mapping[str, Any]]]:
     if options.like is None:
         return []
-    need_extra("export", f"--like {options.like}: reading the table of published tags")
+    model, tag = liked_tag(options.like)
     import open_clip
 
-    model, _, tag = options.like.rpartition(":")
     if not model or not open_clip.get_pretrained_cfg(model, tag):
         raise ModelError(
             f"--like {options.like}: is no published tag. A file has no architecture's name, so this takes MODEL:TAG, "

@@ -12,9 +12,7 @@ from d4c_onnx.manifest import IMPORTED, Manifest, ModelInfo
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.runtime.golden import Bounds, golden_texts, write_golden
-
-_GOLDEN_BOUNDS = Bounds(least=1e-4, most=1e-3)
+from d4c_onnx.runtime.golden import FP32_BOUNDS, golden_texts, write_golden
 
 
 def import_files(
@@ -51,7 +49,7 @@ def import_files(
         on_step("import", 3, 4, {})
         encoders = (stage / IMAGE_ENCODER, stage / TEXT_ENCODER)
         rows = [(words, tuple(texts.ids([words])[0].tolist())) for words in golden_texts(texts.context)]
-        write_golden(stage, encoders, opened.preprocess, rows, _GOLDEN_BOUNDS, tokenizer)
+        write_golden(stage, encoders, opened.preprocess, rows, FP32_BOUNDS, tokenizer)
         info = ModelInfo(
             name=target.name,
             pretrained=IMPORTED,

@@ -28,6 +28,7 @@ from d4c_onnx.graph.values import (
     set_constant,
     set_scalar,
     take_over,
+    walk_back,
 )
 from d4c_onnx.untrusted_json import quoted
 
@@ -298,7 +299,7 @@ def _padding(write: _Writer, key: ir.Value, hidden: ir.Value | None) -> ir.Value
     zero = write.const("nothing", 0, np.int64)
     rank = write.rank(hidden)
     whole = write("Cast", [hidden], "mask_long", to=int(ir.DataType.INT64))
-    if rank == 1 and is_op(_counted(hidden), "ReduceSum"):
+    if rank == 1 and is_op(maker(walk_back(hidden, "Cast")), "ReduceSum"):
         places = write("Range", [zero, write.size(key, 1, "keys"), write.const("step", 1, np.int64)], "places")
         counts = write("Unsqueeze", [whole, write.const("behind", [1], np.int64)], "counts")
         beyond = write("GreaterOrEqual", [places, counts], "beyond")
@@ -308,14 +309,6 @@ def _padding(write: _Writer, key: ir.Value, hidden: ir.Value | None) -> ir.Value
         raise _Unknown(f"with a mask of {rank} axes")
     filled = write("Where", [beyond, write.const("filter", _filter(write)), write.const("open", 0)], "hidden")
     return write("Unsqueeze", [filled, write.const("inner", [1, 2], np.int64)], "padding")
-
-
-def _counted(value: ir.Value) -> ir.Node | None:
-    """What makes a value, casts aside."""
-    made = maker(value)
-    while made is not None and is_op(made, "Cast"):
-        made = maker(made.inputs[0])
-    return made
 
 
 def _filter(write: _Writer) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from d4c_onnx.errors import CheckFailed, ModelError
+from d4c_onnx.errors import BundleError, CheckFailed, ModelError
 from d4c_onnx.foreign.tower import Original
 from d4c_onnx.graph.model import drop_unused, load_model
 from d4c_onnx.graph.values import ancestors
@@ -51,9 +51,10 @@ class OriginalTower:
             found = self._session.run_named({name: feed[name] for name in self._session.input_names})[
                 self.original.output
             ]
-        except Exception as error:  # onnxruntime raises its own C++ exception types
+        except BundleError as error:
+            reason = short(error.__cause__ or error)
             raise ModelError(
-                f"{self.original.path}: does not run on {batch.dtype} {list(batch.shape)} ({short(error)}). "
+                f"{self.original.path}: does not run on {batch.dtype} {list(batch.shape)} ({reason}). "
                 "Are its tokenizer and its image size the right ones?"
             ) from error
         if found.ndim != 2 or found.shape[0] != len(batch):
@@ -86,10 +87,11 @@ def check_same(tower: str, expected: np.ndarray, found: np.ndarray) -> float:
     """The largest absolute difference of unit vectors.
 
     Raises:
-        CheckFailed: above 1e-4, or a value that is not finite.
+        CheckFailed: above 1e-4.
+        BundleError: a value is not finite.
     """
     difference = float(np.abs(unit(found) - unit(expected)).max())
-    if not difference <= TOLERANCE:  # also true for NaN
+    if difference > TOLERANCE:
         raise CheckFailed(
             f"{tower} encoder, batch {len(expected)}: the rewritten graph and the file differ by {difference:.2e} "
             f"(allowed {TOLERANCE}). Nothing was written; please report the model."

@@ -42,8 +42,9 @@ class Probe:
         session = EncoderSession.of_model(copy, outputs=outputs)
         try:
             return [session.run_all(feed) for feed in self.feeds]
-        except Exception as error:  # onnxruntime raises its own C++ exception types
-            raise BundleError(f"the graph does not run on batches of another size ({short(error)}).") from error
+        except BundleError as error:
+            reason = short(error.__cause__ or error)
+            raise BundleError(f"the graph does not run on batches of another size ({reason}).") from error
 
 
 def shape_name(name: str) -> str:

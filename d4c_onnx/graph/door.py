@@ -15,8 +15,8 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 _MEND = "Export or quantise the bundle again."
 
 
-def check_graph(path: Path, told: Signature) -> None:
-    """Look at a bundle's encoder, which somebody else may have written.
+def check_graph(path: Path, told: Signature) -> ir.Model:
+    """A bundle's encoder, which somebody else may have written, read and looked at.
 
     Args:
         told: what the manifest says of it.
@@ -39,6 +39,7 @@ def check_graph(path: Path, told: Signature) -> None:
             raise GraphError(f"{path}: cannot read {quoted(value.name)} ({short(error)}). {_MEND}") from error
         if broken:
             raise GraphError(f"{path}: {quoted(value.name)} holds NaN. {_MEND}")
+    return model
 
 
 def check_source(path: Path, told: Signature) -> None:

@@ -93,12 +93,6 @@ def weight_position(node: ir.Node) -> int | None:
     return None
 
 
-def weight_of(node: ir.Node) -> ir.Value | None:
-    """The constant weight of a MatMul, Gemm or Conv; None where there is none."""
-    position = weight_position(node)
-    return None if position is None else node.inputs[position]
-
-
 def channel_axis(node: ir.Node) -> int:
     """The output-channel axis of a weighted node's weight."""
     position = weight_position(node)

@@ -210,17 +210,23 @@ def with_shapes(model: ir.Model) -> onnx.ModelProto:
     above 2 GB it cannot.
     """
     whole = to_proto(model)
-    shell = without_weights(whole)
-    for tensor in whole.graph.initializer:
-        if prod(tensor.dims) <= _SMALL:
-            shell.graph.initializer.append(tensor)
-        else:
-            entry = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            shell.graph.input.append(entry)
+    shell = shell_of(whole, kept=_SMALL)
     inferred = onnx.shape_inference.infer_shapes(shell)
     del whole.graph.value_info[:]
     whole.graph.value_info.extend(inferred.graph.value_info)
     return whole
+
+
+def shell_of(whole: onnx.ModelProto, kept: int = -1) -> onnx.ModelProto:
+    """A model whose weights of more than `kept` values are inputs: enough to ask about operators, types and shapes."""
+    shell = without_weights(whole)
+    for tensor in whole.graph.initializer:
+        if prod(tensor.dims) <= kept:
+            shell.graph.initializer.append(tensor)
+        else:
+            entry = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            shell.graph.input.append(entry)
+    return shell
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from d4c_onnx.graph.model import opset_of, to_proto, without_weights
+from d4c_onnx.graph.model import opset_of, shell_of, to_proto
 from d4c_onnx.graph.values import CONTRIB, STANDARD
 
 LEAST = 17  # LayerNormalization came with it; what our operators meant below it was never looked at
@@ -27,20 +27,11 @@ def lower_opset(model: ir.Model) -> int:
     """
     if not any(node.domain == CONTRIB for node in model.graph.all_nodes()):
         model.graph.opset_imports.pop(CONTRIB, None)
-    shell, highest = _shell(model), opset_of(model)
+    shell, highest = shell_of(to_proto(model)), opset_of(model)
     version = next((lower for lower in range(LEAST, highest) if _expresses(shell, lower)), highest)
     model.graph.opset_imports[""] = version
     model.ir_version = min(model.ir_version, next(least for since, least in _IR_VERSIONS if version >= since))
     return version
-
-
-def _shell(model: ir.Model) -> onnx.ModelProto:
-    """The graph with its weights as inputs, which is enough to ask about operators and types."""
-    whole = to_proto(model)
-    shell = without_weights(whole)
-    for tensor in whole.graph.initializer:
-        shell.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    return shell
 
 
 def _expresses(shell: onnx.ModelProto, version: int) -> bool:

@@ -141,19 +141,20 @@ def is_padded(node: ir.Node) -> bool:
 
 def set_constant(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
     """The initialiser of that name, made or given these values; no other value of the graph may have the name."""
-    tensor = ir.Tensor(np.ascontiguousarray(values), name=name)
+    return _store(graph, name, ir.Tensor(np.ascontiguousarray(values), name=name))
+
+
+def set_scalar(graph: ir.Graph, name: str, number: float, dtype: type[np.generic] = np.int64) -> ir.Value:
+    """As `set_constant`, with no axis; that one gives a number an axis of its own."""
+    return _store(graph, name, ir.Tensor(np.array(number, dtype), name=name))
+
+
+def _store(graph: ir.Graph, name: str, tensor: ir.Tensor) -> ir.Value:
     value = graph.initializers.get(name)
     if value is None:
         value = ir.Value(name=name, const_value=tensor)
         graph.register_initializer(value)
     value.const_value, value.dtype, value.shape = tensor, tensor.dtype, ir.Shape(tensor.shape)
-    return value
-
-
-def set_scalar(graph: ir.Graph, name: str, number: float, dtype: type[np.generic] = np.int64) -> ir.Value:
-    """As `set_constant`, with no axis; that one gives a number an axis of its own."""
-    value = set_constant(graph, name, np.array(number, dtype))
-    value.const_value, value.shape = ir.Tensor(np.array(number, dtype), name=name), ir.Shape([])
     return value
 
 

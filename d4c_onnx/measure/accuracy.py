@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.errors import BundleError, CheckFailed, RecipeError, Report
@@ -18,6 +16,7 @@ from d4c_onnx.results import Accuracy
 
 if TYPE_CHECKING:
     from d4c_onnx.calibration.dataset import CalibrationSet
+    from d4c_onnx.evaluation.baseline import Baselines
 
 
 def evaluate_bundles(
@@ -64,8 +63,12 @@ def evaluate(
     calibration: CalibrationSet | None,
     machine: Machine,
     on_step: OnStep = silent,
+    baselines: Baselines[Any] | None = None,
 ) -> Accuracy:
     """Zero-shot accuracy where there are labels; fidelity on held-out synthetic input otherwise.
+
+    Args:
+        baselines: of earlier calls with the same recipe and set: the first bundle, once known, is not asked again.
 
     Raises:
         BundleError: there is nothing to measure with, or a bundle answers with what is no finite number.
@@ -73,46 +76,24 @@ def evaluate(
     from d4c_onnx.evaluation.datasets import open_dataset
     from d4c_onnx.evaluation.fidelity import evaluate_fidelity
     from d4c_onnx.evaluation.zero_shot import evaluate_zero_shot
-    from d4c_onnx.runtime.session import resolve_provider
 
-    provider = resolve_provider(machine.provider)
     name = _dataset_name(recipe, bundles[0])
+    placed: dict[str, Any] = {
+        "provider": machine.provider,
+        "threads": machine.threads,
+        "baselines": baselines,
+        "on_step": on_step,
+    }
     if name != "fidelity":
-        result = evaluate_zero_shot(
-            bundles,
-            open_dataset(name),
-            batch=recipe.evaluation.batch,
-            exif_rotation=recipe.evaluation.exif_rotation,
-            provider=provider,
-            threads=machine.threads,
-            on_step=on_step,
-        )
-        return _finite(result)
+        upright = recipe.evaluation.exif_rotation
+        data = open_dataset(name)
+        return evaluate_zero_shot(bundles, data, batch=recipe.evaluation.batch, exif_rotation=upright, **placed)
     if calibration is None:
         raise BundleError(
             f"{bundles[0].model_name}: has no labelled set. "
             "Add --dataset FILE.parquet, or --calibration DIR for fidelity."
         )
-    return _finite(
-        evaluate_fidelity(bundles, calibration, batch=16, provider=provider, threads=machine.threads, on_step=on_step)
-    )
-
-
-def _finite(accuracy: Accuracy) -> Accuracy:
-    """What was measured, if every number is one.
-
-    Raises:
-        BundleError: a bundle answers with NaN or infinity.
-    """
-    for row in accuracy.bundles:
-        values = asdict(row)
-        numbers = [*values.values(), *(values["versus_first"] or {}).values()]
-        if not all(math.isfinite(value) for value in numbers if isinstance(value, float)):
-            raise BundleError(
-                f"{row.bundle}: answers with NaN or infinity, or the first bundle does, so nothing can be said of it. "
-                "Export or quantise it again."
-            )
-    return accuracy
+    return evaluate_fidelity(bundles, calibration, batch=16, **placed)
 
 
 def _dataset_name(recipe: Recipe, bundle: Bundle) -> str:

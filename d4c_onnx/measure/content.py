@@ -59,9 +59,9 @@ def inspect_bundle(path: str | Path) -> BundleInspection:
     from d4c_onnx.runtime.inspection import inspect_encoder
 
     bundle = open_bundle(path)
-    for file in bundle.encoders.values():
-        check_graph(file, bundle.manifest.io[file.name])
-    found = {file.name: inspect_encoder(file, bundle.session_entries) for file in bundle.encoders.values()}
+    io = bundle.manifest.io
+    models = {file: check_graph(file, io[file.name]) for file in bundle.encoders.values()}
+    found = {file.name: inspect_encoder(file, bundle.session_entries, model) for file, model in models.items()}
     made = bundle.manifest.quantization
     return BundleInspection(
         model=bundle.model_name,

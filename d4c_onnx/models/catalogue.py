@@ -7,8 +7,6 @@ from typing import Any
 
 from d4c_onnx.extras import need_extra
 
-DEFAULT_MODEL = "mini-vit"
-
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedModel:

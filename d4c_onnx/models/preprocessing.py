@@ -212,14 +212,24 @@ def _agreed(name: str, tags: Mapping[str, Mapping[str, Any]]) -> Source:
     return source, {key: first[key] for key in _SETTINGS if key in first and all(o[key] == first[key] for o in others)}
 
 
+def liked_tag(like: str) -> tuple[str, str]:
+    """The model, empty where it is not said, and the tag of MODEL:TAG or TAG.
+
+    Raises:
+        MissingExtra: open_clip, whose table of published tags says what they stand for, is not installed.
+    """
+    need_extra("export", f"--like {like}: reading the table of published tags")
+    model, _, tag = like.rpartition(":")
+    return model, tag
+
+
 def _liked(name: str, options: ModelOptions) -> list[Source]:
     """The tag that weights are said to be like."""
     if options.like is None:
         return []
-    need_extra("export", f"--like {options.like}: reading the table of published tags")
+    model, tag = liked_tag(options.like)
     import open_clip
 
-    model, _, tag = options.like.rpartition(":")
     model = model or name
     if not open_clip.get_pretrained_cfg(model, tag):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle
+from d4c_onnx.graph.door import check_source
 from d4c_onnx.measure.accuracy import check_measurable, held_out_counts
 from d4c_onnx.measure.calibration_fit import check_set_fits
 from d4c_onnx.memory import release_freed
@@ -52,7 +53,7 @@ class MadeBundles:
 
 
 def run(task: QuantizeTask, clock: Clock) -> MadeBundles:
-    """Do what there is to do.
+    """Do what there is to do; the encoders, which somebody else may have written, are looked at first.
 
     Raises:
         ModelError, CalibrationError, GraphError, BundleError, RecipeError: a step cannot be done.
@@ -63,6 +64,8 @@ def run(task: QuantizeTask, clock: Clock) -> MadeBundles:
     gc.collect()  # its modules refer to each other in circles
     release_freed()
     check_set_fits(dataset, fp32)
+    for file in fp32.encoders.values():
+        check_source(file, fp32.manifest.io[file.name])
     clock.lap("synthesize")
     made = MadeBundles(fp32, quantized_files(task, fp32, dataset), _fp16(task, fp32, dataset), dataset)
     clock.lap("quantize")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from d4c_onnx.bundle import Bundle
@@ -50,11 +50,18 @@ def quantized_files(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -
 
 def _judges(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Judges:
     """On the set's held-out part, and on the recipe's labelled set."""
+    from d4c_onnx.evaluation.baseline import Baselines
     from d4c_onnx.quantization import Judges
 
-    def beside(recipe: Recipe, trial: Bundle) -> Versus:
-        found = evaluate([fp32, trial], recipe, dataset, task.machine, task.on_step).bundles[1].versus_first
-        assert found is not None
-        return found
+    def judge(recipe: Recipe) -> Callable[[Bundle], Versus]:
+        known: Baselines[Any] = Baselines()  # FP32 is asked once
 
-    return Judges(partial(beside, fidelity_recipe(task.recipe)), partial(beside, task.recipe))
+        def beside(trial: Bundle) -> Versus:
+            measured = evaluate([fp32, trial], recipe, dataset, task.machine, task.on_step, known)
+            found = measured.bundles[1].versus_first
+            assert found is not None
+            return found
+
+        return beside
+
+    return Judges(judge(fidelity_recipe(task.recipe)), judge(task.recipe))

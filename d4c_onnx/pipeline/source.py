@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
 from d4c_onnx.errors import BundleError, RecipeError
@@ -15,9 +14,6 @@ from d4c_onnx.pipeline.exporting import bundle_folder, export_loaded, load
 from d4c_onnx.pipeline.lazy_model import LazyModel, other_weights
 from d4c_onnx.progress import OnStep
 from d4c_onnx.recipe import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 _ASK_NO_MODEL = ("leaves", "noise", "pink", "real")
 

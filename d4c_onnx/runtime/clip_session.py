@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from d4c_onnx.bundle import Bundle, open_bundle
-from d4c_onnx.errors import DatasetError
+from d4c_onnx.errors import BundleError, DatasetError
 from d4c_onnx.runtime.images import MOST_PIXELS, ImageLike, read_image
 from d4c_onnx.runtime.preprocess import preprocess_image
 from d4c_onnx.runtime.session import EncoderSession
@@ -192,7 +192,10 @@ class ClipSession:
     def _embed(self, session: EncoderSession, batches: Iterable[np.ndarray], on_batch: OnBatch | None) -> np.ndarray:
         parts: list[np.ndarray] = []
         for batch in batches:
-            parts.append(unit(session.run(np.ascontiguousarray(batch))).astype(np.float32, copy=False))
+            try:
+                parts.append(unit(session.run(np.ascontiguousarray(batch))).astype(np.float32, copy=False))
+            except BundleError as error:
+                raise BundleError(f"{self.bundle.path}: {error}") from error
             if on_batch is not None:
                 on_batch(len(batch))
         return np.concatenate(parts) if parts else np.zeros((0, session.width), np.float32)

@@ -138,21 +138,26 @@ def check_embeddings(golden: GoldenVectors, tower: str, name: str, found: np.nda
 
 
 def likeliest_mistake(
-    subject: Subject, golden: GoldenVectors, tower: str, answers: np.ndarray | None = None
+    subject: Subject,
+    golden: GoldenVectors,
+    tower: str,
+    answers: np.ndarray | None = None,
+    *,
+    own: np.ndarray | None = None,
 ) -> str | None:
     """The mistake whose embeddings are nearest to what came out.
 
     Args:
         answers: a client's [N, D], which a mistake of its own would explain; None: the subject's own, and golden
             vectors that were made with other settings than those of its manifest would.
+        own: what the subject answers, where it was asked already.
     """
     image = tower == "image"
     right = np.array([one.embeds for one in (golden.images if image else golden.texts)])
     wanted = unit(right if answers is None else answers)
-    if image:
-        own, candidates = subject.seen(subject.pixels(golden)), _seen(subject, golden)
-    else:
-        own, candidates = subject.read(one.input_ids for one in golden.texts), _read(subject, golden)
+    if own is None:
+        own = subject.seen(subject.pixels(golden)) if image else subject.read(one.input_ids for one in golden.texts)
+    candidates = _seen(subject, golden) if image else _read(subject, golden)
     nearest, name = _NEARER * float(np.linalg.norm(own - wanted)), None
     for mistake, embeds in candidates:
         distance = float(np.linalg.norm(embeds - wanted))

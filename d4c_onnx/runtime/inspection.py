@@ -80,16 +80,17 @@ class Inspection:
         }
 
 
-def inspect_encoder(path: Path, entries: Mapping[str, str] | None = None) -> Inspection:
+def inspect_encoder(path: Path, entries: Mapping[str, str] | None = None, model: ir.Model | None = None) -> Inspection:
     """Read a file and the graph that onnxruntime's CPU provider makes of it.
 
     Args:
         entries: session config entries that the file is served with.
+        model: the file's, where it is in memory already.
 
     Raises:
         BundleError: onnxruntime cannot load the file.
     """
-    model = load_model(path)
+    model = load_model(path) if model is None else model
     running = _Running(optimized_graph(path, entries).graph)
     layers = [_inspect(product, running) for product in nodes_of(model.graph, *STORED_OPS)]
     return Inspection(tuple(layers), tuple(layer_bits(model)), signature_of(model), _summary(model.graph, layers))

@@ -16,7 +16,7 @@ from d4c_onnx.manifest import TokenizerInfo
 from d4c_onnx.manifest_file import MANIFEST, read_manifest
 from d4c_onnx.runtime.cleaning import clean
 from d4c_onnx.runtime.clip_words import ClipWords
-from d4c_onnx.untrusted_json import short
+from d4c_onnx.runtime.panics import no_panic, tokenizer_of
 
 
 class TextTokenizer:
@@ -42,10 +42,7 @@ class TextTokenizer:
             )
         self.path, self.info = path, info or TokenizerInfo("tokenizer.json", 1, cleaning="none")
         self._clean = self.info.clean
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises this very class
-            raise self._damaged(short(error)) from error
+        self._tokenizer = tokenizer_of(path, self._damaged)
         if self._clip:
             self._words = ClipWords(self._tokenizer, self.info)
         elif self.info.clean is not None:
@@ -61,21 +58,15 @@ class TextTokenizer:
         name = self._clean
         cleaned = texts if name is None else [clean(text, name) for text in texts]
         if self._clip:
-            return self._words(cleaned)
-        ids = np.array(self._encoded(cleaned), np.int64)
+            with no_panic(self._damaged):
+                return self._words(cleaned)
+        with no_panic(self._damaged):
+            ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)], np.int64)
         if self.info.zeroed_id is not None:
             ids[ids == self.info.zeroed_id] = 0
         if self.info.last_id is not None:
             ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=self.info.last_id)
         return ids
-
-    def _encoded(self, texts: list[str]) -> list[list[int]]:
-        try:
-            return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
-        except BaseException as error:  # a panic of the tokenizers library is no Exception
-            if type(error).__name__ != "PanicException":
-                raise
-            raise BundleError(f"tokenizer.json: cannot be used ({short(error)}). Export the bundle again.") from error
 
     def uncleaned(self) -> "TextTokenizer":
         """This tokenizer as a client has it that forgets the cleaning: texts fall into tokens as they are."""

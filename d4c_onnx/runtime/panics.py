@@ -1,0 +1,36 @@
+"""The tokenizers library panics on some damaged files: what it raises then is no Exception."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from d4c_onnx.errors import D4CError
+from d4c_onnx.untrusted_json import short
+
+Refuse = Callable[[str], D4CError]
+
+
+@contextlib.contextmanager
+def no_panic(refuse: Refuse) -> Iterator[None]:
+    """A panic as an error of ours.
+
+    Args:
+        refuse: the error, from the reason.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise refuse(short(error)) from error
+
+
+def tokenizer_of(path: Path, refuse: Refuse) -> Tokenizer:
+    """A tokenizer.json, which somebody else may have written; `refuse` makes the error of a damaged one."""
+    with no_panic(refuse):
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises this very class
+            raise refuse(short(error)) from error
