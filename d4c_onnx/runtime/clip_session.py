@@ -22,7 +22,6 @@ from d4c_onnx.runtime.tokenizer import TextTokenizer
 from d4c_onnx.runtime.vectors import unit
 
 TEMPLATES = ("a photo of a {}.",)
-_SCALE = 100.0  # CLIP's own after training, for bundles that do not say theirs
 OnBatch = Callable[[int], object]
 T = TypeVar("T")
 
@@ -135,7 +134,7 @@ class ClipSession:
     def probabilities(self, cosines: np.ndarray) -> np.ndarray:
         """What the model makes of cosines [N, K] of images with labels: a softmax, or a sigmoid where it has a bias."""
         model = self.bundle.manifest.model
-        logits = cosines.astype(np.float64) * (_SCALE if model.logit_scale is None else model.logit_scale)
+        logits = cosines.astype(np.float64) * model.scale
         if model.logit_bias is not None:
             return (0.5 + 0.5 * np.tanh((logits + model.logit_bias) / 2)).astype(np.float32)
         weights = np.exp(logits - logits.max(-1, keepdims=True))

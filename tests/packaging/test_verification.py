@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from toys import json_of
+from toys import Toy, bundle_of, changed, json_of
 
 from d4c_onnx.cli.main import group
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 from d4c_onnx.graph.model import load_model, save_model
 from d4c_onnx.graph.values import constant, set_constant
-from d4c_onnx.packaging import STACKS, PackageReport, verify_package
+from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, verify_package
 from d4c_onnx.runtime.golden import read_golden
 from d4c_onnx.runtime.golden_check import Answers
 
@@ -131,6 +131,7 @@ def test_another_mean_in_the_config_is_named(target: str, packages: dict[str, Pa
 MANIFESTS = {
     "immich": ("ViT-B-32__laion2b-s34b-b79k/visual/preprocess_cfg.json", lambda config: config),
     "triton": ("model_repository/image_pixels/1/manifest.json", lambda config: config["preprocess"]),
+    "web": ("web.json", lambda config: config["preprocess"]),
 }
 
 
@@ -142,6 +143,33 @@ def test_another_mean_in_other_forms_is_named(target: str, packages: dict[str, P
     found = verify_package(copy)
     assert [check.name for check in found.checks if check.ok is False] == [file]
     assert found.likeliest["image"] == "mean and std of ImageNet"
+
+
+@pytest.mark.parametrize("target", MANIFESTS)
+def test_another_colour_of_padding_is_told(target: str, packages: dict[str, PackageReport], tmp_path: Path) -> None:
+    file, within = MANIFESTS[target]
+    copy = _edited(_copied(packages[target], tmp_path), file, lambda config: within(config).update(fill_color=7))
+    [check] = [check for check in verify_package(copy).checks if check.ok is False]
+    assert (check.name, check.detail) == (file, "fill_color is 7, and the model's is 0")
+
+
+@pytest.mark.parametrize("target", ["web", "triton"])
+@pytest.mark.parametrize(("interpolation", "side"), [("random", (8, 8)), ("bilinear", (8, 6)), ("box", (8, 8))])
+def test_configs_say_the_filter_that_is_used(
+    target: str, interpolation: str, side: tuple[int, int], tmp_path: Path
+) -> None:
+    """Bicubic for one that is drawn in training, and for open_clip's crop to what is no square."""
+    toy = changed(Toy(), interpolation=interpolation, side=side)
+    report = package_bundle(bundle_of(tmp_path / "toy", toy).path, target, tmp_path / "to")
+    assert verify_package(report.path).ok
+    if target == "web":
+        used = "box" if interpolation == "box" else "bicubic"
+        assert json_of(report.path / "web.json")["preprocess"]["interpolation"] == used
+        for other in {"bilinear", "nearest", interpolation} - {used, "random"}:
+            _edited(
+                report.path, "web.json", lambda config, other=other: config["preprocess"].update(interpolation=other)
+            )
+            assert _failed(report.path) == ["web.json"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from d4c_onnx.packaging import configs, needs
 from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.stack import Stack
+from d4c_onnx.runtime.preprocess import FILTERS, filter_of
 
 _PYTHON = '''"""Embed an image and texts. Needs: pip install onnxruntime tokenizers pillow numpy"""
 
@@ -98,7 +99,7 @@ def _write(job: Job) -> None:
     filled = {
         "width": width,
         "height": height,
-        "resample": configs.RESAMPLE[config.interpolation],
+        "resample": int(FILTERS[filter_of(config)]),
         "mean": list(config.mean),
         "std": list(config.std),
         "fit": fit.format(fill=config.fill_color),
