@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
 from click.testing import CliRunner
 from encoders import material
+from PIL import Image
 from toys import MERGES, PAD, Toy, bundle_of, changed, json_of, right, tokens
 
 from d4c_onnx import pipeline
@@ -255,6 +257,37 @@ def test_the_example_of_onnxruntime_says_what_the_bundle_says(
     image_embeds = ClipSession(bundle).embed_images([image])
     text_embeds = np.concatenate([EncoderSession(bundle.text_encoder).run(row) for row in ids])
     np.testing.assert_allclose(shown, image_embeds @ text_embeds.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [(8, 8), (8, 5), (5, 8)])
+@pytest.mark.parametrize(
+    ("mode", "interpolation"), [("shortest", "bilinear"), ("squash", "random"), ("longest", "box")]
+)
+def test_pixels_of_the_example_are_the_bundles(
+    side: tuple[int, int], mode: str, interpolation: str, tmp_path: Path
+) -> None:
+    """Bit by bit, whatever the image's shape and mode; and the package says nothing that its bundle does not."""
+    bundle = bundle_of(tmp_path / "toy", changed(TOY, side=side, resize_mode=mode, interpolation=interpolation))
+    report = package_bundle(bundle.path, "onnxruntime", tmp_path / "to")
+    assert verify_package(report.path).ok
+    in_javascript = {"example.mjs", "config.json", "preprocessor_config.json"} & set(report.files)
+    assert len(in_javascript) == (3 if mode == "squash" or (mode == "shortest" and side == (8, 8)) else 0)
+    source = (report.path / "example.py").read_text().rpartition("print(")[0]
+    example: dict[str, object] = {"__file__": str(report.path / "example.py")}
+    exec(compile(source, "example.py", "exec"), example)
+    fed: list[np.ndarray] = []
+    example["image_encoder"] = SimpleNamespace(run=lambda _, feed: fed.append(feed["pixel_values"]) or [None])
+    rng, session = np.random.default_rng(0), ClipSession(bundle)
+    for color in ("RGB", "RGBA", "L", "P"):
+        for width, height in ((16, 9), (9, 17), (31, 30), (8, 5), (3, 40)):
+            channels = len(Image.new(color, (1, 1)).getbands())
+            pixels = rng.integers(0, 256, (height, width, channels), np.uint8)
+            image = Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
+            if color == "P":
+                image = image.convert("P")
+            image.save(tmp_path / "image.png")
+            example["embed_image"](tmp_path / "image.png")  # type: ignore[operator]
+            np.testing.assert_array_equal(fed.pop()[0], session.pixels(tmp_path / "image.png"), f"{color} {width}")
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
