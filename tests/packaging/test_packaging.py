@@ -145,7 +145,9 @@ def test_triton(packages: dict[str, PackageReport]) -> None:
 
 
 @pytest.mark.parametrize("name", ["image_pixels", "text_ids"])
-def test_tritons_python_models_answer(name: str, packages: dict[str, PackageReport], toys: dict[str, Bundle]) -> None:
+def test_tritons_python_models_answer(
+    name: str, packages: dict[str, PackageReport], toys: dict[str, Bundle], tmp_path: Path
+) -> None:
     """What Triton calls, with tensors of the form that it hands over."""
     golden = toys["triton"].path / "golden" / read_golden(toys["triton"].path).images[0].file
     code = """
@@ -163,16 +165,23 @@ sys.modules["triton_python_backend_utils"] = pb
 sys.path.insert(0, folder)
 import model
 served = model.TritonPythonModel(); served.initialize({})
-made = lambda value: {name: np.array([[value], [value]], object) for name in given}
+made = lambda value: {name: np.array([[value]] * 2, object) for name in given}
 [good] = served.execute([{name: np.array([[value]] * 2, object) for name, value in given.items()}])
 print(good.tensors[0].name, *good.tensors[0].value.shape)
-[bad] = served.execute([made(b"\\xff\\xfe")])
-print("refused", bool(bad.error), len(bad.tensors))
+for wrong in (b"\\xff\\xfe", *(open(file, "rb").read() for file in sys.argv[3:])):
+    [bad] = served.execute([made(wrong)])
+    print("refused", bool(bad.error), len(bad.tensors))
 """
     folder = packages["triton"].path / "model_repository" / name / "1"
-    done = subprocess.run([sys.executable, "-c", code, folder, golden], capture_output=True, text=True, check=True)
+    odd: list[Path] = []
+    if name == "image_pixels":  # what pillow itself would read: many pixels in a small file, a format of no use
+        odd = [tmp_path / "large.png", tmp_path / "odd.pcx"]
+        Image.new("1", (8200, 8200)).save(odd[0])
+        Image.new("RGB", (20, 20)).save(odd[1])
+    asked = [sys.executable, "-c", code, folder, golden, *odd]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
     shown = {"image_pixels": "pixel_values 2 3 8 8", "text_ids": "input_ids 2 7"}[name]
-    assert done.stdout.splitlines() == [shown, "refused True 0"]
+    assert done.stdout.splitlines() == [shown, *["refused True 0"] * (1 + len(odd))]
 
 
 def test_optimum(packages: dict[str, PackageReport], toys: dict[str, Bundle]) -> None:
