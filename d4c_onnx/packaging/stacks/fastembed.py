@@ -25,7 +25,6 @@ def _write(job: Job) -> None:
 
 FASTEMBED = Stack(
     "fastembed",
-    "fastembed, qdrant-client; txtai for texts",
     _write,
     'ImageEmbedding("Qdrant/clip-ViT-B-32-vision", specific_model_path=".../image"), '
     'TextEmbedding("Qdrant/clip-ViT-B-32-text", specific_model_path=".../text")',

@@ -90,7 +90,6 @@ def _config(job: Job) -> dict[str, Any]:
 
 IMMICH = Stack(
     "immich",
-    "Immich's machine learning service",
     _write,
     "copy the model's folder to clip/ in the service's cache, and choose its name in the settings",
 )

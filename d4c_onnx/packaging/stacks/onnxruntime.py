@@ -117,4 +117,4 @@ def _write(job: Job) -> None:
     job.remarks.append("in JavaScript images are resized otherwise than by pillow.")
 
 
-ONNXRUNTIME = Stack("onnxruntime", "onnxruntime alone, with examples", _write, "python example.py IMAGE TEXT...")
+ONNXRUNTIME = Stack("onnxruntime", _write, "python example.py IMAGE TEXT...")

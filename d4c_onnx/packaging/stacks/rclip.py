@@ -39,7 +39,6 @@ def _write_merges(tokenizer: Path, path: Path) -> None:
 
 RCLIP = Stack(
     "rclip",
-    "rclip",
     _write,
     "copy both folders into rclip's data folder (XDG_DATA_HOME/rclip, or ~/.local/share/rclip)",
 )

@@ -141,7 +141,6 @@ def _config(job: Job, model: str, content: str) -> None:
 
 TRITON = Stack(
     "triton",
-    "NVIDIA Triton, with ensembles that take image bytes and strings",
     _write,
     "tritonserver --model-repository=.../model_repository; ask embed_image (image) and embed_text (text)",
 )

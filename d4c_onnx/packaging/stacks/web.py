@@ -10,7 +10,7 @@ from typing import Any
 
 from d4c_onnx.packaging import configs, needs
 from d4c_onnx.packaging.edits import LooseLayout
-from d4c_onnx.packaging.job import Job, is_external
+from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.stack import Stack
 from d4c_onnx.runtime.preprocess import filter_of
 from d4c_onnx.web_page import BROWSER, page_of
@@ -24,8 +24,7 @@ def _write(job: Job) -> None:
         raise job.refusal("knows no filter `nearest`, which this model's pixels want")
     job.encoder("image", "image_encoder.onnx", LooseLayout())
     job.encoder("text", "text_encoder.onnx", LooseLayout(), *job.guard())
-    if any(is_external(job.folder, model) for model in job.models):
-        raise job.refusal("loads one file a model, and these weights need a second one (quantise first)")
+    needs.one_file(job)
     configs.write_texts(job)
     job.json(configs.WEB_CONFIG, _web_config(job))
     job.json("package.json", {"private": True, "dependencies": _LIBRARIES})
@@ -48,7 +47,6 @@ def _web_config(job: Job) -> dict[str, Any]:
 
 WEB = Stack(
     "web",
-    "a page that runs in the browser",
     _write,
     "npm install --ignore-scripts in the folder, then any server of files, such as python -m http.server -b 127.0.0.1",
 )
