@@ -14,10 +14,12 @@ from d4c_onnx.cli.main import group
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 from d4c_onnx.graph.model import load_model, save_model
-from d4c_onnx.graph.values import constant, set_constant
-from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, verify_package
+from d4c_onnx.graph.values import constant, node, prepend, readers, replace_input, set_constant
+from d4c_onnx.manifest import TokenizerInfo
+from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, verification, verify_package
 from d4c_onnx.runtime.golden import read_golden
 from d4c_onnx.runtime.golden_check import Answers
+from d4c_onnx.runtime.tokenizer import TextTokenizer
 
 
 def _copied(package: PackageReport, place: Path) -> Path:
@@ -218,6 +220,40 @@ def test_another_tokenizer_is_seen(target: str, packages: dict[str, PackageRepor
         words["d"], words["x"] = words["x"], words["d"]
 
     assert _failed(_edited(copy, file, swapped)) == [file]
+
+
+def test_each_tokenizer_is_read_once(packages: dict[str, PackageReport], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def counted(file: Path, info: TokenizerInfo) -> TextTokenizer:
+        read.append(file)
+        return TextTokenizer(file, info)
+
+    monkeypatch.setattr(verification, "TextTokenizer", counted)
+    assert verify_package(packages["triton"].path).ok
+    assert len(read) == 1
+
+
+def test_the_mistake_is_that_of_the_file_that_answers_otherwise(
+    packages: dict[str, PackageReport], tmp_path: Path
+) -> None:
+    """Of two files with an image tower the second takes its channels the other way round."""
+    copy = _copied(packages["transformersjs"], tmp_path)
+    file = copy / "onnx" / "model_quantized.onnx"
+    model = load_model(file)
+    pixels = next(value for value in model.graph.inputs if value.name == "pixel_values")
+    before = readers(pixels)
+    order = set_constant(model.graph, "order", np.array([2, 1, 0], np.int64))
+    turned = node("Gather", [pixels, order], "turned", attributes={"axis": 1})
+    for reader in before:
+        replace_input(reader, pixels, turned.outputs[0])
+    prepend(model.graph, [turned])
+    save_model(model, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+    found = verify_package(_hashed_again(copy))
+    failed = [check.name for check in found.checks if check.ok is False]
+    assert failed == ["image embeddings of onnx/model_quantized.onnx"], found.checks
+    assert found.likeliest["image"] == "channels in the order BGR"
 
 
 def test_a_shorter_context_is_seen(packages: dict[str, PackageReport], tmp_path: Path) -> None:
