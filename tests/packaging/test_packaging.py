@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from encoders import material
 from PIL import Image
-from toys import MERGES, PAD, Toy, bundle_of, changed, json_of, right, tokens
+from toys import MERGES, PAD, Toy, bundle_of, changed, fitting, json_of, right, tokens
 
 from d4c_onnx import pipeline
 from d4c_onnx.bundle import Bundle, open_bundle
@@ -22,7 +23,7 @@ from d4c_onnx.cli.main import group
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 from d4c_onnx.graph.model import load_model
-from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, verify_package
+from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, proof, verify_package
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime import ClipSession
@@ -453,6 +454,48 @@ def test_a_package_that_answers_otherwise_is_not_left_behind(
     with pytest.raises(BundleError, match="answers otherwise"):
         package_bundle(toys["rclip"].path, "rclip", tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+def test_pixels_go_through_an_image_tower_once(
+    toys: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both lengths of texts are compared; towers of images do not see them."""
+    runs: list[str] = []
+
+    class Counted(EncoderSession):
+        def run_named(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            runs.append(next(iter(feeds)))
+            return super().run_named(feeds)
+
+    monkeypatch.setattr(proof, "EncoderSession", Counted)
+    package_bundle(toys["openvino"].path, "openvino", tmp_path / "out")
+    rows = {len(text.input_ids) for text in read_golden(toys["openvino"].path).texts}
+    ways = 2  # as the file says, and as onnxruntime optimises it
+    assert runs.count("pixel_values") == ways
+    assert runs.count("input_ids") >= ways * len(rows)
+
+
+def test_what_is_in_the_way_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    """Hashing a large bundle takes its time."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(BundleError, match="already exists"):
+        package_bundle(tmp_path / "no bundle", "openvino", tmp_path / "out")
+
+
+@pytest.mark.parametrize("merges", [7, [["a"]], ["a\nb"], None])
+def test_a_list_of_merges_is_not_trusted(merges: object, tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path / "toy", fitting("rclip"))
+    content = json_of(bundle.tokenizer)
+    content["model"]["merges"] = merges  # type: ignore[index]
+    bundle.tokenizer.write_text(json.dumps(content))
+    record = bundle.manifest.files[bundle.tokenizer.name]
+    hashed = replace(record, sha256=sha256(bundle.tokenizer), size_bytes=bundle.tokenizer.stat().st_size)
+    manifest = json_of(bundle.path / "manifest.json")
+    manifest["files"][bundle.tokenizer.name] = asdict(hashed)  # type: ignore[index]
+    (bundle.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        package_bundle(bundle.path, "rclip", tmp_path / "out")
 
 
 def test_the_command_prints_what_a_stack_does_badly(toys: dict[str, Bundle], tmp_path: Path) -> None:
