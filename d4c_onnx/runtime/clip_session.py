@@ -79,7 +79,7 @@ class ClipSession:
         alone = alone or (isinstance(images, np.ndarray) and images.ndim < 4)
         several: Iterable[ImageLike] = [images] if alone else images  # type: ignore[list-item, assignment]
         pixels = (self._named(image, number) for number, image in enumerate(several))
-        return self.embed_pixels((np.stack(some) for some in _batches(pixels, batch or self.batch)), on_batch)
+        return self.embed_pixels((np.stack(some) for some in batches(pixels, batch or self.batch)), on_batch)
 
     def embed_pixels(self, batches: Iterable[np.ndarray], on_batch: OnBatch | None = None) -> np.ndarray:
         """Unit vectors, float32 [N, D], of pixel_values in batches, float32 [B, 3, H, W] each."""
@@ -100,7 +100,7 @@ class ClipSession:
         Raises:
             BundleError: the bundle has no tokenizer.
         """
-        several = _batches([texts] if isinstance(texts, str) else texts, batch or self.batch)
+        several = batches([texts] if isinstance(texts, str) else texts, batch or self.batch)
         return self.embed_ids(map(self.input_ids, several), on_batch)
 
     def embed_labels(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
@@ -216,7 +216,7 @@ def label_embeds(text_embeds: np.ndarray, labels: int) -> np.ndarray:
     return unit(text_embeds.reshape(labels, -1, text_embeds.shape[-1]).mean(1))
 
 
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Items, so many at a time."""
     left = iter(items)
     while some := list(islice(left, size)):
