@@ -302,12 +302,12 @@ def test_pixels_of_the_example_are_the_bundles(
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
 def test_web(mode: str, tmp_path: Path) -> None:
-    bundle = bundle_of(tmp_path / "toy", changed(TOY, resize_mode=mode))
+    bundle = bundle_of(tmp_path / "toy", changed(TOY, resize_mode=mode, logit_scale=None))
     report = package_bundle(bundle.path, "web", tmp_path / "to")
     config = json_of(report.path / "web.json")
     assert config["model"] == "toy"
     assert config["bundle"] == "w4a8"
-    assert (config["logit_scale"], config["logit_bias"]) == (10.0, None)
+    assert (config["logit_scale"], config["logit_bias"]) == (100.0, None)  # CLIP's own, where the bundle does not say
     assert config["preprocess"] == {
         "size": [8, 8],
         "mean": [0.5] * 3,
@@ -393,6 +393,7 @@ REFUSED = [
     ("transformersjs", {"has_file": False}, "tokenizer.json"),
     ("web", {"has_file": False}, "tokenizer.json"),
     ("fastembed", {"last_id": 3}, "cannot express this tokenizer"),
+    ("fastembed", {"side": (8, 6)}, "square"),
     ("optimum", {"logit_scale": None}, "no logit scale"),
     ("optimum", {"normalized": False}, "without --raw"),
 ]
