@@ -65,8 +65,11 @@ def _check_place(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, *beside: str) -> Iterator[None]:
     """Hold a folder against other runs, and clear what killed ones left of it.
+
+    Args:
+        beside: names of further files in the folder above, which are written while the folder is held.
 
     Raises:
         BundleError: another run is writing there, or nobody can.
@@ -75,16 +78,16 @@ def claimed(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             if held.enter_context(locked(folder)):
-                _clear_leftovers(folder)
+                _clear_leftovers(folder, {folder.name, *beside})
         except OSError as error:
             raise translate_os_error(error, folder) from error
         yield
 
 
-def _clear_leftovers(folder: Path) -> None:
+def _clear_leftovers(folder: Path, names: set[str]) -> None:
     """What was half-written goes; what was finished and moved aside for what never came comes back."""
     for entry in list(folder.parent.iterdir()):
-        if folder.name in (staged_for(entry.name), entry.name.removeprefix(OLD)):
+        if not names.isdisjoint((staged_for(entry.name), entry.name.removeprefix(OLD))):
             _clear(entry)
     if folder.is_dir():
         inside = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()]

@@ -83,6 +83,11 @@ class ModelInfo:
     sources: Mapping[str, str] = field(default_factory=dict)
     resampled: tuple[Resampled, ...] = ()
 
+    @property
+    def scale(self) -> float:
+        """What similarities are multiplied by: the model's own, or CLIP's after training where it does not say."""
+        return 100.0 if self.logit_scale is None else self.logit_scale
+
 
 @dataclass(frozen=True, slots=True)
 class Preprocess:

@@ -48,6 +48,7 @@ class Toy:
     logit_scale: float | None = 10.0
     logit_bias: float | None = None
     resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
     type: str = "clip-bpe"
     has_file: bool = True
     last_id: int | None = None
@@ -74,7 +75,7 @@ def bundle_of(folder: Path, toy: Toy) -> Bundle:
     for name, model in towers.items():
         save_model(model, folder / name)
     write_tokenizer(folder / TOKENIZER, toy)
-    preprocess = Preprocess(toy.side, (0.5,) * 3, (0.25,) * 3, resize_mode=toy.resize_mode)
+    preprocess = Preprocess(toy.side, (0.5,) * 3, (0.25,) * 3, toy.interpolation, toy.resize_mode)
     tokenizer = TokenizerInfo(
         toy.type, toy.context, "none", START, END, PAD, True, toy.dynamic, toy.has_file, last_id=toy.last_id
     )

@@ -6,8 +6,10 @@
   00000.json        names of the vectors, and what was broken
 """
 
+import contextlib
 import json
-import shutil
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +17,23 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from d4c_onnx.errors import BundleError
 from d4c_onnx.files import translate_os_error, write_file, write_json
+from d4c_onnx.ownership import staged_for
+from d4c_onnx.untrusted_json import Node, quoted, read_json, sequence
 
 _ASK = "ask.json"
+_OWN = re.compile(rf"{re.escape(_ASK)}|\d{{5,}}\.(?:json|npy)")
+
+
+def parts_of(output: Path) -> Path:
+    """The folder of an output's parts."""
+    return output.with_name(f"{output.name}.parts")
+
+
+def names_of(output: Path) -> Path:
+    """The file of names beside a .npy file."""
+    return output.with_name(f"{output.name}.names.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +63,46 @@ class Parts:
     def __init__(self, output: Path, ask: dict[str, Any]) -> None:
         """Find what an interrupted run of this ask left; what another one left is removed.
 
+        Args:
+            output: whose parts are held by this run (`files.claimed`).
+
         Raises:
-            BundleError: the place cannot be written.
+            BundleError: the place cannot be written, or holds what no run left there.
         """
-        self.folder = output.with_name(f"{output.name}.parts")
+        self.folder = parts_of(output)
         try:
-            same = json.loads((self.folder / _ASK).read_text("utf-8")) == json.loads(json.dumps(ask))
-        except (OSError, ValueError):
-            same = False
-        if not same:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            try:
-                self.folder.mkdir(parents=True)
-            except OSError as error:
-                raise translate_os_error(error, self.folder) from error
-            write_json(self.folder / _ASK, ask)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            odd = next((entry.name for entry in self.folder.iterdir() if not _is_own(entry)), None)
+            if odd is not None:
+                raise BundleError(
+                    f"{self.folder}: holds {quoted(odd)}, which d4c-onnx did not write there, and would be removed. "
+                    "Move that away, or choose another --output."
+                )
+            if not self._is_asked(ask):
+                self._clear()
+                write_json(self.folder / _ASK, ask)
+        except OSError as error:
+            raise translate_os_error(error, self.folder) from error
         self.finished: list[Counts] = []
-        while self._file(len(self.finished)).is_file():
-            self.finished.append(_counted(self.read(len(self.finished))))
+        while (counts := self._found(len(self.finished))) is not None:
+            self.finished.append(counts)
+
+    def _is_asked(self, ask: dict[str, Any]) -> bool:
+        try:
+            return bool(read_json(self.folder / _ASK).value == json.loads(json.dumps(ask)))
+        except BundleError:
+            return False
+
+    def _found(self, number: int) -> Counts | None:
+        """Of a part that another run left; None: it is not there, or not whole, and is embedded again."""
+        try:
+            top = read_json(self._file(number))
+            names = top.take("names", sequence(_name))
+            broken = top.take("broken", sequence(sequence(_name, 2)))
+            whole = _is_whole(self._file(number).with_suffix(".npy"), len(names))
+        except (BundleError, OSError, ValueError):
+            return None
+        return Counts(len(names), len(broken)) if whole else None
 
     def add(self, part: Part, vectors: np.ndarray) -> None:
         """Write one more part: its vectors first, so that one without a JSON file does not count."""
@@ -74,7 +112,7 @@ class Parts:
         self.finished.append(_counted(part))
 
     def read(self, number: int) -> Part:
-        """What a part says of its items."""
+        """What a part says of its items; it was written by this run, or looked at when it was found."""
         found = json.loads(self._file(number).read_text("utf-8"))
         return Part(tuple(found["names"]), tuple((name, reason) for name, reason in found["broken"]))
 
@@ -89,10 +127,39 @@ class Parts:
 
     def remove(self) -> None:
         """Nothing of it is needed any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._clear()
+            self.folder.rmdir()
+
+    def _clear(self) -> None:
+        for entry in self.folder.iterdir():
+            if _is_own(entry):
+                entry.unlink()
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"
+
+
+def _is_own(entry: Path) -> bool:
+    """Whether a run wrote it, whole or half."""
+    named = _OWN.fullmatch(entry.name) is not None or staged_for(entry.name) is not None
+    return named and entry.is_file() and not entry.is_symlink()
+
+
+def _is_whole(file: Path, rows: int) -> bool:
+    """Whether a .npy file is float32 [rows, D] to its end; ValueError: it is none."""
+    with file.open("rb") as opened:
+        np.lib.format.read_magic(opened)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(opened)
+        size = opened.tell() + dtype.itemsize * math.prod(shape)
+    return dtype == np.float32 and len(shape) == 2 and shape[0] == rows and file.stat().st_size == size
+
+
+def _name(node: Node) -> str:
+    """A text of any length: lines of a file are names, too."""
+    if not isinstance(node.value, str):
+        raise node.wrong("text")
+    return node.value
 
 
 def _counted(part: Part) -> Counts:
@@ -109,7 +176,7 @@ def write_npy(output: Path, parts: Parts, width: int) -> None:
         for number in range(len(parts.finished)):
             file.write(np.ascontiguousarray(parts.vectors(number), "<f4").tobytes())
 
-    write_lines(output.with_name(f"{output.name}.names.jsonl"), (name for part in parts for name in part.names))
+    write_lines(names_of(output), (name for part in parts for name in part.names))
     write_file(output, write)
 
 

@@ -1,19 +1,20 @@
 """From a source to a file of vectors: what cannot be read is left out and listed, and interrupted work is kept."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from d4c_onnx.bundle import Bundle, open_bundle
-from d4c_onnx.embedding.parts import Part, Parts, write_lines, write_npy, write_parquet
+from d4c_onnx.embedding.parts import Part, Parts, names_of, parts_of, write_lines, write_npy, write_parquet
 from d4c_onnx.embedding.sources import Item, Source, open_source
 from d4c_onnx.errors import BundleError, DatasetError
+from d4c_onnx.files import claimed
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.runtime.clip_session import ClipSession
+from d4c_onnx.runtime.clip_session import ClipSession, batches
 from d4c_onnx.untrusted_json import quoted
 
 _PART = 1024  # items: what an interruption costs at most, and what is in memory at a time
@@ -74,14 +75,33 @@ def embed_source(
     source, output = Path(source), Path(output)
     if output.suffix not in (".npy", ".parquet"):
         raise BundleError(f"{output}: takes a name that ends in .npy or .parquet.")
+    _refuse(output, overwrite)
+    found = open_source(source)
+    with claimed(parts_of(output), *(path.name for path in _written(output))):
+        _refuse(output, overwrite)  # another run may have ended meanwhile
+        session = ClipSession(open_bundle(bundle), provider=provider, threads=threads, batch=batch)
+        parts = Parts(output, _ask(session.bundle, found))
+        resumed = sum(counts.vectors + counts.broken for counts in parts.finished)
+        _embed(session, found, parts, resumed, on_step)
+        return _finish(parts, output, found, resumed)
+
+
+def _written(output: Path) -> tuple[Path, ...]:
+    """The output, and what may lie beside it."""
+    return output, names_of(output), _broken_of(output)
+
+
+def _broken_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.broken.jsonl")
+
+
+def _refuse(output: Path, overwrite: bool) -> None:
+    """Raises BundleError: something is in the way that may not be replaced, or cannot be."""
     if output.exists() and not overwrite:
         raise BundleError(f"{output}: already exists. Add --overwrite to replace it, or choose another --output.")
-    session = ClipSession(open_bundle(bundle), provider=provider, threads=threads, batch=batch)
-    found = open_source(source)
-    parts = Parts(output, _ask(session.bundle, found))
-    resumed = sum(counts.vectors + counts.broken for counts in parts.finished)
-    _embed(session, found, parts, resumed, on_step)
-    return _finish(parts, output, found, resumed)
+    for path in _written(output):
+        if path.is_dir():
+            raise BundleError(f"{path}: is a folder, and no file can take its place. Choose another --output.")
 
 
 def _ask(bundle: Bundle, source: Source) -> dict[str, Any]:
@@ -136,29 +156,26 @@ def _part(session: ClipSession, items: Iterator[Item], texts: bool) -> tuple[Par
             yield value
 
     # pixels, not images: what cannot be read has to be left out, and no batch ends with it
-    vectors = session.embed_texts(readable()) if texts else session.embed_pixels(_stacked(readable(), session.batch))
+    if texts:
+        vectors = session.embed_texts(readable())
+    else:
+        vectors = session.embed_pixels(np.stack(some) for some in batches(readable(), session.batch))
     return Part(tuple(names), tuple(broken)), vectors
-
-
-def _stacked(pixels: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    left = iter(pixels)
-    while some := list(islice(left, size)):
-        yield np.stack(some)
 
 
 def _finish(parts: Parts, output: Path, source: Source, resumed: int) -> EmbedReport:
     """One file of all parts, and the list of what is broken."""
     count, broken = (sum(getattr(each, what) for each in parts.finished) for what in ("vectors", "broken"))
-    listed = output.with_name(f"{output.name}.broken.jsonl")
+    listed = _broken_of(output)
     pairs = (pair for part in parts for pair in part.broken)
-    first = tuple(islice((pair for part in parts for pair in part.broken), _SHOWN))
+    first = tuple(islice(pairs, _SHOWN))
     if not count:
         parts.remove()
         told = f" The first: {quoted(first[0][0])}: {first[0][1]}" if first else ""
         raise DatasetError(f"{source.path}: nothing in it can be embedded.{told}")
     listed.unlink(missing_ok=True)
     if broken:
-        write_lines(listed, ({"name": name, "reason": reason} for name, reason in pairs))
+        write_lines(listed, ({"name": name, "reason": reason} for name, reason in chain(first, pairs)))
     width = parts.vectors(0).shape[1]
     (write_npy if output.suffix == ".npy" else write_parquet)(output, parts, width)
     parts.remove()
@@ -166,7 +183,7 @@ def _finish(parts: Parts, output: Path, source: Source, resumed: int) -> EmbedRe
         output=str(output),
         vectors=count,
         width=width,
-        names=f"{output}.names.jsonl" if output.suffix == ".npy" else "column name",
+        names=str(names_of(output)) if output.suffix == ".npy" else "column name",
         broken=broken,
         broken_list=str(listed) if broken else None,
         first_broken=first,

@@ -8,10 +8,10 @@ from tokenizers import Tokenizer
 
 from d4c_onnx.errors import BundleError
 from d4c_onnx.packaging.job import Job
+from d4c_onnx.runtime.preprocess import FILTERS, filter_of
 from d4c_onnx.untrusted_json import short
 
-# pillow's numbers, as `resample` has them; a filter drawn in training is served as bicubic
-RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5, "random": 3}
+WEB_CONFIG = "web.json"
 
 
 def preprocessor_config(job: Job) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def preprocessor_config(job: Job) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": whole if squash else {"shortest_edge": min(height, width)},
-        "resample": RESAMPLE[config.interpolation],
+        "resample": int(FILTERS[filter_of(config)]),
         "do_center_crop": not squash,
         "crop_size": whole,
         "do_rescale": True,
@@ -34,6 +34,19 @@ def preprocessor_config(job: Job) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": list(config.mean),
         "image_std": list(config.std),
+    }
+
+
+def open_clip_pixels(job: Job) -> dict[str, Any]:
+    """open_clip's own keys, with the filter that is used."""
+    config = job.preprocess
+    return {
+        "size": list(config.size),
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "resize_mode": config.resize_mode,
+        "interpolation": filter_of(config),
+        "fill_color": config.fill_color,
     }
 
 
@@ -97,8 +110,9 @@ def write_texts(job: Job, folder: str = "") -> None:
 
 def remark_on_pixels(job: Job, who: str) -> None:
     """What a stack's own resize does to an image that pillow's would not."""
-    if job.preprocess.interpolation not in ("bicubic", "bilinear"):
-        job.remarks.append(f"{who} may not know the filter {job.preprocess.interpolation}, which the model wants.")
+    wanted = filter_of(job.preprocess)
+    if wanted not in ("bicubic", "bilinear"):
+        job.remarks.append(f"{who} may not know the filter {wanted}, which the model wants.")
 
 
 def remark_on_cleaning(job: Job, who: str) -> None:

@@ -1,9 +1,9 @@
-"""What stacks take for granted, asked of a bundle before anything is written; what they lack is a reason to refuse."""
+"""What stacks take for granted, asked of a bundle before its files stand; what they lack is a reason to refuse."""
 
 from __future__ import annotations
 
 from d4c_onnx.packaging.edits import LooseLayout
-from d4c_onnx.packaging.job import Job
+from d4c_onnx.packaging.job import Job, is_external
 from d4c_onnx.untrusted_json import short
 
 
@@ -58,6 +58,12 @@ def context(job: Job, most: int) -> None:
     """Raises BundleError: the stack feeds rows of one length, and the tower takes another."""
     if job.tokenizer.context_length != most:
         raise job.refusal(f"feeds {most} ids a text, and this model takes {job.tokenizer.context_length}")
+
+
+def one_file(job: Job) -> None:
+    """Raises BundleError: a model that was written has its weights beside it, and browsers load one file a model."""
+    if any(is_external(job.folder, model) for model in job.models):
+        raise job.refusal("loads one file a model in browsers, and these weights need a second one (quantise first)")
 
 
 def remark_on_release(job: Job) -> None:

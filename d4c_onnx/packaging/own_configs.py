@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, RESIZE_MODES, Preprocess, TokenizerInfo
+from d4c_onnx.manifest import LARGEST_SIDE, RESIZE_MODES, Preprocess, TokenizerInfo
 from d4c_onnx.manifest_file import MANIFEST, preprocess_of
-from d4c_onnx.packaging.configs import RESAMPLE
+from d4c_onnx.packaging.configs import WEB_CONFIG
 from d4c_onnx.packaging.package_manifest import AGAIN
+from d4c_onnx.runtime.preprocess import FILTERS, filter_of
 from d4c_onnx.untrusted_json import Node, flag, integer, number, one_of, positive, read_json, sequence
 
 _SIDE = integer(1, LARGEST_SIDE)
+_FILTERS = {int(number): name for name, number in FILTERS.items()}  # by pillow's numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,12 @@ def stated(file: Path, preprocess: Preprocess, tokenizer: TokenizerInfo) -> Stat
     """
     if file.name == "tokenizer_config.json":
         return _texts(read_json(file, mend=AGAIN), tokenizer)
-    readers = {"preprocessor_config.json": _hugging_face, "preprocess_cfg.json": _open_clip, MANIFEST: _bundle}
-    if file.name not in readers:
+    if file.name not in _READERS:
         return None
-    found, further = readers[file.name](read_json(file, mend=AGAIN), preprocess)
-    return Stated(found, (*_differences(found, preprocess), *further))
+    # a manifest is read by this very code; others are told the filter that comes of its settings
+    wanted = preprocess if file.name == MANIFEST else replace(preprocess, interpolation=filter_of(preprocess))
+    found, further = _READERS[file.name](read_json(file, mend=AGAIN), wanted)
+    return Stated(found, (*_differences(found, wanted), *further))
 
 
 def _texts(top: Node, tokenizer: TokenizerInfo) -> Stated:
@@ -62,14 +65,12 @@ def _hugging_face(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str,
     further = [] if top.take("do_resize", flag) else ["does not resize"]
     if cropped and edge != min(height, width):
         further.append(f"resizes to {edge} before it crops to {min(height, width)}")
-    resample = top.take("resample", integer(0, max(RESAMPLE.values())))
-    names = [name for name, filtered in RESAMPLE.items() if filtered == resample]
     found = replace(
         wanted,
         size=(height, width),
         mean=tuple(value / factor for value in mean),
         std=tuple(value / factor for value in std),
-        interpolation=wanted.interpolation if wanted.interpolation in names else names[0],
+        interpolation=_FILTERS[top.take("resample", integer(0, max(_FILTERS)))],
         resize_mode="shortest" if cropped else "squash",
     )
     return found, tuple(further)
@@ -78,19 +79,21 @@ def _hugging_face(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str,
 def _open_clip(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str, ...]]:
     """open_clip's own keys, which Immich reads."""
     height, width = top.take("size", sequence(_SIDE, 2))
-    interpolation = top.take("interpolation", one_of(*INTERPOLATIONS))
     found = replace(
         wanted,
         size=(height, width),
         mean=top.take("mean", sequence(number, 3)),
         std=top.take("std", sequence(positive, 3)),
-        interpolation=wanted.interpolation
-        if (interpolation, wanted.interpolation) == ("bicubic", "random")
-        else interpolation,
+        interpolation=top.take("interpolation", one_of(*FILTERS)),
         resize_mode=top.take("resize_mode", one_of(*RESIZE_MODES)),
         fill_color=top.take("fill_color", integer(0, 255)),
     )
     return found, ()
+
+
+def _page(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str, ...]]:
+    """The same keys, as the page in the browser has them."""
+    return top.take("preprocess", lambda node: _open_clip(node, wanted))
 
 
 def _bundle(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str, ...]]:
@@ -98,10 +101,18 @@ def _bundle(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str, ...]]
     return top.take("preprocess", preprocess_of), ()
 
 
+_READERS = {
+    "preprocessor_config.json": _hugging_face,
+    "preprocess_cfg.json": _open_clip,
+    WEB_CONFIG: _page,
+    MANIFEST: _bundle,
+}
+
+
 def _differences(found: Preprocess, wanted: Preprocess) -> list[str]:
     """Settings that are not the model's; numbers may be rounded."""
     said = []
-    for name in ("size", "mean", "std", "interpolation", "resize_mode"):
+    for name in ("size", "mean", "std", "interpolation", "resize_mode", "fill_color"):
         own, right = getattr(found, name), getattr(wanted, name)
         rounded = name in ("mean", "std") and max(abs(a - b) for a, b in zip(own, right, strict=True)) < 1e-6
         if own != right and not rounded:

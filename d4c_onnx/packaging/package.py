@@ -80,13 +80,13 @@ def package_bundle(
     if target not in STACKS:
         raise BundleError(f"--target {quoted(target)}: is no stack that is known; one of {', '.join(STACKS)}.")
     folder, stack = Path(output), STACKS[target]
-    source = open_bundle(bundle)
-    for file in source.encoders.values():
-        check_graph(file, source.manifest.io[file.name])
-    own = source.path.resolve()
+    own = Path(bundle).resolve()
     if folder.resolve() in (own / GOLDEN_FOLDER, own, *own.parents):
         raise BundleError(f"{folder}: is the bundle, or holds it, and would be replaced. Choose another --output.")
     refuse_existing(folder, overwrite)
+    source = open_bundle(bundle)
+    for file in source.encoders.values():
+        check_graph(file, source.manifest.io[file.name])
     on_step("package", 0, 3, {})
     with staged_folder(folder, overwrite) as stage:
         job = Job(source, stage, target, name)

@@ -18,7 +18,7 @@ from d4c_onnx.untrusted_json import Node, integer, mapping, one_of, read_json, s
 
 FORMAT = 1
 AGAIN = "Package the bundle again."
-TYPES = ("float32", "float16", "int64", "int32")  # of inputs and outputs
+_TYPES = ("float32", "float16", "int64", "int32")  # of inputs and outputs
 _DEEPEST = 12  # folders above a file
 
 
@@ -44,13 +44,11 @@ class PackageManifest:
     """What a package holds.
 
     Attributes:
-        target: the stack it was written for.
         models: each .onnx.
         preprocess, tokenizer: the model's, as its bundle said; the stack's own configs must say the same.
         files: by path below the folder.
     """
 
-    target: str
     models: tuple[PackagedModel, ...]
     preprocess: Preprocess
     tokenizer: TokenizerInfo
@@ -75,8 +73,8 @@ def read_package(folder: Path) -> PackageManifest:
     if written_in > FORMAT:
         raise BundleError(f"{top.file}: format {written_in}, this d4c-onnx reads up to {FORMAT}: update d4c-onnx.")
     top.take("kind", one_of("package"))
+    top.take("target", text)
     found = PackageManifest(
-        target=top.take("target", text),
         models=top.take("models", sequence(_model)),
         preprocess=top.take("preprocess", preprocess_of),
         tokenizer=top.take("tokenizer", tokenizer_of),
@@ -119,6 +117,6 @@ def _signature(node: Node) -> Signature:
         node.take("opset", integer(1)),
     )
     types = {entry.dtype for entry in (*io.inputs, *io.outputs)}
-    if not io.inputs or not io.outputs or not types <= set(TYPES):
-        raise node.wrong(f"inputs and outputs of {', '.join(TYPES)}")
+    if not io.inputs or not io.outputs or not types <= set(_TYPES):
+        raise node.wrong(f"inputs and outputs of {', '.join(_TYPES)}")
     return io

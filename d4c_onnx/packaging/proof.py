@@ -39,10 +39,13 @@ def prove(bundle: Bundle, folder: Path, models: list[PackagedModel]) -> None:
 
         own = {tower: load(path) for tower, path in bundle.encoders.items()}
         written = {model.file: load(folder / model.file) for model in models}
-        for row in dict.fromkeys((ids[0], ids[-1])):  # towers of a fixed length have rows of one length
+        seen = own["image"].run(pixels)
+        for number, row in enumerate(dict.fromkeys((ids[0], ids[-1]))):  # a fixed length: rows of one length
             feeds = {"image": pixels, "text": np.array([row], np.int64)}
-            expected = {tower: own[tower].run(feeds[tower]) for tower in own}
+            expected = {"image": seen, "text": own["text"].run(feeds["text"])}
             for model in models:
+                if number and "text" not in model.towers:
+                    continue  # its pixels are the same for every row
                 answers = written[model.file].run_named(feed_of(model, feeds))
                 for tower in model.towers:
                     found = answers[output_of(model, tower)].reshape(expected[tower].shape)

@@ -12,12 +12,10 @@ class Stack:
 
     Attributes:
         name: on the command line.
-        what: in a clause.
         write: fills a package; raises BundleError with the reason where the stack cannot serve the bundle.
         use: what to do with the folder, in a sentence.
     """
 
     name: str
-    what: str
     write: Callable[[Job], None]
     use: str

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from d4c_onnx.runtime.tokenizer import TextTokenizer
 from d4c_onnx.runtime.verify import Verification, check_contract, judge_client, not_running
 from d4c_onnx.untrusted_json import short
 
-TOWERS = ("image", "text")
+_TOWERS = ("image", "text")
 
 
 def verify_package(
@@ -47,16 +48,19 @@ def verify_package(
     manifest = read_package(folder)
     changed = _changed(folder, manifest)
     checks = [_files(manifest, changed)]
-    likeliest: dict[str, str | None] = dict.fromkeys(TOWERS)
+    likeliest: dict[str, str | None] = dict.fromkeys(_TOWERS)
     try:
         golden = read_golden(folder)
         idle = _idle(golden, manifest)
         sessions = [PackagedSession(folder, model, idle, provider, threads) for model in manifest.models]
         checks.append(check_contract({one.model.file: (one.encoder, one.model.io) for one in sessions}))
-        subject = _subject(folder, manifest, sessions)
-        checks += _inputs(folder, manifest, golden, subject)
-        for tower in TOWERS:
-            checks += _tower(tower, golden, subject, sessions, likeliest, changed)
+        named = _named(folder, manifest, _TOKENIZER)
+        tokenizers = {listed: TextTokenizer(file, manifest.tokenizer) for listed, file in named}
+        subject = _subject(folder, manifest, sessions, tokenizers)
+        pixels = [] if subject.embed_pixels is None else subject.pixels(golden)
+        checks += _inputs(golden, pixels, tokenizers)
+        for tower in _TOWERS:
+            checks += _tower(tower, golden, subject, pixels, sessions, likeliest, changed)
         checks += _configs(folder, manifest, golden, subject, likeliest)
     except Exception as error:  # onnxruntime raises types of its own; nothing more can be looked at
         return Verification(str(folder), (*checks, not_running(error)), likeliest)
@@ -88,15 +92,18 @@ def _idle(golden: GoldenVectors, manifest: PackageManifest) -> dict[str, np.ndar
     return {"image": np.zeros((1, 3, height, width), np.float32), "text": ids}
 
 
-def _subject(folder: Path, manifest: PackageManifest, sessions: list[PackagedSession]) -> Subject:
+def _subject(
+    folder: Path,
+    manifest: PackageManifest,
+    sessions: list[PackagedSession],
+    tokenizers: Mapping[str, TextTokenizer],
+) -> Subject:
     """The package as golden vectors see it: of each tower the first file that has it."""
     first = {
         tower: next((partial(one.embed, tower) for one in sessions if tower in one.model.towers), None)
-        for tower in TOWERS
+        for tower in _TOWERS
     }
-    tokenizer = next(
-        (TextTokenizer(file, manifest.tokenizer) for _, file in _named(folder, manifest, _TOKENIZER)), None
-    )
+    tokenizer = next(iter(tokenizers.values()), None)
     return Subject(folder, manifest.preprocess, tokenizer, first["image"], first["text"])
 
 
@@ -111,18 +118,21 @@ def _named(folder: Path, manifest: PackageManifest, name: str = "") -> Iterator[
             yield listed, file
 
 
-def _inputs(folder: Path, manifest: PackageManifest, golden: GoldenVectors, subject: Subject) -> Iterator[Check]:
+def _inputs(
+    golden: GoldenVectors, pixels: list[np.ndarray], tokenizers: Mapping[str, TextTokenizer]
+) -> Iterator[Check]:
     """Golden pixels as today's pillow makes them, and the ids of each tokenizer of the package."""
-    if subject.embed_pixels is not None:
-        yield check_pixels(golden, subject.pixels(golden))
-    for listed, file in _named(folder, manifest, _TOKENIZER):
-        yield check_ids(golden, listed, TextTokenizer(file, manifest.tokenizer))
+    if pixels:
+        yield check_pixels(golden, pixels)
+    for listed, tokenizer in tokenizers.items():
+        yield check_ids(golden, listed, tokenizer)
 
 
 def _tower(
     tower: str,
     golden: GoldenVectors,
     subject: Subject,
+    pixels: list[np.ndarray],
     sessions: list[PackagedSession],
     likeliest: dict[str, str | None],
     changed: list[str],
@@ -132,14 +142,12 @@ def _tower(
         if tower not in one.model.towers:
             continue
         file = one.model.file
-        if tower == "image":
-            found = one.embed(tower, (pixels[None] for pixels in subject.pixels(golden)))
-        else:
-            found = one.embed(tower, (np.array([text.input_ids], np.int64) for text in golden.texts))
+        own = replace(subject, embed_pixels=partial(one.embed, "image"), embed_ids=partial(one.embed, "text"))
+        found = own.seen(pixels) if tower == "image" else own.read(text.input_ids for text in golden.texts)
         check = check_embeddings(golden, tower, f"{tower} embeddings of {file}", found)
         if not check.ok:
             another = f"{file} is another file than the one that was packaged" if file in changed else None
-            likeliest[tower] = likeliest_mistake(subject, golden, tower) or another
+            likeliest[tower] = likeliest_mistake(own, golden, tower) or another
         yield check
 
 

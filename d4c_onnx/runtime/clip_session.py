@@ -22,7 +22,6 @@ from d4c_onnx.runtime.tokenizer import TextTokenizer
 from d4c_onnx.runtime.vectors import unit
 
 TEMPLATES = ("a photo of a {}.",)
-_SCALE = 100.0  # CLIP's own after training, for bundles that do not say theirs
 OnBatch = Callable[[int], object]
 T = TypeVar("T")
 
@@ -80,7 +79,7 @@ class ClipSession:
         alone = alone or (isinstance(images, np.ndarray) and images.ndim < 4)
         several: Iterable[ImageLike] = [images] if alone else images  # type: ignore[list-item, assignment]
         pixels = (self._named(image, number) for number, image in enumerate(several))
-        return self.embed_pixels((np.stack(some) for some in _batches(pixels, batch or self.batch)), on_batch)
+        return self.embed_pixels((np.stack(some) for some in batches(pixels, batch or self.batch)), on_batch)
 
     def embed_pixels(self, batches: Iterable[np.ndarray], on_batch: OnBatch | None = None) -> np.ndarray:
         """Unit vectors, float32 [N, D], of pixel_values in batches, float32 [B, 3, H, W] each."""
@@ -101,7 +100,7 @@ class ClipSession:
         Raises:
             BundleError: the bundle has no tokenizer.
         """
-        several = _batches([texts] if isinstance(texts, str) else texts, batch or self.batch)
+        several = batches([texts] if isinstance(texts, str) else texts, batch or self.batch)
         return self.embed_ids(map(self.input_ids, several), on_batch)
 
     def embed_labels(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
@@ -135,7 +134,7 @@ class ClipSession:
     def probabilities(self, cosines: np.ndarray) -> np.ndarray:
         """What the model makes of cosines [N, K] of images with labels: a softmax, or a sigmoid where it has a bias."""
         model = self.bundle.manifest.model
-        logits = cosines.astype(np.float64) * (_SCALE if model.logit_scale is None else model.logit_scale)
+        logits = cosines.astype(np.float64) * model.scale
         if model.logit_bias is not None:
             return (0.5 + 0.5 * np.tanh((logits + model.logit_bias) / 2)).astype(np.float32)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
@@ -220,7 +219,7 @@ def label_embeds(text_embeds: np.ndarray, labels: int) -> np.ndarray:
     return unit(text_embeds.reshape(labels, -1, text_embeds.shape[-1]).mean(1))
 
 
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Items, so many at a time."""
     left = iter(items)
     while some := list(islice(left, size)):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from d4c_onnx.manifest import PUBLISHED_PIXELS, Preprocess, TokenizerInfo
-from d4c_onnx.runtime.preprocess import FILTERS, preprocess_image
+from d4c_onnx.runtime.preprocess import FILTERS, filter_of, preprocess_image
 from d4c_onnx.runtime.tokenizer import TextTokenizer
 
 # The kinds that a tolerance has to stay below; others are known by name only.
@@ -63,7 +63,7 @@ def image_mistakes(preprocess: Preprocess) -> list[ImageMistake]:
     found += [
         _other(f"resized with {name}", "filter", interpolation=name)
         for name in _FILTERS
-        if name != ("bicubic" if preprocess.interpolation == "random" else preprocess.interpolation)
+        if name != filter_of(preprocess)
     ]
     return [*found, *_hardly_seen()]
 
@@ -118,8 +118,8 @@ def _corner(image: Image.Image, own: Preprocess) -> np.ndarray:
 def _middle_of_larger(image: Image.Image, own: Preprocess) -> np.ndarray:
     height, width = own.size
     ratio = round(min(own.size) * 8 / 7) / min(own.size) / min(image.width / width, image.height / height)
-    resample = FILTERS.get(own.interpolation, Image.Resampling.BICUBIC)
-    larger = image.resize((int(image.width * ratio + 1e-9), int(image.height * ratio + 1e-9)), resample)
+    sides = int(image.width * ratio + 1e-9), int(image.height * ratio + 1e-9)
+    larger = image.resize(sides, FILTERS[filter_of(own)])
     left, top = round((larger.width - width) / 2), round((larger.height - height) / 2)
     return preprocess_image(larger.crop((left, top, left + width, top + height)), own)
 

@@ -85,10 +85,21 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
+def filter_of(config: Preprocess) -> str:
+    """The filter that resizes, one of `FILTERS`.
+
+    One that is drawn in training is bicubic here; and so is open_clip's own crop to what is no square, whatever is
+    asked for.
+    """
+    height, width = config.size
+    only_bicubic = config.resize_mode == "shortest" and height != width
+    return "bicubic" if only_bicubic or config.interpolation == "random" else config.interpolation
+
+
 def _fit(image: Image.Image, config: Preprocess) -> Image.Image:
     """An image of the config's size, in the mode in which it came where that can be resized and padded."""
     height, width = config.size
-    resample = FILTERS.get(config.interpolation, Image.Resampling.BICUBIC)
+    resample = FILTERS[filter_of(config)]
     if image.mode == "PA":  # pillow would average the numbers of its colours
         image = image.convert("RGBA")
     if config.resize_mode == "squash":
@@ -108,10 +119,9 @@ def _crop(image: Image.Image, config: Preprocess, resample: Image.Resampling) ->
     if height == width:  # torchvision's rule: the long side is rounded down
         short = min(image.size)
         new_width, new_height = (int(height * side / short) for side in image.size)
-    else:  # open_clip's own, which knows one filter only
+    else:  # open_clip's own
         ratio = min(image.height / height, image.width / width)
         new_width, new_height = (round(side / ratio) for side in image.size)
-        resample = Image.Resampling.BICUBIC
     left, top = round((new_width - width) / 2), round((new_height - height) / 2)
     if new_width * new_height <= _MOST_PIXELS:
         return _resize(image, new_width, new_height, resample).crop((left, top, left + width, top + height))

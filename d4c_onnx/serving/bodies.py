@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,16 +22,16 @@ class BoundedBodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = bytearray()
+        body = io.BytesIO()  # its value is its own buffer: a second copy would be held and not counted
         try:
             if await self._arrived(scope, receive, body):
-                await self._app(scope, _replayed(bytes(body), receive), send)
+                await self._app(scope, _replayed(body.getvalue(), receive), send)
         except Refused as error:
             await error.response()(scope, receive, send)
         finally:
-            self._held -= len(body)
+            self._held -= body.tell()
 
-    async def _arrived(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+    async def _arrived(self, scope: Scope, receive: Receive, body: io.BytesIO) -> bool:
         """Fill the body in time; False where the client went away."""
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if length.isdigit() and int(length[:20]) > self._limits.body_bytes:  # it says so itself
@@ -41,16 +42,15 @@ class BoundedBodies:
         except TimeoutError as error:
             raise Refused(408, "The request's body did not arrive in time.") from error
 
-    async def _read(self, receive: Receive, body: bytearray) -> bool:
+    async def _read(self, receive: Receive, body: io.BytesIO) -> bool:
         """Fill the body; False where the client went away."""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return False
             piece = message.get("body", b"")
-            body += piece
-            self._held += len(piece)
-            if len(body) > self._limits.body_bytes:
+            self._held += body.write(piece)
+            if body.tell() > self._limits.body_bytes:
                 raise self._too_long()
             if self._held > self._limits.bodies_bytes:
                 raise Refused(503, "Too many large requests at once; try again in a moment.")

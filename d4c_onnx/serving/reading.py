@@ -64,7 +64,7 @@ async def read_images(request: Request, limits: Limits) -> list[bytes]:
     Raises:
         Refused: there are none or too many, or their form is unknown.
     """
-    kind = content_type(request)
+    kind = _content_type(request)
     if kind == JSON:
         return _decoded((await _json(request, Images)).images, limits)
     if kind == FORM:
@@ -83,7 +83,7 @@ async def read_texts(request: Request, limits: Limits) -> list[str]:
     Raises:
         Refused: there are none, too many, or too long ones.
     """
-    kind = content_type(request)
+    kind = _content_type(request)
     if kind != JSON:
         raise _unknown(kind, JSON)
     texts = (await _json(request, Texts)).texts
@@ -97,7 +97,7 @@ async def read_question(request: Request, limits: Limits) -> Question:
     Raises:
         Refused: something lacks, is too much, or a template has no place for the label.
     """
-    kind = content_type(request)
+    kind = _content_type(request)
     if kind == JSON:
         asked = await _json(request, ZeroShot)
         question = Question(_decoded(asked.images, limits), asked.labels, asked.templates)
@@ -114,10 +114,13 @@ async def read_question(request: Request, limits: Limits) -> Question:
         raise Refused(422, f"labels x templates: at most {limits.texts} prompts a request.")
     if any("{}" not in template for template in question.templates):
         raise Refused(422, "templates: each needs a {} where the label goes.")
+    longest = max(map(len, question.labels)) - len("{}")
+    if any(len(one) + one.count("{}") * longest > limits.letters for one in question.templates):
+        raise Refused(422, f"labels x templates: a prompt has at most {limits.letters} letters.")
     return question
 
 
-def content_type(request: Request) -> str:
+def _content_type(request: Request) -> str:
     """Without its parameters."""
     return request.headers.get("content-type", "").split(";")[0].strip().lower()
 

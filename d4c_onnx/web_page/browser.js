@@ -92,8 +92,10 @@ async function pixelValues(picture, { size: [height, width], mean, std, resize_m
   if (resize_mode !== "squash") {
     const ratios = [source.height / height, source.width / width];
     const ratio = resize_mode === "longest" ? Math.max(...ratios) : Math.min(...ratios);
-    const whole = resize_mode === "shortest" && height === width ? Math.floor : Math.round;
-    [wide, high] = [source.width, source.height].map((side) => Math.max(whole(side / ratio + 1e-9), 1));
+    const short = Math.min(source.width, source.height);
+    const torchvisions = resize_mode === "shortest" && height === width; // its rule: the long side is rounded down
+    const fitted = (side) => (torchvisions ? Math.floor((height * side) / short) : Math.max(even(side / ratio), 1));
+    [wide, high] = [fitted(source.width), fitted(source.height)];
   }
   if (wide * high > 2 ** 26) throw new Error(`${picture.name}: is too long a strip.`);
   const [left, top] = [wide - width, high - height].map((room) => (resize_mode === "longest" ? Math.ceil(room / 2) : even(room / 2)));

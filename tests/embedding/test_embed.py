@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -85,22 +86,114 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(run, "_PART", 2)
     whole, output = tmp_path / "whole.npy", tmp_path / "out.npy"
     embed_source(vit_bundle.path, folder, whole)
-    calls = 0
-
-    def stop(stage: str, done: int, total: int, values: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        embed_source(vit_bundle.path, folder, output, on_step=stop)
+    _interrupted(vit_bundle, folder, output, monkeypatch)
     assert not output.exists()
     report = embed_source(vit_bundle.path, folder, output)
     assert report.resumed == 4
     assert output.read_bytes() == whole.read_bytes()
     assert (tmp_path / "out.npy.names.jsonl").read_bytes() == (tmp_path / "whole.npy.names.jsonl").read_bytes()
     assert (report.vectors, report.broken) == (7, 2)
+
+
+def _interrupted(bundle: Bundle, source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of parts that a run left which was stopped after four of nine items."""
+    monkeypatch.setattr(run, "_PART", 2)
+    calls = 0
+
+    def stop(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_source(bundle.path, source, output, on_step=stop)
+    return output.with_name(f"{output.name}.parts")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "resumed"),
+    [
+        ("00001.json", b"{", 2),
+        ("00001.json", b'{"names": ["a", 7], "broken": []}', 2),
+        ("00001.json", b'{"names": ["a", "b", "c"], "broken": []}', 2),
+        ("00000.npy", b"\x93NUMPY", 0),
+        ("ask.json", b"[" * 100_000, 0),
+    ],
+)
+def test_parts_that_are_not_whole_are_embedded_again(
+    file: str,
+    content: bytes,
+    resumed: int,
+    vit_bundle: Bundle,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = _interrupted(vit_bundle, folder, tmp_path / "out.npy", monkeypatch)
+    (parts / file).write_bytes(content)
+    report = embed_source(vit_bundle.path, folder, tmp_path / "out.npy")
+    assert (report.vectors, report.broken, report.resumed) == (7, 2, resumed)
+    assert len(np.load(tmp_path / "out.npy")) == len(_lines(tmp_path / "out.npy.names.jsonl")) == 7
+
+
+def test_two_runs_do_not_share_parts(
+    vit_bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, refused = tmp_path / "out.npy", []
+
+    def beside() -> None:
+        try:
+            embed_source(vit_bundle.path, folder, output)
+        except BundleError as error:
+            refused.append(str(error))
+
+    def meanwhile(*_: object) -> None:
+        if not refused:
+            other = threading.Thread(target=beside)
+            other.start()
+            other.join()
+
+    embed_source(vit_bundle.path, folder, output, on_step=meanwhile)
+    assert "another run is writing there" in refused[0]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("photos", "out.npy", "out.npy.names.jsonl", "out.npy.broken.jsonl")
+    }
+
+
+def test_what_a_killed_run_left_is_cleared_and_nothing_else(
+    vit_bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.npy"
+    parts = _interrupted(vit_bundle, folder, output, monkeypatch)
+    half = f"-{'0123456789abcdef'}"
+    left = [
+        parts / f".stage-00002.npy{half}",
+        *(tmp_path / f".stage-out.npy{end}{half}" for end in ("", ".names.jsonl")),
+    ]
+    others = tmp_path / f".stage-other.npy{half}"
+    for path in (*left, others):
+        path.write_bytes(b"half")
+    (parts / "mine.txt").write_text("precious")
+    for _ in range(2):  # those of this ask, and of another
+        with pytest.raises(BundleError, match=r"holds 'mine\.txt', which d4c-onnx did not write"):
+            embed_source(vit_bundle.path, folder, output)
+        assert (parts / "mine.txt").read_text() == "precious"
+        (parts / "ask.json").write_text("{}")
+    (parts / "mine.txt").unlink()
+    assert embed_source(vit_bundle.path, folder, output).resumed == 0
+    assert not any(path.exists() for path in (*left, parts))
+    assert others.exists()
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.npy.names.jsonl", "out.npy.broken.jsonl"])
+def test_a_folder_in_the_place_of_a_file_is_refused_first(name: str, folder: Path, tmp_path: Path) -> None:
+    """Before the bundle is hashed, which takes its time: there is none here."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(BundleError, match="is a folder"):
+        embed_source(tmp_path / "no bundle", folder, tmp_path / "out.npy", overwrite=True)
+    with pytest.raises(DatasetError, match="no such"):
+        embed_source(tmp_path / "no bundle", tmp_path / "nothing", tmp_path / "other.npy")
 
 
 def test_what_cannot_be_embedded_is_refused(vit_bundle: Bundle, folder: Path, tmp_path: Path) -> None:

@@ -5,14 +5,17 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
 from click.testing import CliRunner
 from encoders import material
-from toys import MERGES, PAD, Toy, bundle_of, changed, json_of, right, tokens
+from PIL import Image
+from toys import MERGES, PAD, Toy, bundle_of, changed, fitting, json_of, right, tokens
 
 from d4c_onnx import pipeline
 from d4c_onnx.bundle import Bundle, open_bundle
@@ -20,7 +23,7 @@ from d4c_onnx.cli.main import group
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 from d4c_onnx.graph.model import load_model
-from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, verify_package
+from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, proof, verify_package
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime import ClipSession
@@ -143,7 +146,9 @@ def test_triton(packages: dict[str, PackageReport]) -> None:
 
 
 @pytest.mark.parametrize("name", ["image_pixels", "text_ids"])
-def test_tritons_python_models_answer(name: str, packages: dict[str, PackageReport], toys: dict[str, Bundle]) -> None:
+def test_tritons_python_models_answer(
+    name: str, packages: dict[str, PackageReport], toys: dict[str, Bundle], tmp_path: Path
+) -> None:
     """What Triton calls, with tensors of the form that it hands over."""
     golden = toys["triton"].path / "golden" / read_golden(toys["triton"].path).images[0].file
     code = """
@@ -161,16 +166,23 @@ sys.modules["triton_python_backend_utils"] = pb
 sys.path.insert(0, folder)
 import model
 served = model.TritonPythonModel(); served.initialize({})
-made = lambda value: {name: np.array([[value], [value]], object) for name in given}
+made = lambda value: {name: np.array([[value]] * 2, object) for name in given}
 [good] = served.execute([{name: np.array([[value]] * 2, object) for name, value in given.items()}])
 print(good.tensors[0].name, *good.tensors[0].value.shape)
-[bad] = served.execute([made(b"\\xff\\xfe")])
-print("refused", bool(bad.error), len(bad.tensors))
+for wrong in (b"\\xff\\xfe", *(open(file, "rb").read() for file in sys.argv[3:])):
+    [bad] = served.execute([made(wrong)])
+    print("refused", bool(bad.error), len(bad.tensors))
 """
     folder = packages["triton"].path / "model_repository" / name / "1"
-    done = subprocess.run([sys.executable, "-c", code, folder, golden], capture_output=True, text=True, check=True)
+    odd: list[Path] = []
+    if name == "image_pixels":  # what pillow itself would read: many pixels in a small file, a format of no use
+        odd = [tmp_path / "large.png", tmp_path / "odd.pcx"]
+        Image.new("1", (8200, 8200)).save(odd[0])
+        Image.new("RGB", (20, 20)).save(odd[1])
+    asked = [sys.executable, "-c", code, folder, golden, *odd]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
     shown = {"image_pixels": "pixel_values 2 3 8 8", "text_ids": "input_ids 2 7"}[name]
-    assert done.stdout.splitlines() == [shown, "refused True 0"]
+    assert done.stdout.splitlines() == [shown, *["refused True 0"] * (1 + len(odd))]
 
 
 def test_optimum(packages: dict[str, PackageReport], toys: dict[str, Bundle]) -> None:
@@ -257,14 +269,45 @@ def test_the_example_of_onnxruntime_says_what_the_bundle_says(
     np.testing.assert_allclose(shown, image_embeds @ text_embeds.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("side", [(8, 8), (8, 5), (5, 8)])
+@pytest.mark.parametrize(
+    ("mode", "interpolation"), [("shortest", "bilinear"), ("squash", "random"), ("longest", "box")]
+)
+def test_pixels_of_the_example_are_the_bundles(
+    side: tuple[int, int], mode: str, interpolation: str, tmp_path: Path
+) -> None:
+    """Bit by bit, whatever the image's shape and mode; and the package says nothing that its bundle does not."""
+    bundle = bundle_of(tmp_path / "toy", changed(TOY, side=side, resize_mode=mode, interpolation=interpolation))
+    report = package_bundle(bundle.path, "onnxruntime", tmp_path / "to")
+    assert verify_package(report.path).ok
+    in_javascript = {"example.mjs", "config.json", "preprocessor_config.json"} & set(report.files)
+    assert len(in_javascript) == (3 if mode == "squash" or (mode == "shortest" and side == (8, 8)) else 0)
+    source = (report.path / "example.py").read_text().rpartition("print(")[0]
+    example: dict[str, object] = {"__file__": str(report.path / "example.py")}
+    exec(compile(source, "example.py", "exec"), example)
+    fed: list[np.ndarray] = []
+    example["image_encoder"] = SimpleNamespace(run=lambda _, feed: fed.append(feed["pixel_values"]) or [None])
+    rng, session = np.random.default_rng(0), ClipSession(bundle)
+    for color in ("RGB", "RGBA", "L", "P"):
+        for width, height in ((16, 9), (9, 17), (31, 30), (8, 5), (3, 40)):
+            channels = len(Image.new(color, (1, 1)).getbands())
+            pixels = rng.integers(0, 256, (height, width, channels), np.uint8)
+            image = Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
+            if color == "P":
+                image = image.convert("P")
+            image.save(tmp_path / "image.png")
+            example["embed_image"](tmp_path / "image.png")  # type: ignore[operator]
+            np.testing.assert_array_equal(fed.pop()[0], session.pixels(tmp_path / "image.png"), f"{color} {width}")
+
+
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
 def test_web(mode: str, tmp_path: Path) -> None:
-    bundle = bundle_of(tmp_path / "toy", changed(TOY, resize_mode=mode))
+    bundle = bundle_of(tmp_path / "toy", changed(TOY, resize_mode=mode, logit_scale=None))
     report = package_bundle(bundle.path, "web", tmp_path / "to")
     config = json_of(report.path / "web.json")
     assert config["model"] == "toy"
     assert config["bundle"] == "w4a8"
-    assert (config["logit_scale"], config["logit_bias"]) == (10.0, None)
+    assert (config["logit_scale"], config["logit_bias"]) == (100.0, None)  # CLIP's own, where the bundle does not say
     assert config["preprocess"] == {
         "size": [8, 8],
         "mean": [0.5] * 3,
@@ -350,6 +393,7 @@ REFUSED = [
     ("transformersjs", {"has_file": False}, "tokenizer.json"),
     ("web", {"has_file": False}, "tokenizer.json"),
     ("fastembed", {"last_id": 3}, "cannot express this tokenizer"),
+    ("fastembed", {"side": (8, 6)}, "square"),
     ("optimum", {"logit_scale": None}, "no logit scale"),
     ("optimum", {"normalized": False}, "without --raw"),
 ]
@@ -411,6 +455,48 @@ def test_a_package_that_answers_otherwise_is_not_left_behind(
     with pytest.raises(BundleError, match="answers otherwise"):
         package_bundle(toys["rclip"].path, "rclip", tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+def test_pixels_go_through_an_image_tower_once(
+    toys: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both lengths of texts are compared; towers of images do not see them."""
+    runs: list[str] = []
+
+    class Counted(EncoderSession):
+        def run_named(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            runs.append(next(iter(feeds)))
+            return super().run_named(feeds)
+
+    monkeypatch.setattr(proof, "EncoderSession", Counted)
+    package_bundle(toys["openvino"].path, "openvino", tmp_path / "out")
+    rows = {len(text.input_ids) for text in read_golden(toys["openvino"].path).texts}
+    ways = 2  # as the file says, and as onnxruntime optimises it
+    assert runs.count("pixel_values") == ways
+    assert runs.count("input_ids") >= ways * len(rows)
+
+
+def test_what_is_in_the_way_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    """Hashing a large bundle takes its time."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(BundleError, match="already exists"):
+        package_bundle(tmp_path / "no bundle", "openvino", tmp_path / "out")
+
+
+@pytest.mark.parametrize("merges", [7, [["a"]], ["a\nb"], None])
+def test_a_list_of_merges_is_not_trusted(merges: object, tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path / "toy", fitting("rclip"))
+    content = json_of(bundle.tokenizer)
+    content["model"]["merges"] = merges  # type: ignore[index]
+    bundle.tokenizer.write_text(json.dumps(content))
+    record = bundle.manifest.files[bundle.tokenizer.name]
+    hashed = replace(record, sha256=sha256(bundle.tokenizer), size_bytes=bundle.tokenizer.stat().st_size)
+    manifest = json_of(bundle.path / "manifest.json")
+    manifest["files"][bundle.tokenizer.name] = asdict(hashed)  # type: ignore[index]
+    (bundle.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        package_bundle(bundle.path, "rclip", tmp_path / "out")
 
 
 def test_the_command_prints_what_a_stack_does_badly(toys: dict[str, Bundle], tmp_path: Path) -> None:

@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from toys import json_of
+from toys import Toy, bundle_of, changed, json_of
 
 from d4c_onnx.cli.main import group
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 from d4c_onnx.graph.model import load_model, save_model
-from d4c_onnx.graph.values import constant, set_constant
-from d4c_onnx.packaging import STACKS, PackageReport, verify_package
+from d4c_onnx.graph.values import constant, node, prepend, readers, replace_input, set_constant
+from d4c_onnx.manifest import TokenizerInfo
+from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, verification, verify_package
 from d4c_onnx.runtime.golden import read_golden
 from d4c_onnx.runtime.golden_check import Answers
+from d4c_onnx.runtime.tokenizer import TextTokenizer
 
 
 def _copied(package: PackageReport, place: Path) -> Path:
@@ -131,6 +133,7 @@ def test_another_mean_in_the_config_is_named(target: str, packages: dict[str, Pa
 MANIFESTS = {
     "immich": ("ViT-B-32__laion2b-s34b-b79k/visual/preprocess_cfg.json", lambda config: config),
     "triton": ("model_repository/image_pixels/1/manifest.json", lambda config: config["preprocess"]),
+    "web": ("web.json", lambda config: config["preprocess"]),
 }
 
 
@@ -142,6 +145,33 @@ def test_another_mean_in_other_forms_is_named(target: str, packages: dict[str, P
     found = verify_package(copy)
     assert [check.name for check in found.checks if check.ok is False] == [file]
     assert found.likeliest["image"] == "mean and std of ImageNet"
+
+
+@pytest.mark.parametrize("target", MANIFESTS)
+def test_another_colour_of_padding_is_told(target: str, packages: dict[str, PackageReport], tmp_path: Path) -> None:
+    file, within = MANIFESTS[target]
+    copy = _edited(_copied(packages[target], tmp_path), file, lambda config: within(config).update(fill_color=7))
+    [check] = [check for check in verify_package(copy).checks if check.ok is False]
+    assert (check.name, check.detail) == (file, "fill_color is 7, and the model's is 0")
+
+
+@pytest.mark.parametrize("target", ["web", "triton"])
+@pytest.mark.parametrize(("interpolation", "side"), [("random", (8, 8)), ("bilinear", (8, 6)), ("box", (8, 8))])
+def test_configs_say_the_filter_that_is_used(
+    target: str, interpolation: str, side: tuple[int, int], tmp_path: Path
+) -> None:
+    """Bicubic for one that is drawn in training, and for open_clip's crop to what is no square."""
+    toy = changed(Toy(), interpolation=interpolation, side=side)
+    report = package_bundle(bundle_of(tmp_path / "toy", toy).path, target, tmp_path / "to")
+    assert verify_package(report.path).ok
+    if target == "web":
+        used = "box" if interpolation == "box" else "bicubic"
+        assert json_of(report.path / "web.json")["preprocess"]["interpolation"] == used
+        for other in {"bilinear", "nearest", interpolation} - {used, "random"}:
+            _edited(
+                report.path, "web.json", lambda config, other=other: config["preprocess"].update(interpolation=other)
+            )
+            assert _failed(report.path) == ["web.json"]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +220,40 @@ def test_another_tokenizer_is_seen(target: str, packages: dict[str, PackageRepor
         words["d"], words["x"] = words["x"], words["d"]
 
     assert _failed(_edited(copy, file, swapped)) == [file]
+
+
+def test_each_tokenizer_is_read_once(packages: dict[str, PackageReport], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def counted(file: Path, info: TokenizerInfo) -> TextTokenizer:
+        read.append(file)
+        return TextTokenizer(file, info)
+
+    monkeypatch.setattr(verification, "TextTokenizer", counted)
+    assert verify_package(packages["triton"].path).ok
+    assert len(read) == 1
+
+
+def test_the_mistake_is_that_of_the_file_that_answers_otherwise(
+    packages: dict[str, PackageReport], tmp_path: Path
+) -> None:
+    """Of two files with an image tower the second takes its channels the other way round."""
+    copy = _copied(packages["transformersjs"], tmp_path)
+    file = copy / "onnx" / "model_quantized.onnx"
+    model = load_model(file)
+    pixels = next(value for value in model.graph.inputs if value.name == "pixel_values")
+    before = readers(pixels)
+    order = set_constant(model.graph, "order", np.array([2, 1, 0], np.int64))
+    turned = node("Gather", [pixels, order], "turned", attributes={"axis": 1})
+    for reader in before:
+        replace_input(reader, pixels, turned.outputs[0])
+    prepend(model.graph, [turned])
+    save_model(model, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+    found = verify_package(_hashed_again(copy))
+    failed = [check.name for check in found.checks if check.ok is False]
+    assert failed == ["image embeddings of onnx/model_quantized.onnx"], found.checks
+    assert found.likeliest["image"] == "channels in the order BGR"
 
 
 def test_a_shorter_context_is_seen(packages: dict[str, PackageReport], tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from d4c_onnx.errors import DatasetError
 from d4c_onnx.evaluation.datasets import LabelledImages
 from d4c_onnx.evaluation.encoded import InMemory
 from d4c_onnx.manifest import Preprocess
-from d4c_onnx.runtime.preprocess import preprocess_image
+from d4c_onnx.runtime.mistakes import image_mistakes
+from d4c_onnx.runtime.preprocess import filter_of, preprocess_image
 
 CONFIG = Preprocess(size=(48, 48), mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
 CONFIGS = [
@@ -200,3 +201,20 @@ def test_data_sets_hand_out_images_as_their_files_have_them() -> None:
     broken = replace(images, encoded=InMemory([FILES["RGB PNG"][:200]]), places=["x.png"])
     with pytest.raises(DatasetError, match=r"set, x\.png: not an image"):
         list(next(broken.batches(1)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "used"),
+    [
+        ({"interpolation": "box"}, "box"),
+        ({"interpolation": "random"}, "bicubic"),
+        ({"interpolation": "bilinear", "size": (48, 32)}, "bicubic"),
+        ({"interpolation": "bilinear", "size": (48, 32), "resize_mode": "squash"}, "bilinear"),
+    ],
+)
+def test_the_filter_that_is_used_is_no_mistake(changes: dict[str, object], used: str) -> None:
+    config = replace(CONFIG, **changes)  # type: ignore[arg-type]
+    assert filter_of(config) == used
+    names = {mistake.name for mistake in image_mistakes(config)}
+    assert f"resized with {used}" not in names
+    assert {f"resized with {name}" for name in {"bicubic", "bilinear", "nearest"} - {used}} <= names

@@ -1,10 +1,12 @@
 """A server of a toy bundle, in one process: what it answers, what it refuses, and that it stays up."""
 
+import asyncio
 import base64
 import io
 import json
 import struct
 import threading
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +25,7 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import BundleError
 from d4c_onnx.runtime import ClipSession
 from d4c_onnx.serving.app import create_app
+from d4c_onnx.serving.bodies import BoundedBodies
 from d4c_onnx.serving.limits import Limits
 
 LIMITS = Limits(body_bytes=200_000, bodies_bytes=300_000, images=4, texts=8, letters=50, arrive_seconds=5.0)
@@ -193,6 +196,7 @@ HOSTILE: dict[str, tuple[int, tuple[str, dict[str, Any]]]] = {
     "no labels": (422, question()),
     "no place for a label": (422, question(labels="a", templates="b")),
     "nine prompts": (422, question(labels=["a", "b", "c"], templates=["{}", "a {}", "b {}"])),
+    "a long label, twice": (422, question(labels=["a", "b" * 30], templates="{} or {}")),
     "10,000 letters": (422, texts("a" * 10_000)),
     "10,000 letters of a label": (422, question(labels=["a" * 10_000])),
     "nine texts": (422, texts(*["a"] * 9)),
@@ -219,6 +223,31 @@ def test_hostile_requests_get_a_sentence_and_the_server_goes_on(name: str, clien
 def test_bodies_that_do_not_say_how_long_they_are_are_cut_off(client: TestClient) -> None:
     answer = client.post("/embed/image", content=iter([bytes(150_000)] * 9), headers={"Content-Type": "image/png"})
     assert answer.status_code == 413
+
+
+def test_a_body_is_held_once() -> None:
+    """What is counted is what is there."""
+    pieces, held = 8, []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal pieces
+        pieces -= 1
+        return {"type": "http.request", "body": bytes(2**18), "more_body": pieces > 0}
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        held.append((len(message["body"]), tracemalloc.get_traced_memory()[0]))
+
+    bodies = BoundedBodies(application, Limits())
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        asyncio.run(bodies({"type": "http", "headers": []}, receive, application))
+    finally:
+        tracemalloc.stop()
+    [(length, now)] = held
+    assert length == 2**21
+    assert now - before < 1.5 * length
 
 
 def test_an_encoders_fault_is_told_and_the_server_goes_on(

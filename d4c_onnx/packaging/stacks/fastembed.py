@@ -13,6 +13,8 @@ from d4c_onnx.packaging.stack import Stack
 def _write(job: Job) -> None:
     needs.tokenizer_file(job)
     needs.no_padding_of_images(job)
+    if job.preprocess.resize_mode == "shortest":
+        needs.square(job)  # it resizes the shorter side to one length, then crops
     job.encoder("image", "image/model.onnx")
     job.json("image/preprocessor_config.json", configs.preprocessor_config(job))
     job.encoder("text", "text/model.onnx", *job.fill())
@@ -25,7 +27,6 @@ def _write(job: Job) -> None:
 
 FASTEMBED = Stack(
     "fastembed",
-    "fastembed, qdrant-client; txtai for texts",
     _write,
     'ImageEmbedding("Qdrant/clip-ViT-B-32-vision", specific_model_path=".../image"), '
     'TextEmbedding("Qdrant/clip-ViT-B-32-text", specific_model_path=".../text")',

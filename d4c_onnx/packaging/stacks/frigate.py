@@ -34,7 +34,6 @@ def _write(job: Job) -> None:
 
 FRIGATE = Stack(
     "frigate",
-    "Frigate's semantic search (jina v1)",
     _write,
     "copy model_cache into Frigate's config folder, and index again",
 )

@@ -52,7 +52,7 @@ def _write(job: Job) -> None:
     job.encoder("image", f"{name}/visual/model.onnx", RenameInput("image"))
     job.encoder("text", f"{name}/textual/model.onnx", NarrowIds(), RenameInput("text"))
     job.json(f"{name}/config.json", _config(job))
-    job.json(f"{name}/visual/preprocess_cfg.json", _pixels(job))
+    job.json(f"{name}/visual/preprocess_cfg.json", {"mode": "RGB", **configs.open_clip_pixels(job)})
     configs.write_texts(job, f"{name}/textual")
     job.remarks.append("it may save the optimised graph beside the file: the folder must be writable.")
     if job.preprocess.resize_mode != "shortest":
@@ -88,22 +88,8 @@ def _config(job: Job) -> dict[str, Any]:
     return {"embed_dim": job.dimensions, "vision_cfg": {"image_size": job.preprocess.size[0]}, "text_cfg": text}
 
 
-def _pixels(job: Job) -> dict[str, Any]:
-    config = job.preprocess
-    return {
-        "size": list(config.size),
-        "mode": "RGB",
-        "mean": list(config.mean),
-        "std": list(config.std),
-        "interpolation": "bicubic" if config.interpolation == "random" else config.interpolation,
-        "resize_mode": config.resize_mode,
-        "fill_color": config.fill_color,
-    }
-
-
 IMMICH = Stack(
     "immich",
-    "Immich's machine learning service",
     _write,
     "copy the model's folder to clip/ in the service's cache, and choose its name in the settings",
 )

@@ -22,7 +22,6 @@ def _write(job: Job) -> None:
 
 LIBREPHOTOS = Stack(
     "librephotos",
-    "LibrePhotos",
     _write,
     "copy clip_vit_b32 over the folder of that name in its data_models",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from d4c_onnx.packaging import configs, needs
 from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.stack import Stack
+from d4c_onnx.runtime.preprocess import FILTERS, filter_of
 
 _PYTHON = '''"""Embed an image and texts. Needs: pip install onnxruntime tokenizers pillow numpy"""
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
 
 here = Path(__file__).parent
@@ -25,9 +26,9 @@ tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))  # cuts and pads b
 
 
 def embed_image(path: str) -> np.ndarray:
-    image = Image.open(path).convert("RGB")
+    image = Image.open(path)
 {fit}
-    pixels = (np.asarray(image, np.float32) / 255 - MEAN) / STD
+    pixels = (np.asarray(image.convert("RGB"), np.float32) / 255 - MEAN) / STD
     return image_encoder.run(None, {{"pixel_values": pixels.transpose(2, 0, 1)[None]}})[0]
 
 
@@ -39,15 +40,19 @@ def embed_texts(texts: list[str]) -> np.ndarray:
 print(embed_image(sys.argv[1]) @ embed_texts(sys.argv[2:]).T)
 '''
 
-_SHORTEST = """    width, height = (int(SIZE[0] * side / min(image.size)) for side in image.size)
+# As runtime.preprocess does it: the image becomes RGB after it was resized, where its mode can be.
+_CROP = """
     left, top = round((width - SIZE[0]) / 2), round((height - SIZE[1]) / 2)
     image = image.resize((width, height), FILTER).crop((left, top, left + SIZE[0], top + SIZE[1]))"""
-_FITS = {
-    "shortest": _SHORTEST,
-    "squash": "    image = image.resize(SIZE, FILTER)",
-    "longest": "    image = ImageOps.pad(image, SIZE, FILTER, color=({fill}, {fill}, {fill}))",
-}
-_OBLONG = "    image = ImageOps.fit(image, SIZE, FILTER)"
+_SQUARE = f"    width, height = (int(SIZE[0] * side / min(image.size)) for side in image.size){_CROP}"
+_OBLONG = f"""    ratio = min(image.height / SIZE[1], image.width / SIZE[0])
+    width, height = (round(side / ratio) for side in image.size){_CROP}"""
+_SQUASH = "    image = image.resize(SIZE, FILTER)"
+_PAD = """    image = image.convert("RGB") if image.mode in ("P", "CMYK") else image
+    ratio = max(image.height / SIZE[1], image.width / SIZE[0])
+    width, height = (max(round(side / ratio), 1) for side in image.size)
+    small, image = image.resize((width, height), FILTER), Image.new("RGB", SIZE, ({fill}, {fill}, {fill}))
+    image.paste(small.convert("RGB"), ((SIZE[0] - width) // 2, (SIZE[1] - height) // 2))"""
 
 _JAVASCRIPT = """// Embed an image and texts. Needs: npm i onnxruntime-node @huggingface/transformers
 import path from "node:path";
@@ -90,23 +95,26 @@ def _write(job: Job) -> None:
     job.encoder("image", "image_encoder.onnx")
     job.encoder("text", "text_encoder.onnx", *job.guard())
     configs.write_texts(job)
-    job.json("config.json", configs.clip_config(job))
-    job.json("preprocessor_config.json", configs.preprocessor_config(job))
     config = job.preprocess
     height, width = config.size
-    fit = _FITS[config.resize_mode] if height == width or config.resize_mode != "shortest" else _OBLONG
+    fits = {"shortest": _SQUARE if height == width else _OBLONG, "squash": _SQUASH, "longest": _PAD}
     filled = {
         "width": width,
         "height": height,
-        "resample": configs.RESAMPLE[config.interpolation],
+        "resample": int(FILTERS[filter_of(config)]),
         "mean": list(config.mean),
         "std": list(config.std),
-        "fit": fit.format(fill=config.fill_color),
+        "fit": fits[config.resize_mode].format(fill=config.fill_color),
     }
     job.text("example.py", _PYTHON.format(**filled))
-    job.text("example.mjs", _JAVASCRIPT)
     configs.remark_on_cleaning(job, "the example")
+    if config.resize_mode != "squash" and fits[config.resize_mode] is not _SQUARE:
+        job.remarks.append("no example in JavaScript: its image processor makes squares, or squashes, and no more.")
+        return
+    job.json("config.json", configs.clip_config(job))
+    job.json("preprocessor_config.json", configs.preprocessor_config(job))
+    job.text("example.mjs", _JAVASCRIPT)
     job.remarks.append("in JavaScript images are resized otherwise than by pillow.")
 
 
-ONNXRUNTIME = Stack("onnxruntime", "onnxruntime alone, with examples", _write, "python example.py IMAGE TEXT...")
+ONNXRUNTIME = Stack("onnxruntime", _write, "python example.py IMAGE TEXT...")

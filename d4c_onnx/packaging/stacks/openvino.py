@@ -21,7 +21,6 @@ def _write(job: Job) -> None:
 
 OPENVINO = Stack(
     "openvino",
-    "OpenVINO and its model server",
     _write,
     "ovms --config_path /models/config.json with model_repository mounted at /models; or core.read_model(the file)",
 )

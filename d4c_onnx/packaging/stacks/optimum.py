@@ -25,7 +25,6 @@ def _write(job: Job) -> None:
 
 OPTIMUM = Stack(
     "optimum",
-    "optimum-onnx and transformers' zero-shot pipeline",
     _write,
     "ORTModelForZeroShotImageClassification.from_pretrained(folder)",
 )

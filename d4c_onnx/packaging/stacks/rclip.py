@@ -6,13 +6,13 @@ It tokenises with open_clip's own code, from the list of merges that the byte pa
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 
 from d4c_onnx.packaging import needs
 from d4c_onnx.packaging.edits import RenameInput, RenameOutput
 from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.stack import Stack
+from d4c_onnx.untrusted_json import Node, read_json, sequence, text
 
 _FOLDER, _SIDE, _DIMENSIONS, _CONTEXT = "ViT-B-32-256-datacomp_s34b_b86k", 256, 512, 77
 _FIRST_LINE = '"bpe_simple_vocab_16e6.txt#version: 0.2'  # readers skip it
@@ -32,13 +32,16 @@ def _write(job: Job) -> None:
 
 def _write_merges(tokenizer: Path, path: Path) -> None:
     """The merges of a tokenizer.json, one a line, compressed without a time: equal merges give equal bytes."""
-    merges = json.loads(tokenizer.read_text("utf-8"))["model"]["merges"]
-    lines = [entry if isinstance(entry, str) else " ".join(entry) for entry in merges]
+    lines = read_json(tokenizer).take("model", lambda model: model.take("merges", sequence(_merge)))
     path.write_bytes(gzip.compress("\n".join([_FIRST_LINE, *lines, ""]).encode("utf-8"), mtime=0))
 
 
+def _merge(node: Node) -> str:
+    """Two parts, as older files of the library have them or as newer ones."""
+    return text(node) if isinstance(node.value, str) else " ".join(sequence(text, 2)(node))
+
+
 RCLIP = Stack(
-    "rclip",
     "rclip",
     _write,
     "copy both folders into rclip's data folder (XDG_DATA_HOME/rclip, or ~/.local/share/rclip)",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from d4c_onnx.packaging import configs, needs
 from d4c_onnx.packaging.edits import LooseLayout
-from d4c_onnx.packaging.job import Job, is_external
+from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.stack import Stack
 
 _SUFFIXES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16")}
@@ -28,8 +28,7 @@ def _write(job: Job) -> None:
         job.remarks.append("the model has no logit scale: no file of both towers, and no zero-shot pipeline.")
     else:
         job.combined(f"onnx/model{suffix}.onnx", loose, guard)
-    if any(is_external(job.folder, model) for model in job.models):
-        raise job.refusal("loads one file a model in browsers, and these weights need a second one (quantise first)")
+    needs.one_file(job)
     job.json("config.json", configs.clip_config(job) | {"transformers.js_config": {"dtype": dtype}})
     job.json("preprocessor_config.json", configs.preprocessor_config(job))
     configs.write_texts(job)
@@ -39,7 +38,6 @@ def _write(job: Job) -> None:
 
 TRANSFORMERSJS = Stack(
     "transformersjs",
-    "transformers.js in Node and browsers",
     _write,
     "env.localModelPath = the folder above; CLIPVisionModelWithProjection.from_pretrained(its name)",
 )

@@ -57,14 +57,13 @@ ensemble_scheduling {{
 
 _PIXELS_MODEL = '''"""Image bytes -> pixel_values; needs d4c-onnx in this environment."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb
-from PIL import Image
 
 from d4c_onnx.manifest_file import read_manifest
+from d4c_onnx.runtime.images import read_image
 from d4c_onnx.runtime.preprocess import preprocess_image
 
 
@@ -77,8 +76,8 @@ class TritonPythonModel:
 
     def _answer(self, images):
         try:
-            pixels = [preprocess_image(Image.open(io.BytesIO(data)), self.config) for data in images.ravel()]
-        except Exception as error:  # what pillow makes of any bytes: the request's fault, not the server's
+            pixels = [preprocess_image(read_image(bytes(data)), self.config) for data in images.ravel()]
+        except Exception as error:  # whatever comes of any bytes: the request's fault, not the server's
             return pb.InferenceResponse(error=pb.TritonError(f"not an image: {str(error)[:200]}"))
         return pb.InferenceResponse([pb.Tensor("pixel_values", np.stack(pixels))])
 '''
@@ -142,7 +141,6 @@ def _config(job: Job, model: str, content: str) -> None:
 
 TRITON = Stack(
     "triton",
-    "NVIDIA Triton, with ensembles that take image bytes and strings",
     _write,
     "tritonserver --model-repository=.../model_repository; ask embed_image (image) and embed_text (text)",
 )

@@ -34,4 +34,4 @@ def _write(job: Job) -> None:
     configs.remark_on_cleaning(job, "Vespa")
 
 
-VESPA = Stack("vespa", "Vespa's embedder, texts only", _write, "copy models/ and the component into the application")
+VESPA = Stack("vespa", _write, "copy models/ and the component into the application")

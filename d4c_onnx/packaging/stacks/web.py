@@ -10,24 +10,23 @@ from typing import Any
 
 from d4c_onnx.packaging import configs, needs
 from d4c_onnx.packaging.edits import LooseLayout
-from d4c_onnx.packaging.job import Job, is_external
+from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.stack import Stack
+from d4c_onnx.runtime.preprocess import filter_of
 from d4c_onnx.web_page import BROWSER, page_of
 
 _LIBRARIES = {"@huggingface/tokenizers": "0.2.0", "onnxruntime-web": "1.30.0"}
-_SCALE = 100.0  # CLIP's own after training, for bundles that do not say theirs
 
 
 def _write(job: Job) -> None:
     needs.tokenizer_file(job)
-    if job.preprocess.interpolation == "nearest":
+    if filter_of(job.preprocess) == "nearest":
         raise job.refusal("knows no filter `nearest`, which this model's pixels want")
     job.encoder("image", "image_encoder.onnx", LooseLayout())
     job.encoder("text", "text_encoder.onnx", LooseLayout(), *job.guard())
-    if any(is_external(job.folder, model) for model in job.models):
-        raise job.refusal("loads one file a model, and these weights need a second one (quantise first)")
+    needs.one_file(job)
     configs.write_texts(job)
-    job.json("web.json", _web_config(job))
+    job.json(configs.WEB_CONFIG, _web_config(job))
     job.json("package.json", {"private": True, "dependencies": _LIBRARIES})
     job.text("index.html", page_of(BROWSER))
     configs.remark_on_cleaning(job, "the page")
@@ -36,29 +35,18 @@ def _write(job: Job) -> None:
 
 def _web_config(job: Job) -> dict[str, Any]:
     """What the page has to know."""
-    model, config = job.bundle.manifest.model, job.preprocess
-    height, width = config.size
-    only_bicubic = config.resize_mode == "shortest" and height != width  # open_clip's rule
-    known = config.interpolation if config.interpolation != "random" and not only_bicubic else "bicubic"
+    model = job.bundle.manifest.model
     return {
         "model": model.name,
         "bundle": job.bundle.manifest.bits,
-        "logit_scale": _SCALE if model.logit_scale is None else model.logit_scale,
+        "logit_scale": model.scale,
         "logit_bias": model.logit_bias,
-        "preprocess": {
-            "size": [height, width],
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "resize_mode": config.resize_mode,
-            "interpolation": known,
-            "fill_color": config.fill_color,
-        },
+        "preprocess": configs.open_clip_pixels(job),
     }
 
 
 WEB = Stack(
     "web",
-    "a page that runs in the browser",
     _write,
     "npm install --ignore-scripts in the folder, then any server of files, such as python -m http.server -b 127.0.0.1",
 )
