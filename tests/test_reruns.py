@@ -31,13 +31,6 @@ def _recipe(*keys: str) -> Recipe:
     return load_recipe(None, [*NOISE, *keys])
 
 
-@pytest.fixture
-def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
-    """A copy of the FP32 mini-vit alone."""
-    ignore = shutil.ignore_patterns("w*a*", "calib*", ".*")
-    return Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignore))
-
-
 def test_what_was_not_measured_is_measured_by_the_rerun(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def quantize(*keys: str) -> pipeline.QuantizeReport:
         return pipeline.quantize_bundle(str(own), _recipe(*keys), output=own.parent)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d4c_onnx import pipeline
-from d4c_onnx.bundle import Bundle, encoder_size_bytes, open_bundle
+from d4c_onnx.bundle import encoder_size_bytes, open_bundle
 from d4c_onnx.cli.main import group
 from d4c_onnx.errors import CalibrationError, CheckFailed, RecipeError
 from d4c_onnx.files import write_json
@@ -41,13 +40,6 @@ RISING = st.lists(st.floats(0, 1), min_size=1, max_size=12).map(sorted)
 
 def recipe_of(*keys: str) -> Recipe:
     return load_recipe(None, [*QUICK, *keys])
-
-
-@pytest.fixture
-def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
-    """A copy of the FP32 mini-vit alone."""
-    ignore = shutil.ignore_patterns("w*a*", "calib*", ".*")
-    return Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignore))
 
 
 @given(RISING, RISING, st.floats(0, 1))
