@@ -20,7 +20,12 @@ from d4c_onnx.recipe import load_recipe
 STORED = Path(__file__).with_name("census.json")
 TARGETS = ("cpu", "portable", "tensorrt", "openvino", "cuda")
 CASES = [
-    pytest.param(model, bits, target, marks=[] if model == "vit" or target == "cpu" else pytest.mark.slow)
+    pytest.param(
+        model,
+        bits,
+        target,
+        marks=[] if target == "cpu" or (model, target) == ("vit", "portable") else pytest.mark.slow,
+    )
     for model in ("vit", "rn")
     for target in TARGETS
     for bits in ("w8a8", "w4a8", *(["w4a16"] if target == "cuda" else []))

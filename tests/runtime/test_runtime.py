@@ -136,7 +136,10 @@ def test_the_gpu_is_asked_through_its_driver(monkeypatch: pytest.MonkeyPatch) ->
     assert (gpu_name() is None) == (gpu_used_bytes() is None)
 
 
-@pytest.mark.parametrize(("model", "tower"), [("vit", "image"), ("vit", "text"), ("rn", "image")])
+@pytest.mark.parametrize(
+    ("model", "tower"),
+    [("vit", "image"), ("vit", "text"), pytest.param("rn", "image", marks=pytest.mark.slow)],
+)
 def test_inspection_agrees_with_the_census(
     model: str, tower: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -169,7 +172,7 @@ def test_inspection_agrees_with_the_census(
 def test_inspection_opens_sessions_as_the_bundle_says(
     tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
 ) -> None:
-    section = load_recipe(None, ["quantization.bits=w8a8"]).quantization
+    section = load_recipe(None, ["quantization.bits=w8a8", "quantization.rounding=nearest"]).quantization
     recipe = {"seed": 0, "quantization": {}}
     made = quantize_bundle_files(vit_bundle, vit_calibration[1], tmp_path / "w8a8", section, recipe_dump=recipe)
     assert inspect_encoder(made.image_encoder, made.session_entries).summary.startswith("37 of 38 weighted")
