@@ -15,10 +15,20 @@ from d4c_onnx.calibration import (
     open_calibration_set,
 )
 from d4c_onnx.graph.model import load_model
-from d4c_onnx.quantization import EncoderReport, quantize_encoder
+from d4c_onnx.quantization import EncoderReport, quantize_bundle_files, quantize_encoder
 from d4c_onnx.recipe import QuantizationSection, load_recipe
 
 SOT, EOT = 49406, 49407
+NOISE = (
+    "synthesis.method=noise",
+    "synthesis.images=8",
+    "synthesis.held_out=4",
+    "text.prompts=8",
+    "text.held_out=4",
+    "quantization.rounding=nearest",
+    "evaluation.dataset=fidelity",
+)
+"""Keys of a recipe whose whole way takes a second."""
 
 
 def material(request: pytest.FixtureRequest, mini: str) -> tuple[Bundle, CalibrationSet]:
@@ -45,6 +55,13 @@ def quantize(
     reader = reader_of(tower, dataset)
     report = quantize_encoder(source, path, reader, section_of(*keys), **{"threads": 1, **options})
     return report, load_model(path)
+
+
+def quantized_bundle(bundle: Bundle, dataset: CalibrationSet, folder: Path, *keys: str, **options: Any) -> Bundle:
+    """Both encoders as a bundle, the recipe's keys and `quantize_bundle_files`' own options."""
+    recipe = load_recipe(None, [f"quantization.{key}" for key in keys])
+    dump = recipe.model_dump(mode="json")
+    return quantize_bundle_files(bundle, dataset, folder, recipe.quantization, recipe_dump=dump, **options)
 
 
 def texts(lengths: list[int], rng: np.random.Generator) -> np.ndarray:

@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
-from encoders import count, material, quantize, reasons, section_of
+from encoders import count, material, quantize, quantized_bundle, reasons, section_of
 from graphs import Feeds, check, ops, parse, run
 
 from d4c_onnx.bundle import Bundle
@@ -29,8 +29,7 @@ from d4c_onnx.graph.values import (
     take_over,
     value_named,
 )
-from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.quantization import quantize_encoder
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -228,9 +227,8 @@ def test_inspect_shows_what_was_left_alone_and_why(own: Path, request: pytest.Fi
     for entry in proto.graph.node:
         entry.name = ""
     onnx.save(proto, bundle.image_encoder)
-    recipe = load_recipe(None, [f"quantization.{key}" for key in ("bits=w8a8", "rounding=nearest", "smoothing=none")])
-    dump = recipe.model_dump()
-    made = quantize_bundle_files(bundle, dataset, tmp_path / "w8a8", recipe.quantization, recipe_dump=dump, threads=1)
+    keys = ("bits=w8a8", "rounding=nearest", "smoothing=none")
+    made = quantized_bundle(bundle, dataset, tmp_path / "w8a8", *keys, threads=1)
     assert _cosine(bundle.image_encoder, made.image_encoder, dataset) > 0.98
     shown = CliRunner().invoke(group, ["inspect", str(made.path)])
     assert shown.exit_code == 0, shown.output

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from encoders import material, prompts_of_one_length, quantize, section_of
+from encoders import material, prompts_of_one_length, quantize, quantized_bundle, section_of
 from graphs import Feeds, check, ops, parse, run, run_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,6 @@ from d4c_onnx.graph.model import load_model, opset_of, save_model
 from d4c_onnx.graph.stored import average_bits, convert_stored, layer_bits, stored_weight
 from d4c_onnx.graph.values import name_of, nodes_of
 from d4c_onnx.manifest import EXACT_PRODUCTS
-from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.quantization.calibration_batches import images_at_a_time
 from d4c_onnx.quantization.inside.ranges import collect_ranges
 from d4c_onnx.quantization.plan import make_plan
@@ -28,7 +27,6 @@ from d4c_onnx.quantization.rounding.base import grid_limits
 from d4c_onnx.quantization.rounding.nearest import NearestRounding, round_to_grid, search_scales
 from d4c_onnx.quantization.storage.token_table import TokenTable, pack_halves, store_token_table
 from d4c_onnx.quantization.targets import TARGETS
-from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.kernels import count_kernels
 from d4c_onnx.runtime.session import EncoderSession
 
@@ -244,14 +242,11 @@ def test_full_range_names_the_session_it_needs(
 ) -> None:
     bundle, dataset = material(request, "vit")
     told: dict[str, tuple[int, int]] = {}
-    made = quantize_bundle_files(
-        bundle,
-        dataset,
-        tmp_path / "q",
-        section_of("bits=w8a8", *extra),
-        recipe_dump={"seed": 0, "quantization": {}},
-        on_step=lambda stage, done, total, _: told.update({stage: (done, total)}),
-    )
+
+    def on_step(stage: str, done: int, total: int, _: object) -> None:
+        told[stage] = done, total
+
+    made = quantized_bundle(bundle, dataset, tmp_path / "q", "bits=w8a8", *extra, on_step=on_step)
     assert made.session_entries == entries
     assert list(told) == ["fold", "calibrate", "gradients", "round", "write", "check"]  # whoever waits sees where it is
     assert all(done == total for done, total in told.values())
@@ -320,16 +315,15 @@ def test_same_input_same_file(request: pytest.FixtureRequest, tmp_path: Path) ->
 def test_a_bit_budget_is_spent_and_not_exceeded(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     bundle, dataset = material(request, "vit")
     made = {}
-    for keys in ((), ("quantization.average_bits=4.8",), ("quantization.average_bits=4.05",)):
-        recipe = load_recipe(None, ["quantization.rounding=nearest", *keys])
+    for keys in ((), ("average_bits=4.8",), ("average_bits=4.05",)):
         target = tmp_path / f"{len(made)}"
-        arguments = (bundle, dataset, target, recipe.quantization)
+        arguments = (bundle, dataset, target, "rounding=nearest", *keys)
         if keys and keys[0].endswith("4.05"):  # the first and last layers alone take more
             with pytest.raises(RecipeError, match="boundary_bits"):
-                quantize_bundle_files(*arguments, recipe_dump=recipe.model_dump(mode="json"))
+                quantized_bundle(*arguments)
             assert not target.exists()
             continue
-        written = quantize_bundle_files(*arguments, recipe_dump=recipe.model_dump(mode="json"))
+        written = quantized_bundle(*arguments)
         models = [load_model(path) for path in written.encoders.values()]
         counted = average_bits([layer for model in models for layer in layer_bits(model)])
         assert written.manifest.quantization.weight_bits_average == pytest.approx(counted, abs=1e-4)

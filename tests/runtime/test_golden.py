@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from encoders import quantized_bundle
 from PIL import Image
 
 from d4c_onnx.bundle import Bundle, open_bundle
@@ -16,8 +17,6 @@ from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.cli.main import group
 from d4c_onnx.errors import BundleError
 from d4c_onnx.manifest_file import write_manifest
-from d4c_onnx.quantization import quantize_bundle_files
-from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.golden import read_golden
 from d4c_onnx.runtime.golden_check import Answers
 from d4c_onnx.runtime.session import EncoderSession
@@ -97,10 +96,8 @@ def _cut(bundle: Bundle, text: str) -> np.ndarray:
 def w4a8(
     vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
-    recipe = load_recipe(None, ["quantization.bits=w4a8", "quantization.rounding=nearest"])
     target = tmp_path_factory.mktemp("golden") / "w4a8"
-    dump = recipe.model_dump(mode="json")
-    return quantize_bundle_files(vit_bundle, vit_calibration[1], target, recipe.quantization, recipe_dump=dump)
+    return quantized_bundle(vit_bundle, vit_calibration[1], target, "rounding=nearest")
 
 
 @pytest.fixture(params=["fp32", "w4a8"])
@@ -126,6 +123,14 @@ def test_a_right_client_passes(bundle: Bundle) -> None:
     assert found.ok, found.checks
     assert [check.ok for check in found.checks] == [True] * 8
     assert found.likeliest == {"image": None, "text": None}
+
+
+@pytest.mark.parametrize("mini", ["vit", "rn"])
+def test_texts_longer_than_the_context(mini: str, request: pytest.FixtureRequest) -> None:
+    """What the golden texts hold: one that every stack has to cut."""
+    exported: Bundle = request.getfixturevalue(f"{mini}_bundle")
+    longest = max(read_golden(exported.path).texts, key=lambda one: len(one.text))
+    assert len(longest.input_ids) == exported.manifest.tokenizer.context_length
 
 
 WRONG_TEXTS = {"not cleaned": _raw, "no end token": _no_end, "cut without the end token": _cut}
