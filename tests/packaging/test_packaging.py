@@ -11,7 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 from click.testing import CliRunner
-from encoders import material
+from encoders import material, quantized_bundle
 from toys import MERGES, PAD, Toy, bundle_of, changed, json_of, right, tokens
 
 from d4c_onnx import pipeline
@@ -21,7 +21,6 @@ from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 from d4c_onnx.graph.model import load_model
 from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, verify_package
-from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime import ClipSession
 from d4c_onnx.runtime.golden import read_golden
@@ -176,7 +175,7 @@ print("refused", bool(bad.error), len(bad.tensors))
 def test_optimum(packages: dict[str, PackageReport], toys: dict[str, Bundle]) -> None:
     report, bundle = packages["optimum"], toys["optimum"]
     rng = np.random.default_rng(0)
-    pixels, ids = rng.standard_normal((2, 3, 8, 8), np.float32), tokens([4, 5, 6], TOY.context)
+    pixels, ids = rng.standard_normal((2, 3, 8, 8), np.float32), tokens([4, 5, 6])
     answers = EncoderSession(report.path / "model.onnx").run_named({"pixel_values": pixels, "input_ids": ids})
     image, text = EncoderSession(bundle.image_encoder).run(pixels), EncoderSession(bundle.text_encoder).run(ids)
     np.testing.assert_allclose(answers["logits_per_image"], 10 * image @ text.T, rtol=1e-5)
@@ -187,7 +186,7 @@ def test_optimum(packages: dict[str, PackageReport], toys: dict[str, Bundle]) ->
 def test_a_bias_is_added_to_similarities(tmp_path: Path) -> None:
     made = bundle_of(tmp_path / "toy", changed(TOY, logit_bias=-3.0))
     report = package_bundle(made.path, "optimum", tmp_path / "to")
-    feed = {"pixel_values": np.ones((1, 3, 8, 8), np.float32), "input_ids": tokens([4], TOY.context)}
+    feed = {"pixel_values": np.ones((1, 3, 8, 8), np.float32), "input_ids": tokens([4])}
     found = EncoderSession(report.path / "model.onnx").run_named(feed)
     np.testing.assert_allclose(
         found["logits_per_image"], 10 * found["image_embeds"] @ found["text_embeds"].T - 3, rtol=1e-5
@@ -310,7 +309,7 @@ def test_ids_that_servers_get_wrong(
     target: str, lengths: list[int], ended: bool, packages: dict[str, PackageReport], toys: dict[str, Bundle]
 ) -> None:
     """Rows over the context, cut or not, have the answer of open_clip's tokenizer; others keep theirs."""
-    ids, context = tokens(lengths, TOY.context, ended), TOY.context
+    ids, context = tokens(lengths, ended), TOY.context
     file = packages[target].path / GUARDED[target]
     expected = EncoderSession(toys[target].text_encoder)
     for given in (ids, ids[:, :context]):
@@ -329,7 +328,7 @@ def test_towers_of_a_fixed_length_take_what_stacks_feed(target: str, tmp_path: P
     [ids] = [entry for entry in model.io.inputs if entry.name == "input_ids"]
     assert ids.shape[1] == "sequence"
     for lengths in ([3, 5], [8], [12]):
-        given = tokens(lengths, TOY.context)
+        given = tokens(lengths)
         feeds = {"input_ids": given, "attention_mask": given, "pixel_values": np.zeros((1, 3, 8, 8), np.float32)}
         found = EncoderSession(report.path / model.file).run_named({e.name: feeds[e.name] for e in model.io.inputs})
         embeds = found["last_hidden_state" if target == "vespa" else "text_embeds"].reshape(len(given), -1)
@@ -463,9 +462,7 @@ def test_minis_are_packaged(
     folder = tmp_path_factory.getbasetemp() / "packaged" / mini / bits
     if not folder.exists():
         bundle, calibration = material(request, mini)
-        section = load_recipe(None, [f"quantization.bits={bits}", "quantization.rounding=nearest"]).quantization
-        recipe = {"seed": 0, "quantization": {}}
-        quantize_bundle_files(bundle, calibration, folder, section, recipe_dump=recipe)
+        quantized_bundle(bundle, calibration, folder, f"bits={bits}", "rounding=nearest")
     output = folder.parent / f"{bits}-{target}"
     if target in REFUSING:
         with pytest.raises(BundleError, match=REFUSING[target]):

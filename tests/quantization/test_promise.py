@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from encoders import NOISE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,15 +21,6 @@ from d4c_onnx.quantization.sensitivity import LayerCost
 from d4c_onnx.recipe import Recipe, load_recipe
 from d4c_onnx.results import Promise, PromiseTry
 
-QUICK = (
-    "synthesis.method=noise",
-    "synthesis.images=8",
-    "synthesis.held_out=4",
-    "text.prompts=8",
-    "text.held_out=4",
-    "quantization.rounding=nearest",
-    "evaluation.dataset=fidelity",
-)
 COSTS = [
     LayerCost("image", "first", 100, 8, 0.0),
     LayerCost("image", "a", 400, 4.25, 4.0),
@@ -39,7 +31,7 @@ RISING = st.lists(st.floats(0, 1), min_size=1, max_size=12).map(sorted)
 
 
 def recipe_of(*keys: str) -> Recipe:
-    return load_recipe(None, [*QUICK, *keys])
+    return load_recipe(None, [*NOISE, *keys])
 
 
 @given(RISING, RISING, st.floats(0, 1))
