@@ -260,7 +260,7 @@ def test_every_rewrite_is_proved_by_running(
     """`verify` runs both graphs of each step, on two calibration batches, and has ONNX's checker look at them."""
     bundle, dataset = material(request, model)
     for tower, path in bundle.encoders.items():
-        keys = ("bits=w8a8", f"target={target}", "smoothing=none")
+        keys = ("bits=w8a8", f"target={target}", "rounding=nearest", "smoothing=none")
         report, made = quantize(path, dataset, tmp_path / "q.onnx", *keys, verify=True)
         chosen = TARGETS[target]
         names = [rewrite.name for rewrite in (*chosen.float_rewrites, *chosen.served_rewrites)]
