@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from results import measured_here
+from results import VERSUS_FP32, measured_here
 
 from d4c_onnx import measure, pipeline
 from d4c_onnx.bundle import open_bundle
@@ -32,9 +32,7 @@ COLUMNS = (
     ("points", "difference", "+.2f"),
     ("low", "95 % from", "+.2f"),
     ("high", "to", "+.2f"),
-    ("agreement", "agreement %", ".2f"),
-    ("cosine_image", "cosine image", ".4f"),
-    ("cosine_text", "cosine text", ".4f"),
+    *VERSUS_FP32,
     ("bits_average", "bits a weight", ".2f"),
     ("ratio", "times smaller", ".2f"),
 )
@@ -72,7 +70,7 @@ def rows_of(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
         shown = {
             **{"top1_fp32": found.bundles[0].top1, "top1": row.top1},
             **{key: getattr(versus.top1_difference, key) for key in ("points", "low", "high")},
-            **{key: getattr(versus, key) for key in ("agreement", "cosine_image", "cosine_text")},
+            **{key: getattr(versus, key) for key, *_ in VERSUS_FP32},
             "bits_average": bundle.manifest.quantization.weight_bits_average,
             "ratio": size / sum(file.stat().st_size for file in bundle.encoders.values()),
         }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results import measured_here
+from results import VERSUS_FP32, measured_here
 
 from d4c_onnx.bundle import TOKENIZER, Bundle, encoder_size_bytes, open_bundle
 from d4c_onnx.calibration.dataset import open_calibration_set
@@ -43,9 +43,7 @@ COLUMNS = (
     ("bits_text", "text", ".2f"),
     ("megabytes", "MB", ".1f"),
     ("points", "top-1 difference", "+.2f"),
-    ("agreement", "agreement %", ".1f"),
-    ("cosine_image", "cosine image", ".4f"),
-    ("cosine_text", "cosine text", ".4f"),
+    *VERSUS_FP32,
 )
 KINDS = ("out", "qkv", "fc1", "fc2")
 

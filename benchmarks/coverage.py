@@ -23,11 +23,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from results import FOLDER, ResultFile, measured_here
+from results import FOLDER, ResultFile, measured_here, read_results
 
 Row = dict[str, Any]
 # float32 weights in torch, those of a tower being traced and written, and of a graph beside its float original
@@ -99,11 +99,9 @@ def _names(configs: Path | None) -> list[str]:
     return sorted(open_clip.list_models())
 
 
-def _rows_of(results: Path) -> list[Row]:
+def _rows_of(results: Path) -> Sequence[Row]:
     """What an earlier run left."""
-    if not results.exists():
-        return []
-    return json.loads(results.read_text("utf-8"))["rows"]
+    return read_results(results.stem, results.parent).rows if results.exists() else []
 
 
 def _to_do(names: list[str], rows: dict[str, Row], args: argparse.Namespace, work: Path) -> list[tuple[str, float]]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from results import run
+from results import MEASURES, run
 
 from d4c_onnx import measure as measuring
 from d4c_onnx import pipeline
@@ -28,7 +28,6 @@ from d4c_onnx.quantization.rewrites.stress import stress_bundle
 from d4c_onnx.recipe import load_recipe
 
 MODELS = ("mini-vit", "mini-rn")
-MEASURES = ("agreement", "cosine_image", "cosine_text", "similarity_rmse")
 # bits, calibration source, stress factor, overrides of the quantization section
 ROWS: list[tuple[str, str, int, str]] = [
     ("w8a8", "d4c", 1, ""),

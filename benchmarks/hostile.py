@@ -10,7 +10,6 @@ in the output. The spoilt parts of failures are kept. Exit code 1 when there are
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import resource
@@ -33,6 +32,7 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS
 import hostile_origin
 import results
 import spoils
+from kill_points import content
 
 from d4c_onnx.cli.main import group
 
@@ -142,9 +142,9 @@ class Campaign:
         """Of a failure the parts that are not as in the origin, what was run, and what it said."""
         if self.keep is None or not found.wrong:
             return
-        target, before = self.keep / f"{self.seed}-{found.number}", _content(self.place / "origin")
+        target, before = self.keep / f"{self.seed}-{found.number}", _files(self.place / "origin")
         target.mkdir(parents=True, exist_ok=True)
-        for name, digest in _content(self.place / "case").items():
+        for name, digest in _files(self.place / "case").items():
             if before.get(name) != digest:
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.place / "case" / name, target / name)
@@ -196,11 +196,11 @@ def _case(place: Path, kind: spoils.Kind, draw: Any, found: Found) -> None:
     found.command = " ".join(command)[:400].replace(f"{place}/", "")
     (place / "command").write_text(found.command)
     (place / "said").write_text("")
-    before, start = _content(case), time.monotonic()
+    before, start = _files(case), time.monotonic()
     found.code = _command([*command, "--json", "--quiet"], place / "said")
     found.seconds = round(time.monotonic() - start, 2)
     said = (place / "said").read_text("utf-8", "replace")
-    after, kilobytes = _content(case), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after, kilobytes = _files(case), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # a bundle that is quantised gets a bundle beside its files
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     changed = sorted(name for name in changed if name in before or not name.startswith("imported/w8a8/"))
@@ -248,12 +248,9 @@ def _command(command: list[str], said: Path) -> int:
     return code
 
 
-def _content(place: Path) -> dict[str, str]:
-    return {
-        path.relative_to(place).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in place.rglob("*")
-        if path.is_file()
-    }
+def _files(place: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder."""
+    return {name: digest for name, digest in content(place).items() if digest}
 
 
 def _prepare(origin: Path) -> None:

@@ -28,7 +28,7 @@ from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.tokenizer import TextTokenizer
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path[:0] = [str(TESTS / "packaging"), str(TESTS / "foreign")]
+sys.path[:0] = [str(TESTS), str(TESTS / "foreign")]
 
 CONFIG = {
     "embed_dim": 16,

@@ -6,7 +6,6 @@ kill -9: no `finally`, no `atexit`, no buffer written.
 """
 
 import contextlib
-import hashlib
 import os
 import sys
 import traceback
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from d4c_onnx.files import sha256
 
 KILLED, FAILED = 137, 3
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -82,7 +83,7 @@ def sweep(
 def content(folder: Path) -> dict[str, str]:
     """SHA-256 of each file below a folder, hidden ones included; folders are named, too."""
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        path.relative_to(folder).as_posix(): sha256(path) if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
     }
 

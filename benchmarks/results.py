@@ -25,6 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "results"
 _PACKAGES = ("d4c-onnx", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "open_clip_torch", "torch")
 
+VERSUS_FP32 = (
+    ("agreement", "agreement %", ".2f"),
+    ("cosine_image", "cosine image", ".4f"),
+    ("cosine_text", "cosine text", ".4f"),
+)
+"""Columns of how a bundle's answers compare with its original's."""
+MEASURES = (*(key for key, *_ in VERSUS_FP32), "similarity_rmse")
+"""The same of answers without labels, and the error of all similarities."""
+
 Measured = dict[str, dict]  # a row's name, which holds its seed -> what was measured
 
 

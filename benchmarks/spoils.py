@@ -4,7 +4,6 @@ A kind spoils a copy of its parts (`hostile_origin`) and gives a command line. W
 with exit code 0, is said so.
 """
 
-import hashlib
 import io
 import json
 import pickle
@@ -18,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import spoilt_graphs
+
+from d4c_onnx.files import sha256
 
 DEEP = "@deep@"  # stands for brackets in brackets, which json cannot write
 ODD: list[Any] = [
@@ -184,7 +185,7 @@ def rehash(folder: Path) -> None:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         for name, record in manifest["files"].items():
-            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            digest = sha256(folder / name)
             manifest["files"][name] = {**record, "sha256": digest} if isinstance(record, dict) else digest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return

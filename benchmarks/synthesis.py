@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results import run
+from results import MEASURES, run
 
 from d4c_onnx import measure as measuring
 from d4c_onnx import pipeline
@@ -35,7 +35,6 @@ from d4c_onnx.synthesis import synthesize
 
 MODELS = ("mini-vit", "mini-rn")
 BITS = ("w4a8", "w6a6")
-MEASURES = ("agreement", "cosine_image", "cosine_text", "similarity_rmse")
 
 
 @dataclass(frozen=True, slots=True)

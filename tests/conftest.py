@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,13 @@ def vit_bundle(exported: Path, mini_vit) -> Bundle:
     from d4c_onnx.export import export_fp32
 
     return export_fp32(mini_vit, exported / "mini-vit", seed=0)
+
+
+@pytest.fixture
+def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
+    """A copy of the FP32 mini-vit alone, without what other tests put into its folder."""
+    ignored = shutil.ignore_patterns("w*", "fp16", "calib*", ".*")
+    return Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignored))
 
 
 @pytest.fixture(scope="session")

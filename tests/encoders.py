@@ -15,10 +15,28 @@ from d4c_onnx.calibration import (
     open_calibration_set,
 )
 from d4c_onnx.graph.model import load_model
-from d4c_onnx.quantization import EncoderReport, quantize_encoder
+from d4c_onnx.quantization import EncoderReport, quantize_bundle_files, quantize_encoder
+from d4c_onnx.quantization.inside.ranges import collect_ranges
+from d4c_onnx.quantization.inside.segments import SegmentedEncoder
+from d4c_onnx.quantization.plan import make_plan
+from d4c_onnx.quantization.rounding import METHODS
+from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
+from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
 from d4c_onnx.recipe import QuantizationSection, load_recipe
 
 SOT, EOT = 49406, 49407
+NOISE = (
+    "synthesis.method=noise",
+    "synthesis.images=8",
+    "synthesis.held_out=4",
+    "text.prompts=8",
+    "text.held_out=4",
+    "quantization.rounding=nearest",
+    "evaluation.dataset=fidelity",
+)
+"""Keys of a recipe whose whole way takes a second."""
+METHODS_IN_SHORT = {**METHODS, "adaround": Reconstruction(AdaRoundSchedule(3, 0.01))}
+del METHODS_IN_SHORT["adaround-published"]  # the same method, for longer
 
 
 def material(request: pytest.FixtureRequest, mini: str) -> tuple[Bundle, CalibrationSet]:
@@ -45,6 +63,34 @@ def quantize(
     reader = reader_of(tower, dataset)
     report = quantize_encoder(source, path, reader, section_of(*keys), **{"threads": 1, **options})
     return report, load_model(path)
+
+
+def quantized_bundle(bundle: Bundle, dataset: CalibrationSet, folder: Path, *keys: str, **options: Any) -> Bundle:
+    """Both encoders as a bundle, the recipe's keys and `quantize_bundle_files`' own options."""
+    recipe = load_recipe(None, [f"quantization.{key}" for key in keys])
+    dump = recipe.model_dump(mode="json")
+    return quantize_bundle_files(bundle, dataset, folder, recipe.quantization, recipe_dump=dump, **options)
+
+
+def prepared(request: pytest.FixtureRequest, mini: str, *keys: str, tower: str = "image", batch: int = 8) -> Any:
+    """Model, plan, ranges and calibration data of a tower, as the rounding gets them."""
+    bundle, dataset = material(request, mini)
+    model, section = load_model(bundle.encoders[tower]), section_of(*keys)
+    reader = D4CCalibrationDataReader(dataset, batch) if tower == "image" else reader_of(tower, dataset)
+    plan = make_plan(model.graph, section)
+    return model, plan, collect_ranges(model, plan, reader, section), reader
+
+
+def values_of(model: ir.Model, reader: Any, name: str) -> np.ndarray:
+    """A value of a model for all calibration data."""
+    return np.concatenate([batch[name] for batch in SegmentedEncoder(model, reader).advance([name])])
+
+
+def problem(seed: int, channels: int = 12, inputs: int = 40, rows: int = 400) -> Any:
+    """A layer with correlated inputs, as real ones are: a generator, its weight, and its inputs."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, inputs)) @ rng.standard_normal((inputs, inputs)) / np.sqrt(inputs)
+    return rng, rng.standard_normal((channels, inputs)).astype(np.float32), x
 
 
 def texts(lengths: list[int], rng: np.random.Generator) -> np.ndarray:

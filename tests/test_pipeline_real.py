@@ -1,7 +1,6 @@
 """The real-image control: a folder or a parquet file becomes a calibration set, and its place stays private."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +37,8 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_folder_becomes_a_set(tmp_path: Path, photos: Path) -> None:
-    folder, made = pipeline.synthesize_calibration_set("mini-vit", _recipe(photos), output=tmp_path / "out")
+def test_folder_becomes_a_set(own: Path, photos: Path) -> None:
+    folder, made = pipeline.synthesize_calibration_set(str(own), _recipe(photos), output=own.parent)
     assert made.pixel_values.shape == (3, 3, 48, 48)
     assert made.labels == ()
     reds = np.unique(np.round(np.concatenate([made.pixel_values, made.held_out])[:, 0, 0, 0], 3))
@@ -48,24 +47,24 @@ def test_folder_becomes_a_set(tmp_path: Path, photos: Path) -> None:
     left = work_folder(folder)  # as a run leaves it that is killed after its last rename
     left.mkdir()
     (left / "key.json").write_text("{}")
-    again, _ = pipeline.synthesize_calibration_set("mini-vit", _recipe(photos), output=tmp_path / "out")
+    again, _ = pipeline.synthesize_calibration_set(str(own), _recipe(photos), output=own.parent)
     assert again == folder
     assert not left.exists()
     Image.new("RGB", (60, 50), (0, 9, 9)).save(photos / "3.png")
-    changed, _ = pipeline.synthesize_calibration_set("mini-vit", _recipe(photos), output=tmp_path / "out")
+    changed, _ = pipeline.synthesize_calibration_set(str(own), _recipe(photos), output=own.parent)
     assert changed != folder
     with pytest.raises(DatasetError, match=r"holds 5 images; images \+ held_out are 10"):
-        pipeline.synthesize_calibration_set("mini-vit", _recipe(photos, 9), output=tmp_path / "out")
+        pipeline.synthesize_calibration_set(str(own), _recipe(photos, 9), output=own.parent)
 
 
 def test_a_manifest_holds_what_was_read_not_where_it_lay(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    own: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ("text.held_out=2", "quantization.rounding=nearest", "evaluation.dataset=fidelity")
     recipe = _recipe(photos, more=more)
 
     def quantize() -> pipeline.QuantizeReport:
-        return pipeline.quantize_bundle("mini-vit", recipe, output=tmp_path / "out")
+        return pipeline.quantize_bundle(str(own), recipe, output=own.parent)
 
     with monkeypatch.context() as patched:
         patched.setattr("d4c_onnx.pipeline.quantize_measure.evaluate", lambda *_: 1 / 0)
@@ -96,19 +95,18 @@ def test_public_functions_take_paths_as_strings(tmp_path: Path) -> None:
     assert inspect_bundle(str(made.bundle)).weight_bits_average <= 4.5
 
 
-def test_source_and_method_belong_together(tmp_path: Path) -> None:
+def test_source_and_method_belong_together(own: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"synthesis\.source"):
         load_recipe(None, ["synthesis.method=real"])
     with pytest.raises(RecipeError, match=r"synthesis\.source"):
         load_recipe(None, [f"synthesis.source={tmp_path}"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="holds no image"):
-        pipeline.synthesize_calibration_set("mini-vit", _recipe(tmp_path / "empty"), output=tmp_path / "out")
+        pipeline.synthesize_calibration_set(str(own), _recipe(tmp_path / "empty"), output=own.parent)
 
 
-def test_pictures_are_turned_upright_where_that_is_asked_for(tmp_path: Path, vit_bundle: Bundle) -> None:
-    own, folder = tmp_path / "mini-vit", tmp_path / "turned"
-    shutil.copytree(vit_bundle.path, own, ignore=shutil.ignore_patterns("w*a*", "calib*"))
+def test_pictures_are_turned_upright_where_that_is_asked_for(own: Path, tmp_path: Path, vit_bundle: Bundle) -> None:
+    folder = tmp_path / "turned"
     folder.mkdir()
     lying = np.zeros((48, 48, 3), np.uint8)
     lying[:24] = 200  # its first row is on the right of what the camera saw

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from encoders import NOISE
 
 from d4c_onnx import measure, pipeline
 from d4c_onnx.bundle import Bundle, open_bundle
@@ -16,26 +17,9 @@ from d4c_onnx.measure.accuracy import check_limits
 from d4c_onnx.recipe import Recipe, load_recipe
 from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Versus
 
-NOISE = (
-    "synthesis.method=noise",
-    "synthesis.images=8",
-    "synthesis.held_out=4",
-    "text.prompts=8",
-    "text.held_out=4",
-    "quantization.rounding=nearest",
-    "evaluation.dataset=fidelity",
-)
-
 
 def _recipe(*keys: str) -> Recipe:
     return load_recipe(None, [*NOISE, *keys])
-
-
-@pytest.fixture
-def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
-    """A copy of the FP32 mini-vit alone."""
-    ignore = shutil.ignore_patterns("w*a*", "calib*", ".*")
-    return Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignore))
 
 
 def test_what_was_not_measured_is_measured_by_the_rerun(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,34 +172,26 @@ def test_values_that_are_not_numbers_pass_no_check() -> None:
 
 
 @pytest.mark.slow
-def test_weights_are_those_that_were_asked_for(tmp_path: Path) -> None:
+def test_weights_are_those_that_were_asked_for(tmp_path: Path, tiny_models: tuple[str, str]) -> None:
     """The manifest knows the name of a checkpoint, and what is in it: the same name elsewhere is another model."""
     import open_clip
     import torch
 
-    (tmp_path / "configs").mkdir()
-    config = {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    (tmp_path / "configs" / "tiny-rerun.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "configs")
     for seed in (0, 1):
         torch.manual_seed(seed)
         folder = tmp_path / f"run{seed}"
         folder.mkdir()
-        torch.save(open_clip.create_model("tiny-rerun").state_dict(), folder / "model.pt")
+        torch.save(open_clip.create_model(tiny_models[0]).state_dict(), folder / "model.pt")
 
     def quantize(pretrained: object, *keys: str) -> None:
         recipe = _recipe("text.prompts=2", "text.held_out=1", *keys)
-        pipeline.quantize_bundle("tiny-rerun", recipe, output=tmp_path / "out", pretrained=str(pretrained))
+        pipeline.quantize_bundle(tiny_models[0], recipe, output=tmp_path / "out", pretrained=str(pretrained))
 
     quantize(tmp_path / "run0" / "model.pt")
     with pytest.raises(ModelError, match="other weights"):
         quantize(tmp_path / "run1" / "model.pt", "quantization.bits=w8a8")
     with pytest.raises(ModelError, match="no such file"):
         quantize(tmp_path / "nowhere" / "model.pt", "quantization.bits=w8a8")
-    pipeline.export_bundle("tiny-rerun", tmp_path / "random", _recipe(), pretrained="random")
+    pipeline.export_bundle(tiny_models[0], tmp_path / "random", _recipe(), pretrained="random")
     with pytest.raises(BundleError, match="seed 0, not 7"):
-        pipeline.quantize_bundle("tiny-rerun", _recipe("seed=7"), output=tmp_path / "random", pretrained="random")
+        pipeline.quantize_bundle(tiny_models[0], _recipe("seed=7"), output=tmp_path / "random", pretrained="random")

@@ -81,9 +81,7 @@ def test_a_bundle_is_used_without_torch(vit_bundle: Bundle, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_all_but_making_files_works_without_torch(vit_bundle: Bundle, tmp_path: Path) -> None:
-    ignored = shutil.ignore_patterns("w*", "calibration*")
-    bundle = Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignored))
+def test_all_but_making_files_works_without_torch(own: Path, vit_bundle: Bundle, tmp_path: Path) -> None:
     data = ["--dataset", str(_labelled(tmp_path))]
     foreign = _siglip_like(vit_bundle, tmp_path / "theirs")
     files = ["--image", str(foreign / "visual.onnx"), "--text", str(foreign / "textual.onnx")]
@@ -92,11 +90,11 @@ def test_all_but_making_files_works_without_torch(vit_bundle: Bundle, tmp_path: 
     shutil.copy(tmp_path / "0.png", photos)
     commands = [
         ["--help"],
-        ["verify", str(bundle)],
-        ["embed", str(bundle), str(photos), "-o", str(tmp_path / "out.npy")],
-        ["quantize", str(bundle), "--bits", "w8a8", "--set", "synthesis.method=leaves", *TINY, *data],
-        ["evaluate", str(bundle), str(bundle / "w8a8"), *data],
-        ["inspect", str(bundle / "w8a8")],
+        ["verify", str(own)],
+        ["embed", str(own), str(photos), "-o", str(tmp_path / "out.npy")],
+        ["quantize", str(own), "--bits", "w8a8", "--set", "synthesis.method=leaves", *TINY, *data],
+        ["evaluate", str(own), str(own / "w8a8"), *data],
+        ["inspect", str(own / "w8a8")],
         ["import", *files, "--context-length", "77", "-o", str(tmp_path / "out")],
         ["quantize", str(tmp_path / "out" / "theirs"), "--bits", "w8a8", *TINY, *data],
         ["recipe"],
@@ -104,7 +102,7 @@ def test_all_but_making_files_works_without_torch(vit_bundle: Bundle, tmp_path: 
     refused = [
         ["export", "mini-vit", "-o", str(tmp_path / "new")],
         ["quantize", "-o", str(tmp_path / "new")],
-        ["quantize", str(bundle), "--bits", "w4a8", *TINY, *data],  # D4C asks the model
+        ["quantize", str(own), "--bits", "w4a8", *TINY, *data],  # D4C asks the model
         ["models"],
         ["import", *files, "--like", "ViT-B-32:openai", "-o", str(tmp_path / "other")],
     ]

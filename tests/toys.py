@@ -30,7 +30,6 @@ VOCABULARY = {
     "th": 28,
     "in": 29,
 }
-OWN = 29  # the largest id
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def write_tokenizer(path: Path, toy: Toy) -> None:
     made.save(str(path))
 
 
-def tokens(lengths: list[int], context: int, ended: bool = True) -> np.ndarray:
+def tokens(lengths: list[int], ended: bool = True) -> np.ndarray:
     """Rows of letters, int64 [rows, longest], padded; each with its end token unless `ended` is False."""
     rng = np.random.default_rng(1)
     rows = np.full((len(lengths), max(lengths)), PAD, np.int64)

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import spoilt_graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import spoilt_bytes, spoilt_json
+from spoils import rehash
 from toys import Toy, bundle_of
 
 from d4c_onnx import measure, packaging
@@ -37,18 +37,10 @@ def copy(toy: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy, tmp_path / "toy"))
 
 
-def _rehash(folder: Path) -> None:
-    """Right hashes: only what they stand for is wrong."""
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    for name, record in manifest["files"].items():
-        record["sha256"] = sha256((folder / name).read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 def _change(folder: Path, name: str, how: str, seed: int = 0) -> None:
     file = folder / name
     file.write_bytes(spoilt_graphs.changed(file.read_bytes(), how, random.Random(seed)))
-    _rehash(folder)
+    rehash(folder)
 
 
 def _swap(folder: Path) -> None:
@@ -56,7 +48,7 @@ def _swap(folder: Path) -> None:
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(second)
     other.write_bytes(first)
-    _rehash(folder)
+    rehash(folder)
 
 
 def _serve(folder: Path) -> None:
@@ -200,7 +192,7 @@ def test_spoilt_bytes_of_graphs(toy: Path, data: st.DataObject) -> None:
     folder = _fresh(toy)
     file = folder / data.draw(st.sampled_from([IMAGE, TEXT]))
     file.write_bytes(data.draw(spoilt_bytes(file.read_bytes())))
-    _rehash(folder)
+    rehash(folder)
     _any_end(folder)
 
 
@@ -210,7 +202,7 @@ def test_spoilt_tokenizers(toy: Path, data: st.DataObject) -> None:
     folder = _fresh(toy)
     content = data.draw(spoilt_json(json.loads((folder / "tokenizer.json").read_bytes())))
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    _rehash(folder)
+    rehash(folder)
     _any_end(folder)
 
 
@@ -220,7 +212,7 @@ def test_spoilt_golden_vectors(toy: Path, data: st.DataObject) -> None:
     folder = _fresh(toy)
     file = folder / "golden" / "golden.json"
     file.write_text(json.dumps(data.draw(spoilt_json(json.loads(file.read_bytes())))))
-    _rehash(folder)
+    rehash(folder)
     _any_end(folder)
 
 

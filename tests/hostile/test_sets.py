@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import spoilt_bytes, spoilt_json
+from spoils import rehash
 
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.calibration.dataset import open_calibration_set, save_calibration_set
@@ -46,17 +46,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def _rehash(folder: Path) -> None:
-    """Right hashes: only what they stand for is wrong."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        for name in manifest["files"]:
-            manifest["files"][name] = sha256((folder / name).read_bytes()).hexdigest()
-    except (ValueError, KeyError, TypeError, OSError):
-        return
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 def _check(folder: Path) -> None:
     """Opened whole, or refused in a message that is short and printable."""
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -85,7 +74,7 @@ def test_spoilt_json(data: st.DataObject, name: str, made: Path, tmp_path_factor
     folder = _copy(made, tmp_path_factory)
     spoilt: Any = data.draw(spoilt_json(json.loads((folder / name).read_bytes())))
     (folder / name).write_text(json.dumps(spoilt))
-    _rehash(folder)
+    rehash(folder)
     _check(folder)
     shutil.rmtree(folder)
 
@@ -95,7 +84,7 @@ def test_spoilt_json(data: st.DataObject, name: str, made: Path, tmp_path_factor
 def test_spoilt_bytes(data: st.DataObject, name: str, made: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = _copy(made, tmp_path_factory)
     (folder / name).write_bytes(data.draw(spoilt_bytes((folder / name).read_bytes())))
-    _rehash(folder)
+    rehash(folder)
     _check(folder)
     shutil.rmtree(folder)
 
@@ -120,7 +109,7 @@ def _copy(made: Path, factory: pytest.TempPathFactory) -> Path:
 def test_images_of_another_form_are_refused(made: Path, tmp_path: Path, name: str, array: np.ndarray) -> None:
     folder = Path(shutil.copytree(made, tmp_path / "set"))
     np.save(folder / name, array)
-    _rehash(folder)
+    rehash(folder)
     with pytest.raises(CalibrationError, match=f"{name}|holds out|labels"):
         open_calibration_set(folder)
 

@@ -24,6 +24,14 @@ SHARING = ("optimum", "txtai")
 INSTALLING = 600  # seconds, after which a registry is called out of reach
 
 
+def chromium() -> str:
+    """The browser of this machine; skips where there is none."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium here (apt install chromium)")
+    return found
+
+
 def environment(name: str) -> Path:
     """The folder of an environment, made where there is none of these packages; skips where it cannot be made."""
     cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))

@@ -9,7 +9,6 @@ import functools
 import http.server
 import json
 import os
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -18,20 +17,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from encoders import material
-from environments import environment
+from encoders import material, quantized_bundle
+from environments import chromium, environment
 from PIL import Image
 
-from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.bundle import Bundle
 from d4c_onnx.packaging import package_bundle
-from d4c_onnx.quantization import quantize_bundle_files
-from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime import ClipSession
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
+import servers
+
 from d4c_onnx.serving.app import create_app
 from d4c_onnx.serving.limits import Limits
-from d4c_onnx.serving.listening import listen, server_of
 
 pytestmark = pytest.mark.integration
 
@@ -43,9 +41,7 @@ def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A mini at w4a8, and its original."""
     source, calibration = material(request, "vit")
     folder = tmp_path_factory.mktemp("pages") / "w4a8"
-    section = load_recipe(None, ["quantization.bits=w4a8", "quantization.rounding=nearest"]).quantization
-    quantize_bundle_files(source, calibration, folder, section, recipe_dump={"seed": 0, "quantization": {}})
-    return open_bundle(folder), source
+    return quantized_bundle(source, calibration, folder, "rounding=nearest"), source
 
 
 @pytest.fixture(scope="module")
@@ -59,25 +55,25 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+@pytest.fixture(scope="module")
+def browser() -> tuple[str, Path]:
+    """Chromium, and the packages that drive it."""
+    return chromium(), environment("page")
+
+
 @pytest.fixture
 def served(bundles: tuple[Bundle, Bundle]) -> Iterator[str]:
     """The address of `d4c-onnx serve`."""
-    listener = listen("127.0.0.1", 0)
-    server = server_of(create_app(*map(ClipSession, bundles)), Limits())
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(30)
-    listener.close()
+    with servers.served(create_app(*map(ClipSession, bundles)), Limits()) as (host, port):
+        yield f"http://{host}:{port}/"
 
 
 @pytest.fixture
-def packaged(bundles: tuple[Bundle, Bundle], tmp_path: Path) -> Iterator[str]:
+def packaged(bundles: tuple[Bundle, Bundle], browser: tuple[str, Path], tmp_path: Path) -> Iterator[str]:
     """The address of a server of files, with both bundles' packages side by side."""
     for bundle, name in zip(bundles, ("quantised", "original"), strict=True):
         package_bundle(bundle.path, "web", tmp_path / name)
-        (tmp_path / name / "node_modules").symlink_to(environment("page") / "node_modules")
+        (tmp_path / name / "node_modules").symlink_to(browser[1] / "node_modules")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -87,16 +83,14 @@ def packaged(bundles: tuple[Bundle, Bundle], tmp_path: Path) -> Iterator[str]:
         thread.join(30)
 
 
-def _driven(url: str, photos: list[Path], name: str, tmp_path: Path) -> dict[str, Any]:
+def _driven(browser: tuple[str, Path], url: str, photos: list[Path], name: str, tmp_path: Path) -> dict[str, Any]:
     """What the page showed."""
-    place, chromium = environment("page"), shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium here")
+    program, place = browser
     folder = Path(os.environ.get("D4C_SCREENSHOTS", tmp_path))
     screenshots = [str(folder / f"{name}-{width}.png") for width in ("wide", "narrow")]
     asked = {"url": url, "photos": list(map(str, photos)), "labels": LABELS, "screenshots": screenshots}
-    command = ["node", Path(__file__).with_name("page.mjs"), place, chromium, json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["node", Path(__file__).with_name("page.mjs"), place, program, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -107,12 +101,13 @@ def test_a_person_sees_both_bundles_scores(
     engine: str,
     percent: float,
     bundles: tuple[Bundle, Bundle],
+    browser: tuple[str, Path],
     photos: list[Path],
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
     url = request.getfixturevalue(engine)
-    found = _driven(url, photos, engine, tmp_path)
+    found = _driven(browser, url, photos, engine, tmp_path)
     assert found["faults"] == []
     assert set(found["asked"]) - {"null"} == {url[: url.index("/", 8)]}  # null: pictures and the icon, from memory
     assert found["model"] == "mini-vit, w4a8 beside fp32"

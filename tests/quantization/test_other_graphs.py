@@ -1,6 +1,5 @@
 """Graphs that no exporter of ours wrote: nodes without names, If branches, attention that the finder does not know."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
-from encoders import count, material, quantize, reasons, section_of
+from encoders import count, material, quantize, quantized_bundle, reasons, section_of
 from graphs import Feeds, check, ops, parse, run
 
 from d4c_onnx.bundle import Bundle
@@ -30,12 +29,13 @@ from d4c_onnx.graph.values import (
     take_over,
     value_named,
 )
-from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.quantization import quantize_encoder
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.session import EncoderSession
 
 ATTENTION = "attention as one operator"
+NO_PRODUCT = "what the softmax reads is no product of queries and keys"
+NO_MIXING = "the softmax is not read by one product with values"
 
 
 def _written(model: ir.Model, path: Path) -> Path:
@@ -50,6 +50,7 @@ def _cosine(source: Path, target: Path, dataset: CalibrationSet) -> float:
     return float((one * other).sum(1).min())
 
 
+@pytest.mark.slow
 def test_nodes_without_names(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """ONNX asks for no names of nodes; the integers are those of the named graph."""
     bundle, dataset = material(request, "vit")
@@ -112,17 +113,21 @@ def _mixed_by_einsum(model: ir.Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("target", "change", "reason"),
     [
-        (_divided, "what the softmax reads is no product of queries and keys"),
-        (_einsum, "what the softmax reads is no product of queries and keys"),
-        (_mixed_by_einsum, "the softmax is not read by one product with values"),
+        pytest.param(target, change, reason, marks=marks, id=f"{target}-{name}")
+        for target, change, reason, name, marks in (
+            ("cpu", _divided, NO_PRODUCT, "div", pytest.mark.slow),
+            ("cpu", _einsum, NO_PRODUCT, "einsum", ()),
+            ("cpu", _mixed_by_einsum, NO_MIXING, "einsum of values", ()),
+            ("cuda", _divided, NO_PRODUCT, "div", pytest.mark.slow),
+            ("cuda", _einsum, NO_PRODUCT, "einsum", pytest.mark.slow),
+            ("cuda", _mixed_by_einsum, NO_MIXING, "einsum of values", pytest.mark.slow),
+        )
     ],
-    ids=["div", "einsum", "einsum of values"],
 )
-@pytest.mark.parametrize("target", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_attention_that_is_not_known(
-    change: Callable[[ir.Model], None], reason: str, target: str, request: pytest.FixtureRequest, tmp_path: Path
+    target: str, change: Callable[[ir.Model], None], reason: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Right answers, without the operator; and the report says why."""
     bundle, dataset = material(request, "vit")
@@ -130,7 +135,7 @@ def test_attention_that_is_not_known(
     change(model)
     source = _written(model, tmp_path / "image_other.onnx")
     assert _cosine(source, bundle.image_encoder, dataset) > 0.99999
-    keys = ("bits=w8a8", f"target={target}")
+    keys = ("bits=w8a8", f"target={target}", "rounding=nearest")
     report, made = quantize(source, dataset, tmp_path / "q.onnx", *keys, verify=True)
     assert _cosine(source, tmp_path / "q.onnx", dataset) > 0.98
     assert count(report, ATTENTION) == 0
@@ -184,7 +189,14 @@ def _is_residual(add: ir.Node) -> bool:
     return all(entry is not None for entry in makers) and any(is_op(entry, "Add") for entry in makers)
 
 
-@pytest.mark.parametrize("keys", [("bits=w8a8",), ("bits=w4a8",), ("bits=w8a8", "target=portable")])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("bits=w8a8",),
+        ("bits=w4a8",),
+        pytest.param(("bits=w8a8", "target=portable"), marks=pytest.mark.slow),
+    ],
+)
 def test_branches_that_read_inside_a_block(
     keys: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -204,27 +216,26 @@ def test_branches_that_read_inside_a_block(
     assert len(layer_bits(made)) == 38
 
 
-def test_inspect_shows_what_was_left_alone_and_why(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_inspect_shows_what_was_left_alone_and_why(own: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """All three at once: a bundle of a graph without names, with branches, and with attention of another form."""
-    bundle, dataset = material(request, "vit")
-    own = Bundle(Path(shutil.copytree(bundle.path, tmp_path / "own")), bundle.manifest)
-    model = load_model(own.image_encoder)
+    exported, dataset = material(request, "vit")
+    bundle = Bundle(own, exported.manifest)
+    model = load_model(bundle.image_encoder)
     _divided(model)
     _gated(model)
     proto = ir.to_proto(model)
     for entry in proto.graph.node:
         entry.name = ""
-    onnx.save(proto, own.image_encoder)
-    recipe = load_recipe(None, [f"quantization.{key}" for key in ("bits=w8a8", "rounding=nearest", "smoothing=none")])
-    dump = recipe.model_dump()
-    made = quantize_bundle_files(own, dataset, tmp_path / "w8a8", recipe.quantization, recipe_dump=dump, threads=1)
-    assert _cosine(own.image_encoder, made.image_encoder, dataset) > 0.98
+    onnx.save(proto, bundle.image_encoder)
+    keys = ("bits=w8a8", "rounding=nearest", "smoothing=none")
+    made = quantized_bundle(bundle, dataset, tmp_path / "w8a8", *keys, threads=1)
+    assert _cosine(bundle.image_encoder, made.image_encoder, dataset) > 0.98
     shown = CliRunner().invoke(group, ["inspect", str(made.path)])
     assert shown.exit_code == 0, shown.output
     refused = [line.strip() for line in shown.output.splitlines() if " not at " in line]
     alone = [line for line in refused if line.startswith(ATTENTION)]
     assert len(alone) == 6
-    assert all("what the softmax reads is no product of queries and keys" in line for line in alone)
+    assert all(NO_PRODUCT in line for line in alone)
     assert len({line.partition(":")[0] for line in alone}) == 6  # each at a place of its own
     assert len([line for line in refused if "QuickGELU" in line]) == 1
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 from encoders import section_of
-from graphs import parse
+from graphs import Feeds, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d4c_onnx.calibration.readers import OneBatchReader
 from d4c_onnx.graph.layers import weighted_layers
 from d4c_onnx.graph.model import save_model
 from d4c_onnx.quantization import quantize_encoder
@@ -21,12 +20,8 @@ TWO = "g (float[n,3,8] x) => (float[n,3,6] y) { [first] h = MatMul(x, first_w) [
 STRANGE = "g (float[n,8] x) => (float[n,16] y) { h = MatMul(x, first_w) s = Sinh(h) y = MatMul(s, second_w) }"
 
 
-def feeds_of(values: np.ndarray, batch: int = 64) -> OneBatchReader:
-    class Reader(OneBatchReader):
-        def _stream(self):  # type: ignore[no-untyped-def]
-            yield from (values[start : start + batch] for start in range(0, len(values), batch))
-
-    return Reader(None, "x")
+def feeds_of(values: np.ndarray, batch: int = 64) -> Feeds:
+    return Feeds(values[start : start + batch] for start in range(0, len(values), batch))
 
 
 def test_moments_of_a_linear_encoder() -> None:

@@ -2,16 +2,16 @@
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from encoders import NOISE
 from hypothesis import given
 from hypothesis import strategies as st
 
 from d4c_onnx import pipeline
-from d4c_onnx.bundle import Bundle, encoder_size_bytes, open_bundle
+from d4c_onnx.bundle import encoder_size_bytes, open_bundle
 from d4c_onnx.cli.main import group
 from d4c_onnx.errors import CalibrationError, CheckFailed, RecipeError
 from d4c_onnx.files import write_json
@@ -21,15 +21,6 @@ from d4c_onnx.quantization.sensitivity import LayerCost
 from d4c_onnx.recipe import Recipe, load_recipe
 from d4c_onnx.results import Promise, PromiseTry
 
-QUICK = (
-    "synthesis.method=noise",
-    "synthesis.images=8",
-    "synthesis.held_out=4",
-    "text.prompts=8",
-    "text.held_out=4",
-    "quantization.rounding=nearest",
-    "evaluation.dataset=fidelity",
-)
 COSTS = [
     LayerCost("image", "first", 100, 8, 0.0),
     LayerCost("image", "a", 400, 4.25, 4.0),
@@ -40,14 +31,7 @@ RISING = st.lists(st.floats(0, 1), min_size=1, max_size=12).map(sorted)
 
 
 def recipe_of(*keys: str) -> Recipe:
-    return load_recipe(None, [*QUICK, *keys])
-
-
-@pytest.fixture
-def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
-    """A copy of the FP32 mini-vit alone."""
-    ignore = shutil.ignore_patterns("w*a*", "calib*", ".*")
-    return Path(shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=ignore))
+    return load_recipe(None, [*NOISE, *keys])
 
 
 @given(RISING, RISING, st.floats(0, 1))

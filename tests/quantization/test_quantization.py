@@ -1,122 +1,29 @@
-"""Quantisation: the maths of nearest rounding, and real files that onnxruntime runs on int8 kernels."""
+"""Quantisation: real files that onnxruntime runs on int8 kernels."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
-from encoders import material, prompts_of_one_length, quantize, section_of
+from encoders import material, prompts_of_one_length, quantize, quantized_bundle, section_of
 from graphs import Feeds, check, ops, parse, run, run_all
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from d4c_onnx.bundle import Bundle, file_size_bytes
-from d4c_onnx.errors import BundleError, GraphError, RecipeError
+from d4c_onnx.bundle import Bundle
+from d4c_onnx.errors import GraphError, RecipeError
 from d4c_onnx.graph.forms import CAST, INT8
-from d4c_onnx.graph.model import load_model, opset_of, save_model
+from d4c_onnx.graph.model import load_model, opset_of
 from d4c_onnx.graph.stored import average_bits, convert_stored, layer_bits, stored_weight
 from d4c_onnx.graph.values import name_of, nodes_of
 from d4c_onnx.manifest import EXACT_PRODUCTS
-from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.quantization.calibration_batches import images_at_a_time
 from d4c_onnx.quantization.inside.ranges import collect_ranges
 from d4c_onnx.quantization.plan import make_plan
-from d4c_onnx.quantization.rounding.base import grid_limits
-from d4c_onnx.quantization.rounding.nearest import NearestRounding, round_to_grid, search_scales
-from d4c_onnx.quantization.storage.token_table import TokenTable, pack_halves, store_token_table
 from d4c_onnx.quantization.targets import TARGETS
-from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.kernels import count_kernels
 from d4c_onnx.runtime.session import EncoderSession
 
 FULL_RANGE = "reduce_range=false"
-WEIGHTS = hnp.arrays(
-    np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=st.floats(-100, 100, width=32)
-)
-
-
-@given(hnp.arrays(np.int8, (6, 10), elements=st.integers(-8, 7)), st.lists(st.integers(0, 5), min_size=1, max_size=4))
-@settings(max_examples=25, deadline=None)
-def test_packed_token_rows_come_back_as_they_were(values: np.ndarray, ids: list[int]) -> None:
-    """onnxruntime unpacks exactly the rows that are looked up; half a byte a value."""
-    values[:, 0] = 7  # so that each row lies on a grid that the rounding finds again
-    scale = np.linspace(0.5, 3, 6, dtype=np.float32)
-    table = values * scale[:, None]
-    model = parse("g (int64[n] ids) => (float[n, 10] rows) { [look_up] rows = Gather(table, ids) }", table=table)
-    rounded = NearestRounding().round(table, 4)
-    assert store_token_table(model, 4, TokenTable.PACKED) == 4
-    check(model)
-    assert pack_halves(values).nbytes * 2 == values.size
-    assert "table" not in model.graph.initializers
-    assert np.array_equal(run(model, np.array(ids, np.int64)), rounded.dequantize()[ids])
-    np.testing.assert_allclose(rounded.dequantize(), table, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("form", TokenTable)
-@pytest.mark.parametrize(("width", "asked", "stored"), [(10, 4, 4), (10, 8, 8), (9, 4, None), (9, 8, 8)])
-def test_token_tables_in_every_form(form: TokenTable, width: int, asked: int, stored: int | None) -> None:
-    """A packed row has an even number of values, or 8 bits; a float table stays what it was."""
-    rng = np.random.default_rng(0)
-    table = rng.standard_normal((40, width)).astype(np.float32)
-    model = parse(f"g (int64[n, m] ids) => (float[n, m, {width}] rows) {{ rows = Gather(table, ids) }}", table=table)
-    ids = np.array([[1, 39, 1], [0, 7, 20]], np.int64)
-    bits = store_token_table(model, asked, form)
-    check(model)
-    if form is TokenTable.FLOAT:
-        assert bits is None
-        assert np.array_equal(run(model, ids), table[ids])
-        return
-    assert bits == (stored if stored is not None else {TokenTable.PACKED: 8, TokenTable.FOLDED: 4}[form])
-    assert np.array_equal(run(model, ids), NearestRounding().round(table, bits).dequantize()[ids])
-
-
-@given(WEIGHTS, st.sampled_from([4, 6, 7, 8]))
-@settings(deadline=None)
-def test_nearest_stays_on_its_grid_and_within_half_a_step(weight: np.ndarray, num_bits: int) -> None:
-    rounded = NearestRounding().round(weight, num_bits)
-    low, high = grid_limits(num_bits)
-    assert rounded.integers.dtype == np.int8
-    assert rounded.integers.min() >= low
-    assert rounded.integers.max() <= high
-    assert np.isfinite(rounded.scale).all()
-    assert (rounded.scale > 0).all()
-    inside = np.abs(weight) <= rounded.scale[:, None] * high
-    error = np.abs(rounded.dequantize() - weight)
-    assert (error[inside] <= np.broadcast_to(rounded.scale[:, None] * 0.5001, weight.shape)[inside] + 1e-30).all()
-
-
-@given(WEIGHTS, st.sampled_from([4, 6, 7, 8]))
-@settings(deadline=None)
-def test_searched_scale_is_never_worse_than_the_maximum(weight: np.ndarray, num_bits: int) -> None:
-    scale = search_scales(weight, num_bits)
-    high = grid_limits(num_bits)[1]
-    largest = np.abs(weight).max(1)
-    plain = np.where(largest > 1e-20, largest / high, 1).astype(np.float32)
-
-    def error(scales: np.ndarray) -> np.ndarray:
-        return np.square(round_to_grid(weight, scales, num_bits) * scales[:, None] - weight).sum(1, dtype=np.float64)
-
-    # the search's candidates include 1.0 up to its step of a hundredth
-    assert (error(scale) <= error(plain) * 1.02 + 1e-12 + 1e-4 * np.square(largest) * weight.shape[1]).all()
-
-
-def test_values_on_a_grid_survive_exactly() -> None:
-    rng = np.random.default_rng(0)
-    integers = rng.integers(-8, 8, (5, 64)).astype(np.int8)
-    integers[:, 0] = 7
-    scale = rng.uniform(0.01, 2, 5).astype(np.float32)
-    assert np.array_equal(round_to_grid(integers * scale[:, None], scale, 4), integers)
-
-
-def test_zero_channels_are_harmless() -> None:
-    weight = np.zeros((2, 8), np.float32)
-    weight[1] = 1e-42
-    rounded = NearestRounding().round(weight, 4)
-    assert not rounded.integers.any()
-    assert np.isfinite(rounded.dequantize()).all()
 
 
 def test_plan_gives_the_ends_eight_bits(vit_bundle: Bundle) -> None:
@@ -169,6 +76,7 @@ def test_w4a8_file(model: str, tower: str, tmp_path: Path, request: pytest.Fixtu
     assert target.stat().st_size * 6 <= bundle.encoders[tower].stat().st_size
 
 
+@pytest.mark.slow
 def test_average_bits_over_both_files(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     bundle, dataset = material(request, "rn")
     layers = []
@@ -204,7 +112,7 @@ def test_optimised_and_plain_execution_agree(request: pytest.FixtureRequest, tmp
 
 def test_six_bit_activations_never_leave_their_grid(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     bundle, dataset = material(request, "vit")
-    report, made = quantize(bundle.image_encoder, dataset, tmp_path / "q.onnx", "bits=w6a6")
+    report, made = quantize(bundle.image_encoder, dataset, tmp_path / "q.onnx", "bits=w6a6", "rounding=nearest")
     assert {layer.bits for layer in report.layers[:-1]} == {8}  # there is no 6-bit type: stored as int8
     weights = [stored.unpack() for node in made.graph if (stored := stored_weight(node)) is not None]
     assert len(weights) == 38
@@ -218,7 +126,7 @@ def test_six_bit_activations_never_leave_their_grid(request: pytest.FixtureReque
     assert max(int(value.max()) for value in values.values()) <= 63
 
 
-@pytest.mark.parametrize("bits", ["w4a8", "w8a8"])
+@pytest.mark.parametrize("bits", [pytest.param("w4a8", marks=pytest.mark.slow), "w8a8"])
 def test_no_product_can_saturate(bits: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """x86 without VNNI adds two products of uint8 and int8 in 16 bits: no pair of stored weights may overflow that."""
     bundle, dataset = material(request, "vit")
@@ -231,80 +139,26 @@ def test_no_product_can_saturate(bits: str, tmp_path: Path, request: pytest.Fixt
     assert 2 * 255 * largest["reduced"] <= np.iinfo(np.int16).max < 2 * 255 * largest["full"]
 
 
-def test_full_range_names_the_session_it_needs(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    bundle, dataset = material(request, "vit")
-    for name, extra, entries in (("reduced", (), {}), ("full", (FULL_RANGE,), EXACT_PRODUCTS)):
-        told: dict[str, tuple[int, int]] = {}
-        made = quantize_bundle_files(
-            bundle,
-            dataset,
-            tmp_path / name,
-            section_of("bits=w8a8", *extra),
-            recipe_dump={"seed": 0, "quantization": {}},
-            on_step=lambda stage, done, total, _, told=told: told.update({stage: (done, total)}),
-        )
-        assert made.session_entries == entries
-        assert list(told) == [
-            "fold",
-            "calibrate",
-            "gradients",
-            "round",
-            "write",
-            "check",
-        ]  # whoever waits sees where it is
-        assert all(done == total for done, total in told.values())
-
-
-@pytest.mark.parametrize(("bits", "width", "dtype"), [("w4a8", 4, ir.DataType.UINT8), ("w8a8", 8, ir.DataType.INT8)])
-def test_token_table_rows_are_dequantised_one_by_one(
-    bits: str, width: int, dtype: ir.DataType, tmp_path: Path, request: pytest.FixtureRequest
+@pytest.mark.parametrize(
+    ("extra", "entries"),
+    [
+        pytest.param((), {}, marks=pytest.mark.slow, id="reduced"),
+        pytest.param((FULL_RANGE,), EXACT_PRODUCTS, id="full"),
+    ],
+)
+def test_full_range_names_the_session_it_needs(
+    extra: tuple[str, ...], entries: dict[str, str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     bundle, dataset = material(request, "vit")
-    keys = (f"bits={bits}", "rounding=nearest")
-    report, made = quantize(bundle.text_encoder, dataset, tmp_path / "q.onnx", *keys)
-    tables = {
-        value.dtype: [int(size) for size in value.const_value.shape.numpy()]
-        for value in made.graph.initializers.values()
-        if value.const_value is not None and value.const_value.size >= 49408
-    }
-    assert tables == {dtype: [49408, 64 * width // 8], ir.DataType.FLOAT: [49408, 1]}
-    assert report.token_table_bits == width
-    ids = np.array(dataset.input_ids[0], np.int64)[None]
-    got, expected = EncoderSession(tmp_path / "q.onnx").run(ids), EncoderSession(bundle.text_encoder).run(ids)
-    assert float((got * expected).sum()) > (0.98 if width == 4 else 0.999)
+    told: dict[str, tuple[int, int]] = {}
 
+    def on_step(stage: str, done: int, total: int, _: object) -> None:
+        told[stage] = done, total
 
-def test_encoders_beyond_one_protobuf(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a limit that a mini passes: weights beside the graph on every way, and the same answers."""
-    bundle, dataset = material(request, "vit")
-    keys = ("bits=w8a8", "rounding=gptaq")
-    quantize(bundle.text_encoder, dataset, tmp_path / "one.onnx", *keys)
-    monkeypatch.setattr("d4c_onnx.graph.model.weight_bytes", lambda _: 2**32)  # sessions and files alike ask it
-    monkeypatch.setattr("d4c_onnx.quantization.qdq.PROTOBUF_LIMIT_BYTES", 10_000)
-    quantize(bundle.text_encoder, dataset, tmp_path / "large.onnx", *keys)
-    assert (tmp_path / "large.onnx.data").stat().st_size > 10 * (tmp_path / "large.onnx").stat().st_size
-    ids = np.array(dataset.input_ids[0], np.int64)[None]
-    one, large = (EncoderSession(tmp_path / f"{name}.onnx").run(ids) for name in ("one", "large"))
-    assert np.array_equal(one, large)
-
-
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_external_data_holds_the_weights_and_answers_the_same(
-    tower: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    bundle, dataset = material(request, "vit")
-    for name, keys in (("one", ()), ("two", ("external_data=true",))):
-        quantize(bundle.encoders[tower], dataset, tmp_path / f"{name}.onnx", "rounding=nearest", *keys)
-    assert not (tmp_path / "one.onnx.data").exists()
-    assert file_size_bytes(tmp_path / "two.onnx") <= 1.1 * (tmp_path / "one.onnx").stat().st_size  # tensors are aligned
-    fed = np.array(dataset.pixel_values) if tower == "image" else np.array([dataset.input_ids[0]], np.int64)
-    one, two = (EncoderSession(tmp_path / f"{name}.onnx").run(fed) for name in ("one", "two"))
-    assert np.array_equal(one, two)
-    (tmp_path / "two.onnx.data").unlink()
-    with pytest.raises(BundleError, match="cannot load"):
-        EncoderSession(tmp_path / "two.onnx")
+    made = quantized_bundle(bundle, dataset, tmp_path / "q", "bits=w8a8", *extra, on_step=on_step)
+    assert made.session_entries == entries
+    assert list(told) == ["fold", "calibrate", "gradients", "round", "write", "check"]  # whoever waits sees where it is
+    assert all(done == total for done, total in told.values())
 
 
 def test_same_input_same_file(request: pytest.FixtureRequest, tmp_path: Path) -> None:
@@ -318,16 +172,15 @@ def test_same_input_same_file(request: pytest.FixtureRequest, tmp_path: Path) ->
 def test_a_bit_budget_is_spent_and_not_exceeded(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     bundle, dataset = material(request, "vit")
     made = {}
-    for keys in ((), ("quantization.average_bits=4.8",), ("quantization.average_bits=4.05",)):
-        recipe = load_recipe(None, ["quantization.rounding=nearest", *keys])
+    for keys in ((), ("average_bits=4.8",), ("average_bits=4.05",)):
         target = tmp_path / f"{len(made)}"
-        arguments = (bundle, dataset, target, recipe.quantization)
+        arguments = (bundle, dataset, target, "rounding=nearest", *keys)
         if keys and keys[0].endswith("4.05"):  # the first and last layers alone take more
             with pytest.raises(RecipeError, match="boundary_bits"):
-                quantize_bundle_files(*arguments, recipe_dump=recipe.model_dump(mode="json"))
+                quantized_bundle(*arguments)
             assert not target.exists()
             continue
-        written = quantize_bundle_files(*arguments, recipe_dump=recipe.model_dump(mode="json"))
+        written = quantized_bundle(*arguments)
         models = [load_model(path) for path in written.encoders.values()]
         counted = average_bits([layer for model in models for layer in layer_bits(model)])
         assert written.manifest.quantization.weight_bits_average == pytest.approx(counted, abs=1e-4)
@@ -392,15 +245,22 @@ def test_large_activations_are_looked_at_a_few_samples_at_a_time(monkeypatch: py
     assert sizes == [8, 8]
 
 
-@pytest.mark.parametrize("target", ["cpu", pytest.param("portable", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", ["vit", "rn"])
+@pytest.mark.parametrize(
+    ("model", "target"),
+    [
+        ("vit", "cpu"),
+        pytest.param("vit", "portable", marks=pytest.mark.slow),
+        pytest.param("rn", "cpu", marks=pytest.mark.slow),
+        pytest.param("rn", "portable", marks=pytest.mark.slow),
+    ],
+)
 def test_every_rewrite_is_proved_by_running(
     model: str, target: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """`verify` runs both graphs of each step, on two calibration batches, and has ONNX's checker look at them."""
     bundle, dataset = material(request, model)
     for tower, path in bundle.encoders.items():
-        keys = ("bits=w8a8", f"target={target}", "smoothing=none")
+        keys = ("bits=w8a8", f"target={target}", "rounding=nearest", "smoothing=none")
         report, made = quantize(path, dataset, tmp_path / "q.onnx", *keys, verify=True)
         chosen = TARGETS[target]
         names = [rewrite.name for rewrite in (*chosen.float_rewrites, *chosen.served_rewrites)]
@@ -446,35 +306,3 @@ def test_raised_layers_of_the_last_block_keep_their_eight_bits(request: pytest.F
     images = np.array(dataset.held_out)
     exact, got = (EncoderSession(file).run(images) for file in (bundle.image_encoder, tmp_path / "q.onnx"))
     assert (exact * got).sum(1).min() > 0.99
-
-
-@pytest.mark.parametrize("keys", [("bits=w4a8",), ("bits=w4a16", "target=cuda")], ids=["qdq", "float16"])
-def test_weights_beside_the_float_graph_are_read_wherever_they_are_wanted(
-    keys: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    """As in every encoder above 2 GB: the same file comes out, whatever the working directory."""
-    bundle, dataset = material(request, "vit")
-    save_model(load_model(bundle.text_encoder), tmp_path / "text_beside.onnx", limit_bytes=0)
-    assert (tmp_path / "text_beside.onnx.data").exists()
-    written = []
-    for source in (bundle.text_encoder, tmp_path / "text_beside.onnx"):
-        path = tmp_path / f"{source.stem}_quantised.onnx"
-        quantize(source, dataset, path, *keys, tower="text")
-        written.append(path.read_bytes())
-    assert written[0] == written[1]
-    (tmp_path / "text_beside.onnx.data").unlink()
-    with pytest.raises(GraphError, match="are missing"):
-        load_model(tmp_path / "text_beside.onnx")
-
-
-def test_weights_outside_the_folder_are_refused(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    bundle, _ = material(request, "vit")
-    (tmp_path / "inside").mkdir()
-    save_model(load_model(bundle.text_encoder), tmp_path / "m.onnx", limit_bytes=0)
-    proto = onnx.load(tmp_path / "m.onnx", load_external_data=False)
-    for tensor in proto.graph.initializer:
-        for entry in tensor.external_data:
-            entry.value = f"../{entry.value}" if entry.key == "location" else entry.value
-    (tmp_path / "inside" / "m.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(GraphError, match=r"outside|escapes|not an ONNX model"):
-        load_model(tmp_path / "inside" / "m.onnx")

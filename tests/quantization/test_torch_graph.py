@@ -111,7 +111,7 @@ INPUTS = {"x": ("float[2,4,6,6] x", X), "w": ("float[3,8] w", WIDE), "ids": ("in
 
 
 def test_every_operator_has_a_case() -> None:
-    # rounding is another thing here than what onnxruntime computes: see test_rounding
+    # rounding is another thing here than what onnxruntime computes: see test_adaround
     assert set(OPERATORS) == {*CASES, "QuantizeLinear", "DequantizeLinear"}
 
 

@@ -1,7 +1,6 @@
 """Golden vectors: a right client passes, each usual mistake of a client fails and is named, damage is told."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from encoders import quantized_bundle
 from PIL import Image
 
 from d4c_onnx.bundle import Bundle, open_bundle
@@ -17,8 +17,6 @@ from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.cli.main import group
 from d4c_onnx.errors import BundleError
 from d4c_onnx.manifest_file import write_manifest
-from d4c_onnx.quantization import quantize_bundle_files
-from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.golden import read_golden
 from d4c_onnx.runtime.golden_check import Answers
 from d4c_onnx.runtime.session import EncoderSession
@@ -98,10 +96,8 @@ def _cut(bundle: Bundle, text: str) -> np.ndarray:
 def w4a8(
     vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet], tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
-    recipe = load_recipe(None, ["quantization.bits=w4a8", "quantization.rounding=nearest"])
     target = tmp_path_factory.mktemp("golden") / "w4a8"
-    dump = recipe.model_dump(mode="json")
-    return quantize_bundle_files(vit_bundle, vit_calibration[1], target, recipe.quantization, recipe_dump=dump)
+    return quantized_bundle(vit_bundle, vit_calibration[1], target, "rounding=nearest")
 
 
 @pytest.fixture(params=["fp32", "w4a8"])
@@ -120,11 +116,6 @@ def _embed_texts(bundle: Bundle, ids: Callable[[Bundle, str], np.ndarray]) -> np
     return np.concatenate([session.run(ids(bundle, one.text)) for one in read_golden(bundle.path).texts])
 
 
-def _copied(bundle: Bundle, place: Path) -> Path:
-    """The bundle alone, without what other tests put into its folder."""
-    return Path(shutil.copytree(bundle.path, place / "copy", ignore=shutil.ignore_patterns("w*", "calibration*")))
-
-
 def test_a_right_client_passes(bundle: Bundle) -> None:
     golden = read_golden(bundle.path)
     assert (len(golden.images), len(golden.texts), golden.unseen) == (3, 5, ())
@@ -132,6 +123,14 @@ def test_a_right_client_passes(bundle: Bundle) -> None:
     assert found.ok, found.checks
     assert [check.ok for check in found.checks] == [True] * 8
     assert found.likeliest == {"image": None, "text": None}
+
+
+@pytest.mark.parametrize("mini", ["vit", "rn"])
+def test_texts_longer_than_the_context(mini: str, request: pytest.FixtureRequest) -> None:
+    """What the golden texts hold: one that every stack has to cut."""
+    exported: Bundle = request.getfixturevalue(f"{mini}_bundle")
+    longest = max(read_golden(exported.path).texts, key=lambda one: len(one.text))
+    assert len(longest.input_ids) == exported.manifest.tokenizer.context_length
 
 
 WRONG_TEXTS = {"not cleaned": _raw, "no end token": _no_end, "cut without the end token": _cut}
@@ -164,47 +163,38 @@ def test_a_mistake_with_texts_is_named(w4a8: Bundle, name: str) -> None:
     assert name in (found.likeliest["text"] or "")
 
 
-def test_a_manifest_with_other_pixels_is_seen(vit_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_manifest_with_other_pixels_is_seen(own: Path, vit_bundle: Bundle) -> None:
     """Whoever edits a manifest by hand and hashes again gets told what golden vectors were made with."""
-    copy = Path(
-        shutil.copytree(vit_bundle.path, tmp_path / "copy", ignore=shutil.ignore_patterns("w*", "calibration*"))
-    )
     wrong = replace(vit_bundle.manifest.preprocess, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    write_manifest(copy, replace(vit_bundle.manifest, preprocess=wrong))
-    found = verify_bundle(copy)
+    write_manifest(own, replace(vit_bundle.manifest, preprocess=wrong))
+    found = verify_bundle(own)
     assert [check.name for check in found.checks if check.ok is False] == ["image embeddings"]
     assert found.likeliest["image"] == "mean and std of OpenAI"
 
 
-def test_damage_is_told_by_the_command(vit_bundle: Bundle, tmp_path: Path) -> None:
-    copy = Path(
-        shutil.copytree(vit_bundle.path, tmp_path / "copy", ignore=shutil.ignore_patterns("w*", "calibration*"))
-    )
+def test_damage_is_told_by_the_command(own: Path, tmp_path: Path) -> None:
     runner = CliRunner()
-    done = runner.invoke(group, ["verify", str(copy), "--quiet"])
+    done = runner.invoke(group, ["verify", str(own), "--quiet"])
     assert (done.exit_code, done.output.count("ok ")) == (0, 6), done.output
-    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
-    done = runner.invoke(group, ["verify", str(copy), "--quiet", "--provider", "cpu"])
+    (own / "tokenizer.json").write_text((own / "tokenizer.json").read_text() + " ")
+    done = runner.invoke(group, ["verify", str(own), "--quiet", "--provider", "cpu"])
     assert done.exit_code == 1
     assert "tokenizer.json" in done.output
     odd = tmp_path / "odd.npy"
     np.save(odd, np.zeros((2, 5), np.float32))
-    assert runner.invoke(group, ["verify", str(copy), "--images", str(odd)]).exit_code == 2
+    assert runner.invoke(group, ["verify", str(own), "--images", str(odd)]).exit_code == 2
     assert runner.invoke(group, ["verify", str(tmp_path / "nothing")]).exit_code == 2
 
 
-def test_older_golden_files_are_verified(vit_bundle: Bundle, tmp_path: Path) -> None:
-    copy = Path(
-        shutil.copytree(vit_bundle.path, tmp_path / "copy", ignore=shutil.ignore_patterns("w*", "calibration*"))
-    )
-    golden = read_golden(copy)
+def test_older_golden_files_are_verified(own: Path, vit_bundle: Bundle) -> None:
+    golden = read_golden(own)
     plain = {"image": golden.images[0].file, "text": golden.texts[0].text, "input_ids": golden.texts[0].input_ids}
     embeds = {"image_embeds": golden.images[0].embeds, "text_embeds": golden.texts[0].embeds}
-    (copy / "golden" / "golden.json").write_text(json.dumps({**plain, **embeds, "tolerance": 1e-4}))
-    write_manifest(copy, vit_bundle.manifest)
-    assert read_golden(copy).older
-    assert verify_bundle(copy).ok
-    open_bundle(copy)
+    (own / "golden" / "golden.json").write_text(json.dumps({**plain, **embeds, "tolerance": 1e-4}))
+    write_manifest(own, vit_bundle.manifest)
+    assert read_golden(own).older
+    assert verify_bundle(own).ok
+    open_bundle(own)
 
 
 @pytest.mark.parametrize(

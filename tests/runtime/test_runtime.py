@@ -8,13 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from encoders import material, quantize, quantized_bundle
 
 from d4c_onnx.bundle import Bundle
-from d4c_onnx.calibration import CalibrationSet, D4CCalibrationDataReader, PromptCalibrationDataReader
+from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.errors import BundleError, ModelError
 from d4c_onnx.manifest import Preprocess
-from d4c_onnx.quantization import quantize_bundle_files, quantize_encoder
-from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.gpu import gpu_name, gpu_used_bytes
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.kernels import count_kernels
@@ -136,22 +135,20 @@ def test_the_gpu_is_asked_through_its_driver(monkeypatch: pytest.MonkeyPatch) ->
     assert (gpu_name() is None) == (gpu_used_bytes() is None)
 
 
-@pytest.mark.parametrize(("model", "tower"), [("vit", "image"), ("vit", "text"), ("rn", "image")])
+@pytest.mark.parametrize(
+    ("model", "tower"),
+    [("vit", "image"), ("vit", "text"), pytest.param("rn", "image", marks=pytest.mark.slow)],
+)
 def test_inspection_agrees_with_the_census(
     model: str, tower: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Layer by layer it must find the very kernels that are counted in the optimised graph, in float and in int8."""
-    bundle: Bundle = request.getfixturevalue(f"{model}_bundle")
+    bundle, dataset = material(request, model)
     floating = inspect_encoder(bundle.encoders[tower])
     assert "unknown" not in {layer.kernel for layer in floating.layers}
     assert floating.as_dict()["weight_bits_average"] == 32
     assert not any(layer.int8 for layer in floating.layers)
-    calibration = (
-        request.getfixturevalue("vit_calibration")[0] if model == "vit" else request.getfixturevalue("rn_calibration")
-    )
-    reader = (D4CCalibrationDataReader if tower == "image" else PromptCalibrationDataReader)(calibration)
-    section = load_recipe(None, ["quantization.rounding=nearest"]).quantization
-    report = quantize_encoder(bundle.encoders[tower], tmp_path / "q.onnx", reader, section)
+    report, _ = quantize(bundle.encoders[tower], dataset, tmp_path / "q.onnx", "rounding=nearest")
     inspected, counted = inspect_encoder(tmp_path / "q.onnx"), count_kernels(tmp_path / "q.onnx")
     integer = sum(layer.bits <= 8 for layer in report.layers)  # the projection and channels that left stay float
     assert sum(layer.int8 for layer in inspected.layers) == counted["int8"] == integer
@@ -169,9 +166,8 @@ def test_inspection_agrees_with_the_census(
 def test_inspection_opens_sessions_as_the_bundle_says(
     tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
 ) -> None:
-    section = load_recipe(None, ["quantization.bits=w8a8"]).quantization
-    recipe = {"seed": 0, "quantization": {}}
-    made = quantize_bundle_files(vit_bundle, vit_calibration[1], tmp_path / "w8a8", section, recipe_dump=recipe)
+    keys = ("bits=w8a8", "rounding=nearest")
+    made = quantized_bundle(vit_bundle, vit_calibration[1], tmp_path / "w8a8", *keys)
     assert inspect_encoder(made.image_encoder, made.session_entries).summary.startswith("37 of 38 weighted")
     entries = {"session.disable_quant_qdq": "1"}  # quantisers are then left where they stand
     assert inspect_encoder(made.image_encoder, entries).summary.startswith("0 of 38 weighted")

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from click.testing import CliRunner
 from toys import Toy, bundle_of
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
-import uvicorn
+from servers import served
 
 from d4c_onnx import extras
 from d4c_onnx.bundle import Bundle
@@ -25,7 +24,6 @@ from d4c_onnx.cli.main import group
 from d4c_onnx.runtime import ClipSession
 from d4c_onnx.serving.app import create_app
 from d4c_onnx.serving.limits import Limits
-from d4c_onnx.serving.listening import listen, server_of
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +35,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def address(toy: Bundle) -> Iterator[tuple[str, int]]:
     """Of a server that gives its clients a third of a second."""
     limits = Limits(arrive_seconds=0.3, idle_seconds=0.3)
-    listener = listen("127.0.0.1", 0)
-    server: uvicorn.Server = server_of(create_app(ClipSession(toy), limits=limits), limits)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield listener.getsockname()
-    server.should_exit = True
-    thread.join(30)
-    listener.close()
+    with served(create_app(ClipSession(toy), limits=limits), limits) as address:
+        yield address
 
 
 def _healthy(address: tuple[str, int]) -> bool:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import open_calibration_set
 from d4c_onnx.calibration.ahead import control_ahead
 from d4c_onnx.calibration.method import D4C
@@ -66,14 +65,8 @@ def test_presets_are_recipe_keys() -> None:
     assert made["best"].synthesis.steps > made["default"].synthesis.steps
 
 
-@pytest.fixture
-def own(tmp_path: Path, vit_bundle: Bundle) -> Path:
-    shutil.copytree(vit_bundle.path, tmp_path / "mini-vit", ignore=shutil.ignore_patterns("w*a*", "calib*"))
-    return tmp_path
-
-
 def test_it_is_said_before_and_set_wins(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["synthesize", "-o", str(own), "--effort"]
+    command = ["synthesize", "-o", str(own.parent), "--effort"]
     few = [word for key in TINY for word in ("--set", f"synthesis.{key}")]
     done = CliRunner().invoke(group, [*command, "best", *few, "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -97,8 +90,8 @@ def test_it_is_said_before_and_set_wins(own: Path, monkeypatch: pytest.MonkeyPat
 def test_timing_a_step_makes_no_other_images(own: Path) -> None:
     few, made = [word for key in TINY for word in ("--set", f"synthesis.{key}")], []
     for words in (["--effort", "default"], []):
-        folder = own / f"run{len(words)}"
-        shutil.copytree(own / "mini-vit", folder / "mini-vit")
+        folder = own.parent / f"run{len(words)}"
+        shutil.copytree(own, folder / "mini-vit")
         done = CliRunner().invoke(group, ["synthesize", "-o", str(folder), *few, *words, "--json"])
         said = json.loads(done.stdout)
         assert ("effort" in said) == bool(words)
