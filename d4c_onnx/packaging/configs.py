@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 
 from d4c_onnx.errors import BundleError
 from d4c_onnx.packaging.job import Job
+from d4c_onnx.runtime.panics import tokenizer_of
 from d4c_onnx.runtime.preprocess import FILTERS, filter_of
-from d4c_onnx.untrusted_json import short
 
 WEB_CONFIG = "web.json"
 
@@ -95,10 +95,7 @@ def clip_config(job: Job) -> dict[str, Any]:
 def _tokenizer(job: Job) -> Tokenizer:
     """Raises BundleError: tokenizer.json is damaged."""
     path = job.bundle.tokenizer
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises this very class
-        raise BundleError(f"{path}: is no tokenizer ({short(error)}). Export the bundle again.") from error
+    return tokenizer_of(path, lambda why: BundleError(f"{path}: is no tokenizer ({why}). Export the bundle again."))
 
 
 def write_texts(job: Job, folder: str = "") -> None:
