@@ -82,7 +82,6 @@ ROWS = {
     "total variation, weight 0.3": Row(changes={"tv_weight": 0.3}),
     "total variation, weight 1": Row(changes={"tv_weight": 1.0}),
     "total variation, weight 3": Row(changes={"tv_weight": 3.0}),
-    "coarse 0.5": Row(keys="coarse=0.5", models=VIT),  # mini-rn's 2 x 2 tokens cannot be halved
     "25 steps": Row(keys="steps=25"),
     "stopped early, 0.02": Row(keys="early_stop_tolerance=0.02"),
     "float32": Row(keys="precision=float32"),

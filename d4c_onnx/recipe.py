@@ -55,9 +55,6 @@ class SynthesisSection(_Section):
     held_out: int = Field(16, ge=0, le=100_000, description="further images that calibration never sees, for fidelity")
     batch: int = Field(16, ge=1, le=4096, description="images that are optimised together (SCG's negatives)")
     steps: int = Field(20, ge=1, le=1_000_000, description="optimiser steps each image takes part in")
-    coarse: float = Field(
-        0.0, ge=0, le=1, description="share of the steps, the first ones, that look at half the resolution"
-    )
     early_stop_tolerance: float | None = Field(
         None,
         gt=0,

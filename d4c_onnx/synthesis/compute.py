@@ -4,11 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from d4c_onnx.bfloat16 import multiplies_bfloat16
 from d4c_onnx.errors import ModelError
-from d4c_onnx.synthesis.coarse import CoarseView
 
 
 def resolve_device(device: str) -> torch.device:
@@ -32,11 +30,9 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def prepare_tower(
-    tower: nn.Module, device: torch.device, precision: torch.dtype, coarse: CoarseView | None = None
+    tower: nn.Module, device: torch.device, precision: torch.dtype
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The tower as a frozen function: pixel_values float32 [B, 3, H, W] -> embeds float32 [B, D].
-
-    It takes images of the tower's own size and, with a coarse view, of that one's.
 
     Weights get no gradient (only images are optimised), convolutional towers work channels-last, and products run in
     `precision` under autocast; LayerNorms, softmax and losses stay in float32.
@@ -46,14 +42,12 @@ def prepare_tower(
     convolutional = sum(isinstance(module, nn.Conv2d) for module in tower.modules()) > 1
     if convolutional:
         tower = tower.to(memory_format=torch.channels_last)
-    smaller = {name: value.to(device) for name, value in coarse.parameters.items()} if coarse else {}
 
     def encode(pixel_values: torch.Tensor) -> torch.Tensor:
         if convolutional:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            shrunk = coarse is not None and tuple(pixel_values.shape[2:]) == coarse.size
-            embeds: torch.Tensor = functional_call(tower, smaller if shrunk else {}, (pixel_values,))
+            embeds: torch.Tensor = tower(pixel_values)
         return embeds.float()
 
     return encode

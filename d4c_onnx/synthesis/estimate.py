@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -38,18 +37,17 @@ def units_ahead(
         processes: that share the work.
 
     Returns:
-        At most so many seconds: steps at half the resolution take less, and an early stop leaves some out.
+        At most so many seconds: an early stop leaves some out.
     """
     generator = torch.Generator().manual_seed(0)
     values = start.values.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([values], lr=guide.method.learning_rate)
     chosen = torch.arange(min(len(values), section.batch))
     boxes = draw_boxes(len(values), guide.method.box_area, generator).to(values.device)[chosen]
-    whole = replace(guide, coarse=None)
     seconds = 0.0
     for _ in range(2):
         begun = clock()
-        optimize_step(start.render(values[chosen]), boxes, labels[chosen], whole, optimizer, generator)
+        optimize_step(start.render(values[chosen]), boxes, labels[chosen], guide, optimizer, generator)
         seconds = clock() - begun
     images = sum(map(len, units))
     return Ahead(section.method, images, section.steps, seconds / len(chosen) * images * section.steps / processes)

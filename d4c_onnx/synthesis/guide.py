@@ -10,7 +10,6 @@ from torch import nn
 from d4c_onnx.calibration.method import Method
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.recipe import SynthesisSection
-from d4c_onnx.synthesis.coarse import CoarseView, coarse_view
 from d4c_onnx.synthesis.compute import prepare_tower
 from d4c_onnx.synthesis.hooks import TowerHooks, keeps_statistics
 from d4c_onnx.synthesis.objectives import Objective, build_objective
@@ -29,7 +28,6 @@ class Guide:
         objective: the weighted sum of losses.
         perturbations: PAE's list; empty without PAE. They act on SCG's box, without SCG on the whole image.
         hooks: what the objective asks of the tower's activations.
-        coarse: the smaller size at which the first steps look, if any.
     """
 
     method: Method
@@ -39,7 +37,6 @@ class Guide:
     objective: Objective
     perturbations: tuple[Perturbation, ...]
     hooks: TowerHooks
-    coarse: CoarseView | None = None
 
 
 def build_guide(
@@ -60,16 +57,14 @@ def build_guide(
     tower, _ = loaded.deployed_towers()
     mean, std = (value.to(device) for value in loaded.normalization())
     objective = build_objective(method, keeps_statistics(tower))
-    coarse = coarse_view(tower, loaded.preprocess.size) if section.coarse else None
     return Guide(
         method=method,
         tower=tower,
-        encode=prepare_tower(tower, device, precision, coarse),
+        encode=prepare_tower(tower, device, precision),
         texts=embed_prompts(loaded, section.template, nouns).to(device),
         objective=objective,
         perturbations=published(mean, std) if method.pae and method.loss == "d4c" else (),
         hooks=TowerHooks(tower, objective.activation_terms),
-        coarse=coarse,
     )
 
 

@@ -5,7 +5,6 @@ images are one unit, whose minibatches step one Adam in turn (images outside the
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,10 @@ def optimize_unit(
     optimizer = torch.optim.Adam([values], lr=guide.method.learning_rate)
     boxes = draw_boxes(len(values), guide.method.box_area, generator).to(values.device)
     first, history = _resume(checkpoint, values, optimizer, generator)
-    coarse_steps = round(section.coarse * section.steps)
     for step in range(first, section.steps):
-        own = guide if step < coarse_steps else replace(guide, coarse=None)
         for chosen in _minibatches(len(values), section.batch, generator):
             pixels = images.render(values[chosen])
-            shown = optimize_step(pixels, boxes[chosen], labels[chosen], own, optimizer, generator)
+            shown = optimize_step(pixels, boxes[chosen], labels[chosen], guide, optimizer, generator)
         for name, value in shown.items():
             history.setdefault(name, []).append(value)
         on_step(step + 1, shown)
@@ -75,7 +72,7 @@ def optimize_step(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """One step of Adam on rendered pixels [B, 3, H, W], at the guide's coarse size where it has one; the loss terms."""
+    """One step of Adam on rendered pixels [B, 3, H, W]; the loss terms."""
     loss, shown = guide.objective(_encode_views(pixels, boxes, labels, guide, generator))
     optimizer.zero_grad()
     loss.backward()
@@ -96,16 +93,15 @@ def _encode_views(
     """Render the views the objective needs, and encode them in one forward pass."""
     wanted = sorted(guide.objective.views)
     perturbed = "box" if guide.method.scg else "whole"
-    seen = guide.coarse.shrink(pixels) if guide.coarse else pixels
     views: dict[str, torch.Tensor] = {}
     for name in wanted:
         if name == "box":
-            views[name] = crop_boxes(seen, boxes)
+            views[name] = crop_boxes(pixels, boxes)
         elif name == "background":
-            noise = torch.randn(seen.shape, generator=generator).to(seen.device) * guide.method.background_noise
-            views[name] = cut_boxes(seen, boxes, noise)
+            noise = torch.randn(pixels.shape, generator=generator).to(pixels.device) * guide.method.background_noise
+            views[name] = cut_boxes(pixels, boxes, noise)
         else:
-            views[name] = seen
+            views[name] = pixels
         if name == perturbed:
             views[name] = perturb(views[name], guide.perturbations, generator)
     count = len(pixels)

@@ -54,7 +54,6 @@ def test_values_that_yaml_chokes_on(tmp_path: Path, scalar: str) -> None:
     "key",
     [
         "synthesis.early_stop_tolerance",
-        "synthesis.coarse",
         "evaluation.max_drop",
         "evaluation.min_cosine",
         "text.random_words",

@@ -55,7 +55,7 @@ def _hashes(path: Path) -> dict[str, str]:
     return {file.name: sha256(file) for file in sorted(path.iterdir())}
 
 
-@pytest.mark.parametrize("extra", ["coarse=0.5", "method=d4c-published"])
+@pytest.mark.parametrize("extra", ["method=d4c", "method=d4c-published"])
 def test_interrupted_run_resumes_to_the_same_files(
     tmp_path: Path, mini_vit, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +157,6 @@ _CHANGES: dict[str, Method | str] = {
     "one Adam": replace(D4C, shared_optimizer=True),
     "start": replace(D4C, start="noise"),
     "precision": "precision=bfloat16",
-    "coarse": "coarse=1.0",
 }
 
 

@@ -1,20 +1,16 @@
-"""What the tower says of images: its statistics, its patches, when it has seen enough, and at half the resolution."""
+"""What the tower says of images: its statistics, its patches, and when it has seen enough."""
 
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from d4c_onnx.calibration.method import D4C, PUBLISHED, Method
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.models.load import load_model
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.synthesis import synthesize
-from d4c_onnx.synthesis.coarse import coarse_view
-from d4c_onnx.synthesis.compute import prepare_tower
 from d4c_onnx.synthesis.early_stop import InputStatistics
 from d4c_onnx.synthesis.hooks import norm_distance, patch_entropy
 
@@ -79,42 +75,6 @@ def test_baselines_refuse_towers_without_what_they_match(tmp_path: Path, model: 
     recipe = load_recipe(None, [f"synthesis.method={name}"])
     with pytest.raises(RecipeError, match=f"synthesis, {name}: this image tower"):
         synthesize(loaded, tmp_path / "set", recipe.synthesis, recipe.text, ("a", "b"), seed=0)
-
-
-def test_coarse_view_halves_the_tokens(mini_vit) -> None:
-    """At its own size the tower is unchanged; at half of it, patches are where they were and nothing is trained."""
-    tower = mini_vit.deployed_towers()[0]
-    coarse = coarse_view(tower, (48, 48))
-    assert coarse.size == (24, 24)
-    [(name, embedding)] = coarse.parameters.items()
-    own = dict(tower.named_parameters())[name].detach()
-    assert embedding.shape == (1 + 3 * 3, own.shape[1])
-    assert torch.equal(embedding[0], own[0])  # the class token has no place
-    assert torch.allclose(embedding[1:].mean(0), own[1:].mean(0), atol=0.05 * float(own.abs().max()))
-    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    encode = prepare_tower(tower, torch.device("cpu"), torch.float32, coarse)
-    with torch.no_grad():
-        np.testing.assert_allclose(encode(pixels), tower(pixels), atol=1e-6)
-        assert encode(coarse.shrink(pixels)).shape == (2, 128)
-    gray = torch.full((1, 3, 48, 48), 0.3)
-    assert torch.allclose(coarse.shrink(gray), gray[:, :, :24, :24])
-
-
-def test_coarse_view_of_a_resnet() -> None:
-    """224 pixels are 7 x 7 tokens; 4 x 4 are 128 pixels."""
-    tower = load_model("RN50", pretrained="random").deployed_towers()[0]
-    coarse = coarse_view(tower, (224, 224))
-    assert coarse.size == (128, 128)
-    encode = prepare_tower(tower, torch.device("cpu"), torch.float32, coarse)
-    with torch.no_grad():
-        assert encode(torch.zeros(1, 3, 128, 128)).shape == (1, 1024)
-
-
-def test_towers_that_cannot_be_halved_are_refused(mini_rn) -> None:
-    with pytest.raises(RecipeError, match="cannot take other sizes"):
-        coarse_view(torch.nn.Linear(2, 2), (32, 32))
-    with pytest.raises(RecipeError, match=r"4 tokens \(2 x 2\) at 64 x 64 pixels"):
-        coarse_view(mini_rn.deployed_towers()[0], (64, 64))
 
 
 def test_input_statistics_see_what_calibration_would_see() -> None:
