@@ -7,17 +7,26 @@ receives its own section, never the whole recipe; the resolved recipe goes into 
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from d4c_onnx.choices import ROUNDINGS, TARGET_CLAUSES, in_words
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.untrusted_json import QUOTED, quoted, short
 
 WEIGHT_BITS = (4, 6, 8)
 ACTIVATION_BITS = (4, 6, 8, 16)
 _LARGEST, _DEEPEST = 2**20, 20  # bytes of a recipe, and levels
+
+
+if TYPE_CHECKING:  # words that a table holds are no Literal to mypy
+    TargetName = str
+    RoundingName = str
+else:
+    TargetName = Literal[*TARGET_CLAUSES]
+    RoundingName = Literal["auto", *ROUNDINGS]
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
@@ -109,17 +118,14 @@ class QuantizationSection(_Section):
         description="w<weight bits>a<activation bits>, such as w4a8 or w8a8; a16: weights only, activations in "
         "float16, for target cuda",
     )
-    target: Literal["cpu", "portable", "tensorrt", "openvino", "cuda"] = Field(
-        "cpu",
-        validate_default=True,
-        description="where the files are served. cpu: onnxruntime's CPU provider; portable: standard operators, old "
-        "runtimes; tensorrt: symmetric int8, plain int4; openvino: plain int4; cuda: an FP16 bundle beside",
+    target: TargetName = Field(
+        "cpu", validate_default=True, description=f"where the files are served. {in_words(TARGET_CLAUSES)}"
     )
-    rounding: Literal["auto", "nearest", "gptq", "gptaq", "yaqa", "adaround", "adaround-published"] = Field(
+    rounding: RoundingName = Field(
         "auto",
         description="how weights meet their grid; auto: yaqa at w4a8, w8a8 and w4a16 (gptaq where torch is not "
-        "installed, or an operator has no gradient), else nearest; adaround-published: for the published 20,000 steps "
-        "a region",
+        "installed, or an operator has no gradient), else nearest; "
+        + in_words({name: choice.clause for name, choice in ROUNDINGS.items()}),
     )
     smoothing: Literal["none", "layer_norm", "all"] = Field(
         "all",
@@ -199,8 +205,9 @@ class QuantizationSection(_Section):
     @field_validator("correction")
     @classmethod
     def _leaves_something_to_correct(cls, correction: str, info: ValidationInfo) -> str:
-        if correction != "none" and str(info.data.get("rounding")).startswith("adaround"):
-            raise ValueError("not with adaround, which fits the outputs itself. Leave it out.")
+        rounding = info.data.get("rounding")
+        if correction != "none" and rounding in ROUNDINGS and ROUNDINGS[rounding].learns:
+            raise ValueError(f"not with {rounding}, which fits the outputs itself. Leave it out.")
         return correction
 
     @field_validator("average_bits")
@@ -263,9 +270,14 @@ class QuantizationSection(_Section):
         return "yaqa" if fitted else "nearest"
 
     @property
+    def learns(self) -> bool:
+        """Whether the rounding learns by torch's gradients."""
+        return ROUNDINGS[self.rounding_method].learns
+
+    @property
     def group_size(self) -> int:
         """`group`, where the rounding knows groups; 0: none."""
-        return 0 if self.rounding_method.startswith("adaround") else self.group
+        return 0 if self.learns else self.group
 
     @property
     def headroom(self) -> float:

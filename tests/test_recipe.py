@@ -148,7 +148,9 @@ def test_quantisation_keys_that_contradict_each_other_are_refused(key: str, keys
 
 def test_keys_are_few_and_each_says_what_it_does() -> None:
     keys = recipe_keys()
-    assert len(keys) <= 32  # of which two wait for a measurement on trained weights (docs/design.md)
+    undecided = {"synthesis.early_stop_tolerance", "quantization.correction"}  # docs/design.md
+    assert undecided < {key.name for key in keys}
+    assert len(keys) - len(undecided) <= 30
     assert len({key.name for key in keys}) == len(keys)
     for key in keys:
         assert key.help, key.name

@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from d4c_onnx.choices import TARGET_CLAUSES, in_words
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -237,6 +239,14 @@ def output_option(function: F) -> F:
         default=Path("exported"),
         show_default=True,
         help="Output folder.",
+    )(function)
+
+
+def target_option(function: F) -> F:
+    return click.option(
+        "--target",
+        metavar="NAME",
+        help=f"Where the files are served. {in_words(TARGET_CLAUSES)}.  [recipe: cpu]",
     )(function)
 
 

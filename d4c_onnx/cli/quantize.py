@@ -45,12 +45,7 @@ if TYPE_CHECKING:
     metavar="POINTS",
     help="Find the smallest files whose top-1 on --dataset falls by at most so many points.",
 )
-@click.option(
-    "--target",
-    metavar="NAME",
-    help="Where the files are served: cpu, portable (standard operators, old runtimes), tensorrt, openvino, or cuda "
-    "(writes an FP16 bundle, too).  [recipe: cpu]",
-)
+@options.target_option
 @options.pretrained_option
 @options.weights_options
 @options.output_option

@@ -58,8 +58,8 @@ def quantize_bundle(
         MissingExtra: torch is needed, and not installed.
         CheckFailed: top-1 or cosine fell by more than is allowed; the files are written, its `report` has the rest.
     """
-    if recipe.quantization.rounding.startswith("adaround"):
-        need_extra("export", "quantization.rounding adaround: learning by gradients")
+    if recipe.quantization.learns:
+        need_extra("export", f"quantization.rounding {recipe.quantization.rounding}: learning by gradients")
     clock = Clock()
     if not isinstance(source, str):
         found = find_or_import(source, output, recipe, name=name, options=options, on_step=on_step)

@@ -79,13 +79,11 @@ def test_every_list_of_a_keys_words_is_the_same() -> None:
     from d4c_onnx.calibration.method import METHODS
     from d4c_onnx.cli.quantize import command as quantize
     from d4c_onnx.cli.synthesize import command as synthesize
-    from d4c_onnx.quantization import rounding
     from d4c_onnx.quantization.targets import TARGETS
     from d4c_onnx.recipe_keys import recipe_keys
 
     words = {key.name: key.takes.split(", ") for key in recipe_keys()}
     assert words["quantization.target"] == list(TARGETS)
-    assert words["quantization.rounding"] == ["auto", *rounding.METHODS]
     assert words["synthesis.method"] == [*METHODS, "noise", "pink", "leaves", "real"]
     options = {option.name: option for command in (quantize, synthesize) for option in command.params}
     assert list(options["method"].type.choices) == words["synthesis.method"]

@@ -15,10 +15,11 @@ from d4c_onnx.graph.model import load_model, save_model
 from d4c_onnx.graph.values import constant, maker, nodes_of
 from d4c_onnx.quantization import quantize_encoder
 from d4c_onnx.quantization.plan import InputGroups, make_plan
-from d4c_onnx.quantization.rounding import METHODS, Reconstruction, RoundingTask
+from d4c_onnx.quantization.rounding import METHODS, RoundingTask
 from d4c_onnx.quantization.rounding.base import grid_limits
 from d4c_onnx.quantization.rounding.bias_room import least_scales, with_room
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
+from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
 from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
 
 # By channel: the size of its weights, and its bias. Twelve are dead, or nearly so, and four are not.

@@ -91,7 +91,9 @@ def test_unknown_methods_are_refused(name: str) -> None:
 
 def test_recipes_know_the_methods() -> None:
     for name in METHODS:
-        assert section_of(f"rounding={name}").rounding_method == name
+        section = section_of(f"rounding={name}")
+        assert section.rounding_method == name
+        assert section.learns == isinstance(METHODS[name], Reconstruction)
     assert section_of().rounding_method in METHODS
     assert METHODS["adaround"] == Reconstruction(SHORT)
     assert METHODS["adaround-published"] == Reconstruction(PUBLISHED)

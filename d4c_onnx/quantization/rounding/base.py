@@ -133,7 +133,7 @@ class RoundedWeights:
 
 
 class Rounding(Protocol):
-    """A method: all weights of an encoder onto their grids. `rounding.METHODS` names them.
+    """A method: all weights of an encoder onto their grids. `choices.ROUNDINGS` names them.
 
     Attributes:
         uses_outputs: whether the task should have output moments.

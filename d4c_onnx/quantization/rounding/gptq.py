@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from d4c_onnx.quantization.plan import InputGroups
-from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, grid_limits
+from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, Rounding, grid_limits
 from d4c_onnx.quantization.rounding.groups import search_groups, spread
+from d4c_onnx.quantization.rounding.layerwise import Layerwise
 from d4c_onnx.quantization.rounding.nearest import search_scales
 
 _BLOCK = 128  # columns repaired one by one before the rest is repaired in one product
@@ -89,6 +90,10 @@ class GptaqRounding(GptqRounding):
     """GPTQ layer after layer, x^ carrying the errors of all layers before."""
 
     sequential = True
+
+
+GPTQ: Rounding = Layerwise(GptqRounding)
+GPTAQ: Rounding = Layerwise(GptaqRounding)
 
 
 @dataclass(frozen=True, slots=True)

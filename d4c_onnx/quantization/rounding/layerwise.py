@@ -15,6 +15,7 @@ from d4c_onnx.quantization.rounding.base import (
     LayerRounding,
     QuantizedWeight,
     RoundedWeights,
+    Rounding,
     RoundingTask,
     joined,
 )
@@ -38,6 +39,9 @@ class Layerwise:
     def round_weights(self, task: RoundingTask) -> RoundedWeights:
         """See `Rounding`; biases are corrected in closed form where the task says so."""
         return _Layers(task, self.make()).run()
+
+
+NEAREST: Rounding = Layerwise(NearestRounding)
 
 
 class _Layers:

@@ -10,10 +10,10 @@ from d4c_onnx.graph.values import constant, dims, is_constant, name_of
 from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.inside.statistics import fake_quantize
 from d4c_onnx.quantization.plan import Plan
-from d4c_onnx.quantization.rounding.base import QuantizedWeight, RoundedWeights, RoundingTask
+from d4c_onnx.quantization.rounding.base import QuantizedWeight, RoundedWeights, Rounding, RoundingTask
 from d4c_onnx.quantization.rounding.bias_room import least_scales, with_room
 from d4c_onnx.quantization.rounding.regions import Region, find_regions
-from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
+from d4c_onnx.quantization.rounding.schedule import PUBLISHED, SHORT, AdaRoundSchedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,10 @@ class Reconstruction:
                 rounded.replace(name, channels_back(weight.dequantize(), shape, axis))
             task.on_step("round", number + 1, len(regions), {})
         return RoundedWeights(chosen)
+
+
+ADAROUND: Rounding = Reconstruction(SHORT)
+ADAROUND_PUBLISHED: Rounding = Reconstruction(PUBLISHED)
 
 
 def _weights(

@@ -16,8 +16,9 @@ G and T as in GPTAQ (`gptq`).
 import numpy as np
 
 from d4c_onnx.quantization.plan import InputGroups
-from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, joined
+from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, Rounding, joined
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding, Solved, round_target
+from d4c_onnx.quantization.rounding.layerwise import Layerwise
 
 # Share of the mean of H's diagonal that is added to it.
 _DAMPENING = 0.1
@@ -43,6 +44,9 @@ class YaqaRounding(GptaqRounding):
         target = weight.astype(np.float64) @ solved.shift
         parts = zip(np.split(target, len(outputs)), outputs, strict=True)
         return joined([_round_block(part, gram, num_bits, groups, solved) for part, gram in parts])
+
+
+YAQA: Rounding = Layerwise(YaqaRounding, uses_outputs=True)
 
 
 def _round_block(
