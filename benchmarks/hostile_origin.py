@@ -11,7 +11,6 @@ labelled.parquet       what `evaluate` reads
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,7 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.calibration.dataset import save_calibration_set
 from d4c_onnx.calibration.key import calibration_key
+from d4c_onnx.calibration.set_file import SetManifest
 from d4c_onnx.foreign import ForeignFiles
 from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime.tokenizer import TextTokenizer
@@ -59,7 +59,7 @@ def _set_of(bundle: Bundle, target: Path) -> None:
     pixels = np.random.default_rng(0).random((6, 3, *manifest.preprocess.size), np.float32)
     ids = tuple(tuple(row) for row in TextTokenizer(bundle.tokenizer, manifest.tokenizer)(list(_WORDS)).tolist())
     key = calibration_key(bundle.weights_sha256, recipe.synthesis, recipe.text, _WORDS, 0)
-    told: dict[str, Any] = {"model": bundle.model_name, "key": key, "compute": {"device": "cpu"}, "versions": {}}
+    told = SetManifest(bundle.model_name, key, {"device": "cpu"}, {})
     made = CalibrationSet(pixels[:4], pixels[4:], _WORDS + _WORDS[:2], _WORDS, ids, ("a cat", "a bird"), told)
     save_calibration_set(target, made, pixels)
 

@@ -162,7 +162,7 @@ def _changed_set(model: str, recipe: Recipe, method: Method, output: Path) -> tu
     loaded = load_model(model)
     nouns = embedded_models()[model].nouns
     key = calibration_key(loaded.weights_sha256, recipe.synthesis, recipe.text, nouns, recipe.seed, method=method)
-    target = pipeline.bundle_folder(output, model) / f"calibration-{key['id']}"
+    target = pipeline.bundle_folder(output, model) / f"calibration-{key.id}"
     if target.exists():
         return target, open_calibration_set(target)
     section, text = recipe.synthesis, recipe.text

@@ -43,7 +43,7 @@ def test_folder_becomes_a_set(own: Path, photos: Path) -> None:
     assert made.labels == ()
     reds = np.unique(np.round(np.concatenate([made.pixel_values, made.held_out])[:, 0, 0, 0], 3))
     assert len(reds) == 4  # four of five, none twice
-    assert "my photos" not in json.dumps(made.manifest)
+    assert "my photos" not in json.dumps(made.manifest.record())
     left = work_folder(folder)  # as a run leaves it that is killed after its last rename
     left.mkdir()
     (left / "key.json").write_text("{}")

@@ -66,7 +66,7 @@ def test_a_given_set_says_what_calibrated(own: Path, monkeypatch: pytest.MonkeyP
     assert (recorded["method"], recorded["images"], recorded["held_out"]) == ("noise", 8, 4)
     assert made_with.recipe["text"]["prompts"] == len(made.texts)
     assert (manifest.seed, made_with.calibration_seed) == (0, 3)
-    assert made_with.calibration == made.manifest["key"]["id"]
+    assert made_with.calibration == made.manifest.key.id
 
 
 @pytest.mark.slow

@@ -6,15 +6,15 @@ Controls, whose images ask no model, are made here from end to end: for a bundle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from d4c_onnx.calibration.controls import control_images
 from d4c_onnx.calibration.dataset import CalibrationSet, save_calibration_set
-from d4c_onnx.calibration.key import calibration_key
+from d4c_onnx.calibration.key import CalibrationKey, calibration_key
 from d4c_onnx.calibration.method import METHODS
 from d4c_onnx.calibration.prompts import draw_texts, split_texts
+from d4c_onnx.calibration.set_file import SetManifest
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.manifest_file import versions
@@ -66,7 +66,7 @@ def assemble(
     nouns: tuple[str, ...],
     *,
     seed: int,
-    key: dict[str, Any],
+    key: CalibrationKey,
     own_texts: tuple[str, ...] | None = None,
 ) -> CalibrationSet:
     """Write the set.
@@ -74,7 +74,7 @@ def assemble(
     Args:
         target: its folder; an existing one is replaced.
         nouns: the vocabulary.
-        key: everything that was asked for, and its id.
+        key: everything that was asked for.
         own_texts: the user's own, in place of nouns in templates.
 
     Raises:
@@ -94,7 +94,7 @@ def assemble(
         input_ids=subject.rows(texts),
         held_out_texts=tuple(held_out_texts),
         losses=images.losses,
-        manifest={"model": subject.name, "key": key, "compute": dict(images.compute), "versions": versions()},
+        manifest=SetManifest(subject.name, key, dict(images.compute), versions()),
     )
     preview = denormalize(np.concatenate([images.pixel_values, images.held_out]), subject.preprocess)
     return save_calibration_set(target, content, preview)

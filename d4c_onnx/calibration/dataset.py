@@ -10,15 +10,15 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from d4c_onnx.calibration.set_file import (
     MEND,
+    SetManifest,
     check_regular,
     check_together,
     read_images,
@@ -51,7 +51,7 @@ class CalibrationSet:
         texts: calibration prompts.
         input_ids: one list of ids per prompt, without what the tower does not look at (or at fixed length).
         held_out_texts: further prompts.
-        manifest: key, versions and seeds.
+        manifest: what was asked for, and what it was made with.
         losses: for each unit of synthesis its loss terms by name, one value per pass; empty where none fell.
     """
 
@@ -61,7 +61,7 @@ class CalibrationSet:
     texts: tuple[str, ...]
     input_ids: tuple[tuple[int, ...], ...]
     held_out_texts: tuple[str, ...]
-    manifest: dict[str, Any]
+    manifest: SetManifest
     losses: tuple[dict[str, list[float]], ...] = ()
 
 
@@ -96,7 +96,7 @@ def save_calibration_set(target: Path, content: CalibrationSet, preview: np.ndar
         write_json(stage / LOSSES, content.losses)
         contact_sheet(preview).save(stage / SHEET)
         files = {file.name: sha256(file) for file in sorted(stage.iterdir())}
-        write_json(stage / MANIFEST, {**content.manifest, "files": files})
+        write_json(stage / MANIFEST, replace(content.manifest, files=files).record())
     return open_calibration_set(target, verify=False)  # hashed and looked at a moment ago
 
 
@@ -113,13 +113,13 @@ def open_calibration_set(path: str | Path, verify: bool = True) -> CalibrationSe
     """
     path = Path(path)
     manifest = read_set_json(path / MANIFEST, set_manifest)
-    for name, digest in manifest["files"].items():
+    for name, digest in manifest.files.items():
         check_regular(path / name)
         if verify and sha256(path / name) != digest:
             raise CalibrationError(
                 f"{path / name}: differs from the manifest's SHA-256. Delete the folder, and synthesise again."
             )
-    missing = [name for name in (PIXELS, HELD_OUT, PROMPTS) if name not in manifest["files"]]
+    missing = [name for name in (PIXELS, HELD_OUT, PROMPTS) if name not in manifest.files]
     if missing:
         raise CalibrationError(f"{path}: not a complete calibration set ({missing[0]} is not in its manifest). {MEND}")
     said = read_set_json(path / PROMPTS, set_texts)

@@ -5,7 +5,8 @@ Device, resolved precision and versions decide the last bits; they are in the se
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from d4c_onnx.calibration.method import METHODS, Method
@@ -20,6 +21,47 @@ _GENERATOR = 3
 _GONE = {"coarse": 0.0}
 
 
+@dataclass(frozen=True, slots=True)
+class CalibrationKey:
+    """Everything that was asked of a set.
+
+    Attributes:
+        generator: which code makes images and texts of it.
+        weights_sha256: of the model.
+        seed: of every draw.
+        synthesis, text: the recipe's sections; `source` is the SHA-256 of what was read.
+        method: its constants; none: a control, which asks no model.
+        nouns: the vocabulary.
+        texts_sha256: of the user's own texts; none: nouns in templates.
+        id: a digest of all that, which names the set's folder.
+    """
+
+    generator: int
+    weights_sha256: str
+    seed: int
+    synthesis: Mapping[str, Any]
+    method: Mapping[str, Any] | None
+    text: Mapping[str, Any]
+    nouns: tuple[str, ...]
+    texts_sha256: str | None = None
+    id: str = ""
+
+    @property
+    def method_name(self) -> str:
+        """`synthesis.method`."""
+        return str(self.synthesis["method"])
+
+    @property
+    def template(self) -> str:
+        """`synthesis.template`, with one `{}`."""
+        return str(self.synthesis["template"])
+
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        told = {"id": self.id, **asdict(self), "nouns": list(self.nouns)}
+        return {name: value for name, value in told.items() if name != "texts_sha256" or value is not None}
+
+
 def calibration_key(
     weights_sha256: str,
     section: SynthesisSection,
@@ -29,8 +71,8 @@ def calibration_key(
     source_sha256: str | None = None,
     method: Method | None = None,
     texts: tuple[str, ...] | None = None,
-) -> dict[str, Any]:
-    """Everything that was asked for, and an `id` that names the set's folder.
+) -> CalibrationKey:
+    """Everything that was asked for.
 
     Args:
         source_sha256: stands in for `section.source`: a key holds what was read, not where it lay.
@@ -38,17 +80,17 @@ def calibration_key(
         texts: the user's own, in place of nouns in templates; a key holds their SHA-256.
     """
     method = method or METHODS.get(section.method)
-    key: dict[str, Any] = {
-        "generator": _GENERATOR,
-        "weights_sha256": weights_sha256,
-        "seed": seed,
-        "synthesis": {**section.model_dump(mode="json"), "source": source_sha256},
-        "method": asdict(method) if method else None,
-        "text": text.model_dump(mode="json"),
-        "nouns": list(nouns),
-    }
-    if texts is not None:
-        key["texts_sha256"] = texts_sha256(texts)
-    named = {**key, "synthesis": {**key["synthesis"], **_GONE}}
+    key = CalibrationKey(
+        generator=_GENERATOR,
+        weights_sha256=weights_sha256,
+        seed=seed,
+        synthesis={**section.model_dump(mode="json"), "source": source_sha256},
+        method=asdict(method) if method else None,
+        text=text.model_dump(mode="json"),
+        nouns=nouns,
+        texts_sha256=None if texts is None else texts_sha256(texts),
+    )
+    named = {**key.record(), "synthesis": {**key.synthesis, **_GONE}}
+    del named["id"]
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-    return {"id": digest[:12], **key}
+    return replace(key, id=digest[:12])

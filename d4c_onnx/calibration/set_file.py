@@ -1,12 +1,13 @@
 """The files of a calibration set, as they are read: a set may come from anywhere, and nothing is taken on trust."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from d4c_onnx.calibration.key import CalibrationKey
 from d4c_onnx.errors import CalibrationError
 from d4c_onnx.manifest import LARGEST_SIDE, LONGEST_CONTEXT
 from d4c_onnx.untrusted_json import (
@@ -28,6 +29,29 @@ T = TypeVar("T")
 MEND = "Delete the folder if it was a set, and make it (again) with d4c-onnx synthesize."
 _LONGEST = 10_000  # characters of a prompt
 _CHUNK = 16  # images that are looked at together
+
+
+@dataclass(frozen=True, slots=True)
+class SetManifest:
+    """`manifest.json`.
+
+    Attributes:
+        model: the name of what the set was made for.
+        key: everything that was asked for.
+        compute: device and precision that images were made with; empty for controls.
+        versions: of the libraries.
+        files: SHA-256 by name; empty until they are written.
+    """
+
+    model: str
+    key: CalibrationKey
+    compute: Mapping[str, str]
+    versions: Mapping[str, str]
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**asdict(self), "key": self.key.record()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +80,15 @@ def check_regular(file: Path) -> None:
         raise CalibrationError(f"{file.parent}: not a complete calibration set (no file {file.name}). {MEND}")
 
 
-def set_manifest(top: Node) -> dict[str, Any]:
-    """`manifest.json`: what was asked for, typed as far as anything here looks at it."""
-    return {
-        "model": top.take("model", text, ""),
-        "key": top.take("key", _key),
-        "compute": top.take("compute", mapping(text), {}),
-        "versions": top.take("versions", mapping(text), {}),
-        "files": top.take("files", mapping(sha256_text, _file_name)),
-    }
+def set_manifest(top: Node) -> SetManifest:
+    """`manifest.json`."""
+    return SetManifest(
+        model=top.take("model", text, ""),
+        key=top.take("key", _key),
+        compute=top.take("compute", mapping(text), {}),
+        versions=top.take("versions", mapping(text), {}),
+        files=top.take("files", mapping(sha256_text, _file_name)),
+    )
 
 
 def set_texts(top: Node) -> SetTexts:
@@ -114,16 +138,18 @@ def read_images(file: Path) -> np.ndarray:
     return found
 
 
-def _key(node: Node) -> dict[str, Any]:
-    kept = mapping(recorded)(node)
-    return kept | {
-        "id": node.take("id", text),
-        "weights_sha256": node.take("weights_sha256", sha256_text),
-        "seed": node.take("seed", integer(0, 2**31 - 1)),
-        "synthesis": node.take("synthesis", _synthesis),
-        "text": node.take("text", mapping(recorded)),
-        "nouns": list(node.take("nouns", sequence(_prompt))),
-    }
+def _key(node: Node) -> CalibrationKey:
+    return CalibrationKey(
+        generator=node.take("generator", integer(0, 2**31 - 1), 0),
+        weights_sha256=node.take("weights_sha256", sha256_text),
+        seed=node.take("seed", integer(0, 2**31 - 1)),
+        synthesis=node.take("synthesis", _synthesis),
+        method=node.take("method", nullable(mapping(recorded)), None),
+        text=node.take("text", mapping(recorded)),
+        nouns=node.take("nouns", sequence(_prompt)),
+        texts_sha256=node.take("texts_sha256", nullable(sha256_text), None),
+        id=node.take("id", text),
+    )
 
 
 def _synthesis(node: Node) -> dict[str, Any]:

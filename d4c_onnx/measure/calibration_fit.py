@@ -18,9 +18,9 @@ def check_set_fits(dataset: CalibrationSet, bundle: Bundle) -> None:
         CalibrationError: they differ.
     """
     check_images_fit(dataset, bundle)
-    if dataset.manifest["key"]["weights_sha256"] != bundle.weights_sha256:
+    if dataset.manifest.key.weights_sha256 != bundle.weights_sha256:
         raise CalibrationError(
-            f"the calibration set belongs to other weights ({dataset.manifest.get('model')}) than {bundle.path}. "
+            f"the calibration set belongs to other weights ({dataset.manifest.model}) than {bundle.path}. "
             "Synthesise one from this model."
         )
 

@@ -64,7 +64,7 @@ def report_calibration_set(
         f"{bundle.model_name}: calibration images",
         _facts(made, bundle.model_name),
         denormalize(images["these images"], bundle.manifest.preprocess),
-        [made.manifest["key"]["synthesis"]["template"].format(label) for label in made.labels],
+        [made.manifest.key.template.format(label) for label in made.labels],
         made.losses,
         inputs,
     )
@@ -76,12 +76,12 @@ def report_calibration_set(
 
 def _facts(made: CalibrationSet, model: str) -> dict[str, str]:
     """What the page says about a set, by name."""
-    key = made.manifest["key"]
+    key = made.manifest.key
     return {
         "model": model,
-        "method": key["synthesis"]["method"],
+        "method": key.method_name,
         "images": f"{len(made.pixel_values)}, and {len(made.held_out)} held out",
         "prompts for the text tower": str(len(made.texts)),
-        "seed": str(key["seed"]),
-        "key": key["id"],
+        "seed": str(key.seed),
+        "key": key.id,
     }

@@ -40,12 +40,12 @@ def find_or_synthesize(
         digest = f"{digest} upright"  # other images to the model, so another set
     asked = recipe.synthesis, recipe.text, nouns, recipe.seed, digest
     key = calibration_key(bundle.weights_sha256, *asked, texts=words.texts)
-    target = bundle.path / f"calibration-{key['id']}"
+    target = bundle.path / f"calibration-{key.id}"
     if target.exists():
         if on_ahead is not None:
             on_ahead(Ahead(recipe.synthesis.method, 0, 0, 0.0))
         return target, open_calibration_set(target)
-    if on_ahead is not None and key["method"] is None:
+    if on_ahead is not None and key.method is None:
         on_ahead(work_ahead(recipe, bundle.manifest.preprocess))
     if asks_no_model(model, recipe):
 

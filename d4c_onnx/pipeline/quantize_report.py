@@ -113,6 +113,6 @@ def report_of(
 
 def calibrated_with(dataset: CalibrationSet) -> CalibratedWith:
     """What is in a set, by its own word."""
-    key = dataset.manifest["key"]
+    key = dataset.manifest.key
     images, texts = len(dataset.pixel_values), len(dataset.texts)
-    return CalibratedWith(images, str(key["synthesis"]["method"]), texts, "texts_sha256" in key)
+    return CalibratedWith(images, key.method_name, texts, key.texts_sha256 is not None)

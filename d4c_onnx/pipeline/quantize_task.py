@@ -117,10 +117,10 @@ def _given_set(
     from d4c_onnx.calibration.dataset import open_calibration_set
 
     given = open_calibration_set(calibration)
-    key = given.manifest["key"]
-    if words.nouns is not None and key["nouns"] != list(words.nouns):
+    key = given.manifest.key
+    if words.nouns is not None and key.nouns != words.nouns:
         raise RecipeError(f"--prompts {prompts}: {calibration} was made for other nouns. Leave one of the two out.")
-    if words.texts is not None and key.get("texts_sha256") != texts_sha256(words.texts):
+    if words.texts is not None and key.texts_sha256 != texts_sha256(words.texts):
         raise RecipeError(f"--texts {texts}: {calibration} was made for other texts. Leave one of the two out.")
     return given
 

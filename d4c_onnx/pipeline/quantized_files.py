@@ -27,14 +27,14 @@ def quantized_files(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -
     from d4c_onnx.quantization import quantize_bundle_files, quantize_to_promise
     from d4c_onnx.runtime.session import resolve_provider
 
-    key, resumed = dataset.manifest["key"], task.resumed
+    key, resumed = dataset.manifest.key, task.resumed
     made = None if resumed is None else resumed.manifest.quantization
     if resumed is not None and made is not None:
-        if made.calibration != key["id"]:  # of other images: not this run's to finish
+        if made.calibration != key.id:  # of other images: not this run's to finish
             refuse_existing(task.target, overwrite=False)
         return resumed
     # Which images and texts calibrated is the set's word: it may have been given, and it holds no machine's paths.
-    dump = task.recipe.model_dump(mode="json") | {name: key[name] for name in ("synthesis", "text")}
+    dump = task.recipe.model_dump(mode="json") | {"synthesis": dict(key.synthesis), "text": dict(key.text)}
     placed: dict[str, Any] = {
         "recipe_dump": dump,
         "provider": resolve_provider(task.machine.provider),

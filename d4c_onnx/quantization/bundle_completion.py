@@ -53,8 +53,8 @@ def describe_quantization(
         optimizer_effect={name: effect.record() for name, effect in effects.items()},
         weight_bits_average=round(average_bits(layers), 4),
         encoders={name: report.record() for name, report in reports.items()},
-        calibration=dataset.manifest["key"]["id"],
-        calibration_seed=dataset.manifest["key"]["seed"],
+        calibration=dataset.manifest.key.id,
+        calibration_seed=dataset.manifest.key.seed,
     )
 
 

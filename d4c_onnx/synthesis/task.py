@@ -1,12 +1,11 @@
 """What is decided before the first image is made: method, device, precision, nouns, units of work, and their key."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from d4c_onnx.calibration.key import calibration_key
+from d4c_onnx.calibration.key import CalibrationKey, calibration_key
 from d4c_onnx.calibration.method import METHODS, Method
 from d4c_onnx.calibration.prompts import draw_labels
 from d4c_onnx.errors import RecipeError
@@ -24,7 +23,7 @@ class Plan:
         method: how images are optimised; none: a control, nothing is.
         nouns: the vocabulary.
         seed: of every draw.
-        key: everything that was asked for, and its id.
+        key: everything that was asked for.
         device, precision: of the tower.
         labels: int64 [images + held_out], the index of the noun that each image is made for; empty for controls.
         units: what is made together; none for controls.
@@ -36,7 +35,7 @@ class Plan:
     method: Method | None
     nouns: tuple[str, ...]
     seed: int
-    key: dict[str, Any]
+    key: CalibrationKey
     device: torch.device
     precision: torch.dtype
     labels: np.ndarray

@@ -8,12 +8,12 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from d4c_onnx.calibration.dataset import work_folder
+from d4c_onnx.calibration.key import CalibrationKey
 from d4c_onnx.files import translate_os_error, write_file, write_json
 from d4c_onnx.manifest_file import versions
 
@@ -91,7 +91,7 @@ class UnitStore:
         return self.folder / f"unit-{unit.number:04d}.npz"
 
 
-def open_unit_store(target: Path, key: dict[str, Any], compute: dict[str, str]) -> UnitStore:
+def open_unit_store(target: Path, key: CalibrationKey, compute: dict[str, str]) -> UnitStore:
     """The store of a set; what an interrupted run left is kept where it would be made again bit for bit, else dropped.
 
     Args:
@@ -105,7 +105,7 @@ def open_unit_store(target: Path, key: dict[str, Any], compute: dict[str, str]) 
     folder = work_folder(target)
     note = folder / "key.json"
     # torch and thread count decide the last bits of every sum, so they belong to the state of a half-done run
-    state = {"key": key["id"], "versions": versions(), "threads": torch.get_num_threads(), **compute}
+    state = {"key": key.id, "versions": versions(), "threads": torch.get_num_threads(), **compute}
     if not note.exists() or json.loads(note.read_text("utf-8")) != state:
         shutil.rmtree(folder, ignore_errors=True)
         try:

@@ -17,6 +17,8 @@ import numpy as np
 
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.calibration.dataset import CalibrationSet, open_calibration_set, save_calibration_set, work_folder
+from d4c_onnx.calibration.key import CalibrationKey
+from d4c_onnx.calibration.set_file import SetManifest
 from d4c_onnx.files import claimed, staged_folder, write_file
 from d4c_onnx.manifest import Manifest, ModelInfo, Preprocess, Quantization, Signature, TensorInfo, TokenizerInfo
 from d4c_onnx.manifest_file import write_manifest
@@ -35,7 +37,7 @@ FP32 = Manifest(
 )
 MADE = Quantization("w4a8", "cpu", "", {}, "1.23", False, dict.fromkeys(FILES, "0" * 64))
 SYNTHESIS = {"method": "noise", "template": "a {}"}
-KEY = {"id": "0123", "weights_sha256": "0" * 64, "seed": 0, "synthesis": SYNTHESIS, "text": {}, "nouns": ["a", "b"]}
+KEY = CalibrationKey(0, "0" * 64, 0, SYNTHESIS, None, {}, ("a", "b"), id="0123")
 
 
 def write_bundle(target: Path, overwrite: bool = False, text: str = "graph", made: Quantization | None = None) -> None:
@@ -72,7 +74,9 @@ def synthesize(folder: Path) -> None:
             pixels = np.zeros((2, 3, 4, 4), np.float32)
             for number in range(2):
                 write_file(work / f"unit-{number}.npz", lambda file: np.savez(file, pixels))
-            made = CalibrationSet(pixels, pixels, (), ("a", "b"), ((1,), (2,)), ("c",), {"model": "tiny", "key": KEY})
+            made = CalibrationSet(
+                pixels, pixels, (), ("a", "b"), ((1,), (2,)), ("c",), SetManifest("tiny", KEY, {}, {})
+            )
             save_calibration_set(target, made, pixels)
             shutil.rmtree(work)
     open_calibration_set(target)

@@ -16,6 +16,7 @@ from spoils import rehash
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.calibration.dataset import open_calibration_set, save_calibration_set
 from d4c_onnx.calibration.key import calibration_key
+from d4c_onnx.calibration.set_file import SetManifest
 from d4c_onnx.errors import CalibrationError
 from d4c_onnx.recipe import load_recipe
 
@@ -34,12 +35,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a cat", "a dog"),
         ((1, 2, 3), (1, 2)),
         ("a bird",),
-        {
-            "model": "tiny",
-            "key": calibration_key("0" * 64, recipe.synthesis, recipe.text, ("cat", "dog"), 0),
-            "compute": {"device": "cpu"},
-            "versions": {"numpy": "2"},
-        },
+        SetManifest(
+            "tiny",
+            calibration_key("0" * 64, recipe.synthesis, recipe.text, ("cat", "dog"), 0),
+            {"device": "cpu"},
+            {"numpy": "2"},
+        ),
         ({"loss": [2.0, 1.0]},),
     )
     save_calibration_set(target, content, pixels)
@@ -60,11 +61,11 @@ def _check(folder: Path) -> None:
         assert np.isfinite(opened.pixel_values).all()
         assert np.isfinite(opened.held_out).all()
         assert len(opened.texts) == len(opened.input_ids)
-        key = opened.manifest["key"]
-        assert all(isinstance(key["synthesis"]["template"].format(label), str) for label in opened.labels)
-        assert isinstance(key["id"] + key["weights_sha256"] + key["synthesis"]["method"], str)
-        assert isinstance(key["nouns"], list)
-        assert isinstance(key["seed"], int)
+        key = opened.manifest.key
+        assert all(isinstance(key.template.format(label), str) for label in opened.labels)
+        assert isinstance(key.id + key.weights_sha256 + key.method_name, str)
+        assert all(isinstance(noun, str) for noun in key.nouns)
+        assert isinstance(key.seed, int)
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 

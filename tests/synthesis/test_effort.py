@@ -96,5 +96,5 @@ def test_timing_a_step_makes_no_other_images(own: Path) -> None:
         said = json.loads(done.stdout)
         assert ("effort" in said) == bool(words)
         made.append(open_calibration_set(said["calibration"]))
-    assert made[0].manifest["key"] == made[1].manifest["key"]
+    assert made[0].manifest.key == made[1].manifest.key
     assert np.array_equal(made[0].pixel_values, made[1].pixel_values)

@@ -52,6 +52,6 @@ def test_half_of_a_sets_prompts_are_random_words(mini_vit, tmp_path: Path) -> No
         assert len(made.texts) - len(known) == round(share * len(made.texts))
         assert made.input_ids == mini_vit.cut(mini_vit.tokenize(list(made.texts)))
         sets.append(made)
-    assert sets[0].manifest["key"]["id"] != sets[1].manifest["key"]["id"]
+    assert sets[0].manifest.key.id != sets[1].manifest.key.id
     # they use tokens that no noun does
     assert len({token for row in sets[1].input_ids for token in row}) > 20

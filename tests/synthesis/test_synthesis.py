@@ -36,7 +36,7 @@ def test_set_on_disk(vit_calibration: tuple[Path, CalibrationSet], mini_vit, tin
     assert all(row[0] == 49406 and row[-1] == 49407 for row in made.input_ids)
     with Image.open(path / "contact_sheet.png") as sheet:
         assert min(sheet.size) > 96
-    assert made.manifest["key"]["nouns"] == list(mini_vit.embedded.nouns)
+    assert made.manifest.key.nouns == mini_vit.embedded.nouns
     assert not path.with_name(f".work-{path.name}").exists()
 
 
@@ -180,7 +180,7 @@ def test_every_choice_changes_the_images_and_they_still_learn(
     method, keys = (D4C, (change,)) if isinstance(change, str) else (change, ())
     changed = _ten_steps(mini_vit, tmp_path / "changed", method, *keys)
     assert not np.array_equal(plain.pixel_values, changed.pixel_values)
-    assert plain.manifest["key"]["id"] != changed.manifest["key"]["id"]
+    assert plain.manifest.key.id != changed.manifest.key.id
     assert len(changed.losses) == (1 if name == "one Adam" else 2)
     for losses in changed.losses:
         assert np.mean(losses["loss"][-3:]) < np.mean(losses["loss"][:3])
