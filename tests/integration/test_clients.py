@@ -172,27 +172,36 @@ def test_a_client_says_what_the_bundle_says(
         assert found["searched"][0]["label"] == golden.texts[0].text
 
 
-# A CLIP in miniature of the only image size and dimensions that rclip takes, with CLIP's tokenizer.
-AT_256 = {
-    "embed_dim": 512,
-    "vision_cfg": {"image_size": 256, "patch_size": 32, "layers": 2, "width": 64, "head_width": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-}
 RCLIP = Client("rclip 3.3.0", "rclip", "rclip", RESIZING | {"ranked"}, 0.9999, (0.9999, 0.9), 0.9999)
+FRIGATE = Client("Frigate's calls, transformers 4.57.6", "frigate", "optimum", RESIZING, 0.9999, (0.99, 0.9), 0.9)
+
+
+def _miniature(folder: Path, dimensions: int, side: int) -> Bundle:
+    """A CLIP in random weights, in miniature but for what a stack takes of one model only, at w4a8."""
+    vision = {"image_size": side, "patch_size": 32, "layers": 2, "width": 64, "head_width": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    name = f"mini-{dimensions}-at-{side}"
+    config = {"embed_dim": dimensions, "vision_cfg": vision, "text_cfg": text}
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    quick = ("synthesis.method=noise", "synthesis.images=4", "synthesis.held_out=2", "quantization.rounding=nearest")
+    recipe = load_recipe(None, [*quick, "text.prompts=16", "text.held_out=4", "evaluation.dataset=fidelity"])
+    return open_bundle(pipeline.quantize_bundle(name, recipe, output=folder / "to", pretrained="random").bundle)
 
 
 def test_rclip_searches(tmp_path: Path, record_property: Record) -> None:
-    (tmp_path / "mini-256.json").write_text(json.dumps(AT_256))
-    open_clip.add_model_config(tmp_path)
-    quick = ("synthesis.method=noise", "synthesis.images=4", "synthesis.held_out=2", "quantization.rounding=nearest")
-    recipe = load_recipe(None, [*quick, "text.prompts=16", "text.held_out=4", "evaluation.dataset=fidelity"])
-    made = pipeline.quantize_bundle("mini-256", recipe, output=tmp_path / "to", pretrained="random")
-    bundle = open_bundle(made.bundle)
+    bundle = _miniature(tmp_path, 512, 256)
     asked = _request(bundle, tmp_path / "request.json")
     found = _asked("rclip_client.py", RCLIP, bundle, asked, tmp_path / "package", record_property)
     names = [one.file for one in read_golden(bundle.path).images]
     similarities = np.array(found["text_embeds"]) @ np.array(found["own_resize"]).T
     assert found["ranked"] == [[names[index] for index in row] for row in np.argsort(-similarities)]
+
+
+def test_what_frigate_calls_finds_its_files(tmp_path: Path, record_property: Record) -> None:
+    bundle = _miniature(tmp_path, 768, 224)
+    asked = _request(bundle, tmp_path / "request.json")
+    _asked("frigate_client.py", FRIGATE, bundle, asked, tmp_path / "package", record_property)
 
 
 # What each build of onnxruntime-web can load: INT4 with a Cast needs a kernel that these two lack.
