@@ -44,7 +44,7 @@ def rows_of(report: Path) -> list[dict[str, object]]:
         if entry.get("name") != "cosines":
             continue
         found = json.loads(entry.get("value") or "")
-        row = {"client": found["client"], "model": f"mini-{found['bundle']}", "texts": min(found["texts"])}
+        row = {"client": found["client"], "model": found["model"], "texts": min(found["texts"])}
         if "image_embeds" in found:
             row["given"] = min(found["image_embeds"])
         rows.append(row | dict(zip(("photo", "portrait", "grey"), found.get("own_resize", ()), strict=False)))

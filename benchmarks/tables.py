@@ -184,6 +184,35 @@ def coverage_absent(files: Sequence[ResultFile]) -> list[list[str]]:
     return table
 
 
+def packages(files: Sequence[ResultFile]) -> list[list[str]]:
+    """A line per stack, a column per bundle: the package's size, or why there is none."""
+    rows = {(row["target"], row["bundle"]): row for file in files for row in file.rows}
+    targets, bundles = (list(dict.fromkeys(key[place] for key in rows)) for place in (0, 1))
+    table = [["stack", *(f"{bundle}, MB" for bundle in bundles)]]
+    for target in targets:
+        found = [rows.get((target, bundle), {"refused": ""}) for bundle in bundles]
+        cells = [row["refused"] if "refused" in row else f"{row['megabytes']:.1f}" for row in found]
+        table.append([f"`{target}`", *cells])
+    return table
+
+
+def beside(files: Sequence[ResultFile]) -> list[list[str]]:
+    """What the second contender of each file takes over what the first takes, per tower."""
+    sizes = sorted({int(size) for file in files for row in file.rows for size in row["batches"]})
+    costs = {"bytes": "size_bytes", **_MEMORY}
+    table = [["processor", "encoder", *(title.removesuffix(" MB").removesuffix(" ms") for title in costs)]]
+    table[0] += [f"batch {size}" for size in sizes]
+    for file in files:
+        for tower in ("image", "text"):
+            first, second = [row for row in file.rows if row["tower"] == tower]
+            ratios = [second[key] / first[key] for key in costs.values()]
+            times = [row["batches"][str(size)]["median_ms"] for size in sizes for row in (second, first)]
+            ratios += [ours / its for ours, its in zip(times[::2], times[1::2], strict=True)]
+            model = first["name"].split(" ", 1)[0]
+            table.append([_processor(file), f"{model} {tower}", *(f"{ratio:.2f}x" for ratio in ratios)])
+    return table
+
+
 def each_seed(points: Sequence[float]) -> str:
     """A cell: the mean in bold, then every seed."""
     return f"**{sum(points) / len(points):+.2f}** ({', '.join(f'{value:+.2f}' for value in points)})"
@@ -206,6 +235,8 @@ VIEWS: dict[str, Callable[..., list[list[str]]]] = {
         coverage_families,
         coverage,
         coverage_absent,
+        packages,
+        beside,
     )
 }
 

@@ -16,7 +16,7 @@ from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle
 from d4c_onnx.graph.forms import CAST
 from d4c_onnx.graph.model import raise_opset, save_model, signature_of
 from d4c_onnx.graph.values import node, set_constant
-from d4c_onnx.manifest import Manifest, ModelInfo, Preprocess, Quantization, TokenizerInfo
+from d4c_onnx.manifest import PUBLISHED_PIXELS, Manifest, ModelInfo, Preprocess, Quantization, TokenizerInfo
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.runtime.golden import Bounds, write_golden
 
@@ -48,6 +48,8 @@ class Toy:
     logit_bias: float | None = None
     resize_mode: str = "shortest"
     interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.5,) * 3
+    std: tuple[float, ...] = (0.25,) * 3
     type: str = "clip-bpe"
     has_file: bool = True
     last_id: int | None = None
@@ -58,10 +60,11 @@ def fitting(stack: str) -> Toy:
     return changed(Toy(), **_FITTING.get(stack, {}))
 
 
+CLIPS_PIXELS = dict(zip(("mean", "std"), PUBLISHED_PIXELS["OpenAI"], strict=True))
 _FITTING: dict[str, dict[str, object]] = {
     "immich": {"dimensions": 512, "name": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"},
-    "librephotos": {"dimensions": 512, "side": (224, 224)},
-    "rclip": {"dimensions": 512, "side": (256, 256), "context": 77},
+    "librephotos": {"dimensions": 512, "side": (224, 224), **CLIPS_PIXELS},
+    "rclip": {"dimensions": 512, "side": (256, 256), "context": 77, **CLIPS_PIXELS},
     "frigate": {"dimensions": 768},
 }
 
@@ -74,7 +77,7 @@ def bundle_of(folder: Path, toy: Toy) -> Bundle:
     for name, model in towers.items():
         save_model(model, folder / name)
     write_tokenizer(folder / TOKENIZER, toy)
-    preprocess = Preprocess(toy.side, (0.5,) * 3, (0.25,) * 3, toy.interpolation, toy.resize_mode)
+    preprocess = Preprocess(toy.side, toy.mean, toy.std, toy.interpolation, toy.resize_mode)
     tokenizer = TokenizerInfo(
         toy.type, toy.context, "none", START, END, PAD, True, toy.dynamic, toy.has_file, last_id=toy.last_id
     )

@@ -82,7 +82,7 @@ def command(
     """Quantise both encoders of MODEL (a name, or an FP32 bundle's path), and measure the files against FP32.
 
     With --image FILE --text FILE in place of MODEL: a CLIP's ONNX files that others exported. Exports (or imports) and
-    synthesises first where it must. No real image is used before the measuring, unless --images brings some.
+    synthesises first where it must, and writes into the FP32 bundle. Without --images measuring alone sees real ones.
     """
     source = model if files is None else _alone(files, pretrained, model_options)
     extra: dict[str, object] = {

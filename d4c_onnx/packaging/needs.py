@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from d4c_onnx.manifest import PUBLISHED_PIXELS
 from d4c_onnx.packaging.edits import LooseLayout
 from d4c_onnx.packaging.job import Job, is_external
+from d4c_onnx.runtime.preprocess import filter_of
 from d4c_onnx.untrusted_json import short
 
 
@@ -52,6 +54,23 @@ def no_padding_of_images(job: Job) -> None:
     """Raises BundleError: images are padded, which the stack cannot do."""
     if job.preprocess.resize_mode == "longest":
         raise job.refusal("crops or squashes images, and this model's are padded (resize mode longest)")
+
+
+def pixels_of_clip(job: Job) -> None:
+    """Raises BundleError: the stack reads no config, and its pixels, which are CLIP's, are not this model's."""
+    config = job.preprocess
+    published = [value for channel in PUBLISHED_PIXELS["OpenAI"] for value in channel]
+    if any(abs(ours - its) > 1e-4 for ours, its in zip((*config.mean, *config.std), published, strict=True)):
+        raise job.refusal("makes pixels with CLIP's mean and deviation, and this model's are others")
+    if (config.resize_mode, filter_of(config)) != ("shortest", "bicubic"):
+        kind = short(f"{config.resize_mode}, {filter_of(config)}")
+        raise job.refusal(f"resizes the shorter side by a bicubic filter and crops, and this model wants {kind}")
+
+
+def longest_text(job: Job, most: int) -> None:
+    """Raises BundleError: the stack cuts rows, end token and all, before they are as long as the tower takes."""
+    if job.tokenizer.context_length > most:
+        raise job.refusal(f"cuts texts at {most} ids, and this model takes {job.tokenizer.context_length}")
 
 
 def context(job: Job, most: int) -> None:

@@ -8,19 +8,22 @@ from pathlib import Path
 
 import pytest
 
+import d4c_onnx
+
 PYTHON = {
     "fastembed": ["fastembed==0.9.1", "qdrant-client==1.20.0"],
     "openvino": ["openvino==2026.4.1", "numpy"],
     "optimum": ["optimum-onnx[onnxruntime]==0.1.0"],
-    "triton": ["tritonclient[grpc]==2.73.0"],
+    "rclip": ["rclip==3.3.0"],
+    "triton": ["tritonclient[grpc,http]==2.73.0", "nvidia-pytriton==0.7.0"],
     "txtai": ["txtai==9.14.0"],
 }
 NODE = {
     "node": ["@huggingface/transformers@4.3.2", "onnxruntime-web@1.30.0", "playwright-core@1.65.1"],
     "page": ["@huggingface/tokenizers@0.2.0", "onnxruntime-web@1.30.0", "playwright-core@1.65.1"],
 }
-# These need torch, which takes gigabytes: they see that of the environment in which the tests run.
-SHARING = ("optimum", "txtai")
+# These need torch, which takes gigabytes, or d4c_onnx itself: they see those of the environment in which the tests run.
+SHARING = ("optimum", "txtai", "triton")
 INSTALLING = 600  # seconds, after which a registry is called out of reach
 
 
@@ -49,7 +52,8 @@ def environment(name: str) -> Path:
         _install(name, folder, [[sys.executable, "-m", "venv", str(folder)]])
         if name in SHARING:
             [site] = folder.glob("lib/python*/site-packages")
-            (site / "zz-shared.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+            shared = [path for path in sys.path if path.endswith("site-packages")]
+            (site / "zz-shared.pth").write_text("\n".join([*shared, str(Path(d4c_onnx.__file__).parents[1])]))
         _install(name, folder, [[str(folder / "bin" / "python"), "-m", "pip", "install", *PYTHON[name]]])
     ready.write_text(wanted)
     return folder

@@ -16,18 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 from encoders import material, quantized_bundle
 from environments import NODE, chromium, environment
 
+from d4c_onnx import pipeline
 from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.packaging import package_bundle, verify_package
+from d4c_onnx.recipe import load_recipe
 from d4c_onnx.runtime import ClipSession
 from d4c_onnx.runtime.golden import read_golden
 
 pytestmark = pytest.mark.integration
 
 HERE = Path(__file__).parent
+Record = Callable[[str, object], None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,9 @@ CLIENTS = {
     "transformersjs_browser.mjs": Client(
         "transformers.js 4.3.2, Chromium", "transformersjs", "node", CLASSIFYING, 0.9999, (0.99, 0.9), 0.9
     ),
+    "triton_server_client.py": Client(
+        "Triton 2.51.0", "triton", "triton", RESIZING | {"refused"}, 0.9999, (0.9999, 0.9999), 0.9999
+    ),
     "onnxruntime_web_client.mjs": Client(
         "onnxruntime-web 1.30.0, Node", "onnxruntime", "node", PIXELS, 0.9999, None, 0.9999
     ),
@@ -104,16 +111,19 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def asked(bundle: Bundle, tmp_path: Path) -> Path:
+    """The golden input of a mini."""
+    return _request(bundle, tmp_path / "request.json")
+
+
+def _request(bundle: Bundle, path: Path) -> Path:
     """The golden input: files and texts for clients that prepare by themselves, pixels and ids for others."""
     golden, session = read_golden(bundle.path), ClipSession(bundle, verify=False)
     images = [str(bundle.path / "golden" / one.file) for one in golden.images]
     pixels = np.stack([session.pixels(image) for image in images])
     given = {"pixels": pixels.ravel().tolist(), "shape": pixels.shape}
     texts = {"texts": [one.text for one in golden.texts], "input_ids": [one.input_ids for one in golden.texts]}
-    (tmp_path / "request.json").write_text(
-        json.dumps({"images": images, **texts, **given, "size": len(golden.images[0].embeds)})
-    )
-    return tmp_path / "request.json"
+    path.write_text(json.dumps({"images": images, **texts, **given, "size": len(golden.images[0].embeds)}))
+    return path
 
 
 def _cosines(found: list[list[float]], golden: tuple[Any, ...]) -> np.ndarray:
@@ -122,21 +132,18 @@ def _cosines(found: list[list[float]], golden: tuple[Any, ...]) -> np.ndarray:
     return (rows * right).sum(-1) / np.linalg.norm(rows, axis=-1) / np.linalg.norm(right, axis=-1)
 
 
-@pytest.mark.parametrize("script", CLIENTS)
-def test_a_client_says_what_the_bundle_says(
-    script: str, bundle: Bundle, asked: Path, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
-    client, golden = CLIENTS[script], read_golden(bundle.path)
-    report = package_bundle(bundle.path, client.target, tmp_path / "package")
+def _asked(script: str, client: Client, bundle: Bundle, asked: Path, folder: Path, record: Record) -> dict[str, Any]:
+    """What a client says of a package, which has been found as near to the golden vectors as it must be."""
+    golden, report = read_golden(bundle.path), package_bundle(bundle.path, client.target, folder)
     assert verify_package(report.path).ok
     found = _run(script, client.environment, report.path, asked)
     assert set(found) == client.answers
     texts = _cosines(found["text_embeds"], golden.texts)
-    measured: dict[str, Any] = {"client": client.name, "bundle": bundle.path.name, "texts": texts.round(5).tolist()}
+    measured: dict[str, Any] = {"client": client.name, "model": bundle.model_name, "texts": texts.round(5).tolist()}
     for name in ("image_embeds", "own_resize"):
         if name in found:
             measured[name] = _cosines(found[name], golden.images).round(5).tolist()
-    record_property("cosines", json.dumps(measured))
+    record("cosines", json.dumps(measured))
     plain = [number for number, one in enumerate(golden.texts) if one.text.isascii()]
     assert plain
     assert texts[plain].min() > client.exact
@@ -147,11 +154,54 @@ def test_a_client_says_what_the_bundle_says(
         photo, every = client.resized
         assert measured["own_resize"][0] > photo
         assert min(measured["own_resize"]) > every
+    return found
+
+
+@pytest.mark.parametrize("script", CLIENTS)
+def test_a_client_says_what_the_bundle_says(
+    script: str, bundle: Bundle, asked: Path, tmp_path: Path, record_property: Record
+) -> None:
+    found = _asked(script, CLIENTS[script], bundle, asked, tmp_path / "package", record_property)
+    golden = read_golden(bundle.path)
     if "scores" in found:
         best = np.array(found["text_embeds"]) @ np.array(found["own_resize"][0])
         assert found["scores"][0]["label"].split() == golden.texts[int(best.argmax())].text.split()
+    if "refused" in found:
+        assert [words.split(" in ensemble ")[0] for words in found["refused"]] == ["400", "400"]
     if "searched" in found:
         assert found["searched"][0]["label"] == golden.texts[0].text
+
+
+RCLIP = Client("rclip 3.3.0", "rclip", "rclip", RESIZING | {"ranked"}, 0.9999, (0.9999, 0.9), 0.9999)
+FRIGATE = Client("Frigate's calls, transformers 4.57.6", "frigate", "optimum", RESIZING, 0.9999, (0.99, 0.9), 0.9)
+
+
+def _miniature(folder: Path, dimensions: int, side: int) -> Bundle:
+    """A CLIP in random weights, in miniature but for what a stack takes of one model only, at w4a8."""
+    vision = {"image_size": side, "patch_size": 32, "layers": 2, "width": 64, "head_width": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    name = f"mini-{dimensions}-at-{side}"
+    config = {"embed_dim": dimensions, "vision_cfg": vision, "text_cfg": text}
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    quick = ("synthesis.method=noise", "synthesis.images=4", "synthesis.held_out=2", "quantization.rounding=nearest")
+    recipe = load_recipe(None, [*quick, "text.prompts=16", "text.held_out=4", "evaluation.dataset=fidelity"])
+    return open_bundle(pipeline.quantize_bundle(name, recipe, output=folder / "to", pretrained="random").bundle)
+
+
+def test_rclip_searches(tmp_path: Path, record_property: Record) -> None:
+    bundle = _miniature(tmp_path, 512, 256)
+    asked = _request(bundle, tmp_path / "request.json")
+    found = _asked("rclip_client.py", RCLIP, bundle, asked, tmp_path / "package", record_property)
+    names = [one.file for one in read_golden(bundle.path).images]
+    similarities = np.array(found["text_embeds"]) @ np.array(found["own_resize"]).T
+    assert found["ranked"] == [[names[index] for index in row] for row in np.argsort(-similarities)]
+
+
+def test_what_frigate_calls_finds_its_files(tmp_path: Path, record_property: Record) -> None:
+    bundle = _miniature(tmp_path, 768, 224)
+    asked = _request(bundle, tmp_path / "request.json")
+    _asked("frigate_client.py", FRIGATE, bundle, asked, tmp_path / "package", record_property)
 
 
 # What each build of onnxruntime-web can load: INT4 with a Cast needs a kernel that these two lack.

@@ -151,7 +151,10 @@ class Tensor:
 class Response:
     def __init__(self, tensors=(), error=None): self.tensors, self.error = tensors, error
 pb = types.ModuleType("triton_python_backend_utils")
-pb.Tensor, pb.InferenceResponse, pb.TritonError = Tensor, Response, str
+class Error:
+    INVALID_ARG = 3
+    def __init__(self, message, code): self.message, self.code = message, code
+pb.Tensor, pb.InferenceResponse, pb.TritonError = Tensor, Response, Error
 pb.get_input_tensor_by_name = lambda request, name: Tensor(name, request[name])
 sys.modules["triton_python_backend_utils"] = pb
 sys.path.insert(0, folder)
@@ -162,7 +165,7 @@ made = lambda value: {name: np.array([[value]] * 2, object) for name in given}
 print(good.tensors[0].name, *good.tensors[0].value.shape)
 for wrong in (b"\\xff\\xfe", *(open(file, "rb").read() for file in sys.argv[3:])):
     [bad] = served.execute([made(wrong)])
-    print("refused", bool(bad.error), len(bad.tensors))
+    print("refused", bad.error.code == Error.INVALID_ARG, len(bad.tensors))
 """
     folder = packages["triton"].path / "model_repository" / name / "1"
     odd: list[Path] = []

@@ -20,16 +20,22 @@ from d4c_onnx.runtime.golden import read_golden
 from d4c_onnx.runtime.session import EncoderSession
 
 TOY = Toy()
-
+IMMICHS, LIBREPHOTOS, RCLIPS = (asdict(fitting(stack)) for stack in ("immich", "librephotos", "rclip"))
 
 REFUSED = [
     ("immich", {}, "toy__random is not on it"),
     ("immich", {"name": "RN50", "pretrained": "openai"}, "stores 1024 numbers"),
     ("immich", {"name": "ViT-B-32", "pretrained": "openai", "dimensions": 512, "side": (8, 6)}, "square"),
+    ("immich", {**IMMICHS, "resize_mode": "longest"}, "padded"),
     ("librephotos", {"dimensions": 512}, "224 x 224 pixels, and this model takes 8 x 8"),
     ("rclip", {"side": (256, 256)}, "stores 512 numbers"),
-    ("rclip", {"side": (256, 256), "dimensions": 512, "type": "HFTokenizer"}, "HFTokenizer"),
-    ("rclip", {"side": (256, 256), "dimensions": 512}, "feeds 77 ids a text, and this model takes 8"),
+    ("rclip", {**RCLIPS, "type": "HFTokenizer"}, "HFTokenizer"),
+    ("rclip", {**RCLIPS, "context": 8}, "feeds 77 ids a text, and this model takes 8"),
+    ("rclip", {**RCLIPS, "mean": (0.5,) * 3}, "makes pixels with CLIP's mean and deviation"),
+    ("rclip", {**RCLIPS, "resize_mode": "squash"}, "crops, and this model wants squash, bicubic"),
+    ("librephotos", {**LIBREPHOTOS, "std": (0.5,) * 3}, "makes pixels with CLIP's mean and deviation"),
+    ("librephotos", {**LIBREPHOTOS, "interpolation": "bilinear"}, "this model wants shortest, bilinear"),
+    ("librephotos", {**LIBREPHOTOS, "context": 248}, "cuts texts at 77 ids, and this model takes 248"),
     ("frigate", {}, "stores 768 numbers an embedding, and this model gives 4"),
     ("transformersjs", {"resize_mode": "longest"}, "padded"),
     ("transformersjs", {"has_file": False}, "tokenizer.json"),

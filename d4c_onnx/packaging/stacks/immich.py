@@ -48,6 +48,7 @@ def _write(job: Job) -> None:
     name = _name(job)
     needs.dimensions(job, _DIMENSIONS[name])
     needs.square(job)
+    needs.no_padding_of_images(job)
     needs.tokenizer_file(job)
     job.encoder("image", f"{name}/visual/model.onnx", RenameInput("image"))
     job.encoder("text", f"{name}/textual/model.onnx", NarrowIds(), RenameInput("text"))

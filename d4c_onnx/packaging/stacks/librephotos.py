@@ -6,13 +6,15 @@ from d4c_onnx.packaging import configs, needs
 from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.stack import Stack
 
-_FOLDER, _SIDE, _DIMENSIONS = "clip_vit_b32", 224, 512
+_FOLDER, _SIDE, _DIMENSIONS, _CONTEXT = "clip_vit_b32", 224, 512, 77
 
 
 def _write(job: Job) -> None:
     needs.size(job, _SIDE)
     needs.dimensions(job, _DIMENSIONS)
+    needs.pixels_of_clip(job)
     needs.tokenizer_file(job)
+    needs.longest_text(job, _CONTEXT)
     job.encoder("image", f"{_FOLDER}/vision_model.onnx")
     job.encoder("text", f"{_FOLDER}/text_model.onnx", *job.fill())
     job.copy(job.bundle.tokenizer, f"{_FOLDER}/tokenizer.json")

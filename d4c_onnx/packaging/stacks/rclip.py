@@ -21,6 +21,7 @@ _FIRST_LINE = '"bpe_simple_vocab_16e6.txt#version: 0.2'  # readers skip it
 def _write(job: Job) -> None:
     needs.size(job, _SIDE)
     needs.dimensions(job, _DIMENSIONS)
+    needs.pixels_of_clip(job)
     needs.byte_pairs(job)
     needs.context(job, _CONTEXT)
     for tower, file in (("image", "visual"), ("text", "textual")):

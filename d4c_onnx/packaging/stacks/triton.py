@@ -78,7 +78,8 @@ class TritonPythonModel:
         try:
             pixels = [preprocess_image(read_image(bytes(data)), self.config) for data in images.ravel()]
         except Exception as error:  # whatever comes of any bytes: the request's fault, not the server's
-            return pb.InferenceResponse(error=pb.TritonError(f"not an image: {str(error)[:200]}"))
+            wrong = f"the image cannot be read: {str(error)[:200]}"
+            return pb.InferenceResponse(error=pb.TritonError(wrong, pb.TritonError.INVALID_ARG))
         return pb.InferenceResponse([pb.Tensor("pixel_values", np.stack(pixels))])
 '''
 
@@ -102,7 +103,7 @@ class TritonPythonModel:
         try:
             ids = self.tokenize([text.decode("utf-8") for text in texts.ravel()])
         except UnicodeDecodeError as error:
-            return pb.InferenceResponse(error=pb.TritonError(f"not UTF-8: {error}"))
+            return pb.InferenceResponse(error=pb.TritonError(f"not UTF-8: {error}", pb.TritonError.INVALID_ARG))
         return pb.InferenceResponse([pb.Tensor("input_ids", ids)])
 '''
 
