@@ -26,7 +26,7 @@ from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.inside.statistics import fake_quantize, quantized_name
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rounding.adaround import reconstruct
-from d4c_onnx.quantization.rounding.base import InputMoments
+from d4c_onnx.quantization.rounding.base import InputMoments, WeightGrid
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding, GptqRounding
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
 from d4c_onnx.quantization.rounding.schedule import PUBLISHED, SHORT
@@ -83,7 +83,7 @@ def main() -> None:
                 gram = seen.T @ seen / len(seen)
                 cross = x.T @ seen / len(x) if method == "gptaq" else gram
                 moments = InputMoments(gram.astype(np.float64), cross.astype(np.float64))
-                rounded = METHODS[method].round(weight, 4, moments)
+                rounded = METHODS[method].round(weight, WeightGrid(4), moments)
             seconds = time.perf_counter() - start
             published = f"{seconds / args.adaround_steps * PUBLISHED.steps:.0f}" if method == "adaround" else ""
             label = f"adaround, {args.adaround_steps} steps" if method == "adaround" else method

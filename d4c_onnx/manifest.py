@@ -18,8 +18,8 @@ from d4c_onnx.untrusted_json import printable, short
 FORMAT = 2
 # The one session config entry that a bundle may ask for, and its value. A manifest is not trusted, and entries are not
 # harmless: `session.optimized_model_external_initializers_file_name`, for one, makes onnxruntime write any file.
-# On x86 without VNNI sums of uint8 x int8 products saturate in 16 bits; with this entry onnxruntime multiplies weights
-# outside [-64, 63] by a slower kernel there. It changes nothing for others, nor on processors with VNNI.
+# On x86 without VNNI sums of two uint8 x int8 products saturate in 16 bits; with this entry onnxruntime multiplies all
+# weights by a slower kernel there. It changes nothing for others, nor on processors with VNNI.
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 # What open_clip does to a text before it falls into tokens, by its names; `runtime.cleaning` does it.
 CLEANINGS = ("lower", "canonicalize", "whitespace")

@@ -153,8 +153,8 @@ class QuantizationSection(_Section):
     )
     group: Literal[0, 16, 32, 64, 128] = Field(
         16,
-        description="input channels of a 4-bit matrix that share a small integer multiplier of the channel's scale, "
-        "another 4 bits; 0, and adaround, tensorrt and openvino anyway: one scale a channel",
+        description="input channels of a 4-bit matrix that share a multiplier of the channel's scale, another 4 bits; "
+        "0, and adaround, tensorrt and openvino anyway: one scale a channel, and no paths through a trellis",
     )
     boundary_bits: Literal[4, 6, 8] = Field(
         8, description="weight bits of the first layer, and of a final projection that is not small: that has 16"
@@ -166,13 +166,13 @@ class QuantizationSection(_Section):
     )
     reduce_range: bool | None = Field(
         None,
-        description="lay 8-bit weights out on 7 bits, [-64, 63]: x86 processors without VNNI add products of full ones "
-        "in 16 bits and saturate. none: as the target has it",
+        description="keep the sums of neighbouring 8-bit weights within 128: x86 processors without VNNI add their "
+        "products in 16 bits and saturate. none: as the target has it",
     )
     int4_layout: Literal["auto", "cast", "nibbles"] = Field(
         "auto",
-        description="how 4-bit weights lie in files for onnxruntime's CPU provider. cast: INT4 and a Cast to int8, for "
-        "1.23 and newer; nibbles: two in a uint8, for older ones. auto: the target's",
+        description="how 4-bit weights without groups lie in files for onnxruntime's CPU provider. cast: INT4 and a "
+        "Cast to int8, for 1.23 and newer; nibbles: two in a uint8, for older ones. auto: the target's",
     )
     external_data: bool = Field(
         False,

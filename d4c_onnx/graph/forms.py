@@ -9,17 +9,18 @@
 - `native`: an INT4 initialiser straight into DequantizeLinear, as compilers want it; onnxruntime has no CPU kernel for
   int4 weights with int8 activations, so there such a layer is multiplied in float, three times slower than FP32.
 
-Where groups of a channel's inputs share a multiplier, integers are products q * m on the channel's int8 grid, of 4-bit
-q and m. `cast` and `nibbles` store both instead of the products, which are made when the file is loaded: `cast` by a
-Mul of int8, `nibbles` by a table of the products of a byte's two values with every multiplier, for onnxruntime 1.20
-has no such Mul. One of int32 or float, whose tensors are four times as large, takes several times as long.
+- `trellis`: nibbles of which each reads two bits of the two before it, and multipliers of groups (`graph.trellis`).
+  A byte, the bits before and the multiplier together are a row of one table of pairs, [16384, 2]. Needs opset 18 and
+  onnxruntime 1.15. Every tensor of int32 on the way costs as much as all those of uint8, so there are four.
 
 A form only ever moves integers: storing what another form unpacks to changes no number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 from typing import Protocol
 
@@ -28,7 +29,16 @@ import numpy as np
 import onnx_ir as ir
 
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.packing import Grouped, pack_int4, unpack_int4, unpack_uint4
+from d4c_onnx.graph.packing import pack_int4, unpack_int4, unpack_uint4
+from d4c_onnx.graph.trellis import (
+    BITS_ORDER,
+    BY_BITS,
+    LEVELS,
+    PATH_BITS,
+    Coded,
+    level_numbers,
+    multiplier_bits,
+)
 from d4c_onnx.graph.values import (
     array,
     attribute,
@@ -44,7 +54,7 @@ from d4c_onnx.graph.values import (
     walk_back,
 )
 
-_TABLE, _STARTS, _PRODUCTS = "nibble_pairs", "nibble_starts", "nibble_products"
+_TABLE = "nibble_pairs"
 
 
 class Form(Protocol):
@@ -53,14 +63,12 @@ class Form(Protocol):
     Attributes:
         name: for recipes and reports.
         num_bits: what one value takes, multipliers of groups not counted.
-        grouped: whether it can hold multipliers of groups.
         opset: the least that can express it.
         minimum_onnxruntime: the oldest release tried that loads it.
     """
 
     name: str
     num_bits: int
-    grouped: bool
     opset: int
     minimum_onnxruntime: str
 
@@ -76,36 +84,20 @@ class Form(Protocol):
         """Of the weight."""
         ...
 
-    def groups(self, integers: ir.Value) -> Grouped | None:
-        """The parts of products; None where integers lie by themselves."""
-        ...
-
     def multipliers(self, integers: ir.Value) -> int:
-        """How many nibbles multipliers take, without looking at values."""
+        """How many nibbles multipliers of groups take, without looking at values."""
         ...
 
     def store(self, graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
         """Put int8 integers into a graph under a name; the value that is to be dequantised."""
         ...
 
-    def store_groups(self, graph: ir.Graph, name: str, values: Grouped) -> ir.Value:
-        """`store` of products, for forms that are `grouped`."""
-        ...
-
 
 class _Plain:
     """What forms without groups answer."""
 
-    grouped = False
-
-    def groups(self, integers: ir.Value) -> Grouped | None:
-        return None
-
     def multipliers(self, integers: ir.Value) -> int:
         return 0
-
-    def store_groups(self, graph: ir.Graph, name: str, values: Grouped) -> ir.Value:
-        raise GraphError(f"{name}: no form of this kind holds multipliers of groups.")
 
 
 @dataclass(slots=True, eq=False)
@@ -132,32 +124,19 @@ class _Initializer(_Plain):
         return set_constant(graph, name, values.astype(self.dtype.numpy()))
 
 
-class _Cast:
-    """INT4 -> Cast; in groups INT4 blocks -> Cast -> Mul by UINT4 multipliers -> Cast -> Reshape to the matrix."""
+class _Cast(_Plain):
+    """INT4 -> Cast."""
 
-    name, num_bits, grouped, opset, minimum_onnxruntime = "cast", 4, True, 21, "1.23"
+    name, num_bits, opset, minimum_onnxruntime = "cast", 4, 21, "1.23"
 
     def find(self, integers: ir.Value) -> ir.Value | None:
-        parts = self._parts(integers)
-        return parts[0] if parts is not None else _cast_from(integers, ir.DataType.INT4)
+        return _cast_from(integers, ir.DataType.INT4)
 
     def unpack(self, integers: ir.Value) -> np.ndarray:
-        groups = self.groups(integers)
-        return constant(self.find(integers)).astype(np.int8) if groups is None else groups.products
+        return constant(self.find(integers)).astype(np.int8)
 
     def shape(self, integers: ir.Value) -> tuple[int, ...]:
-        return dims(self.find(integers)) or () if self._parts(integers) is None else _reshaped(integers)
-
-    def groups(self, integers: ir.Value) -> Grouped | None:
-        parts = self._parts(integers)
-        if parts is None:
-            return None
-        blocks, multipliers = (constant(part) for part in parts)
-        return Grouped.of_blocks(blocks.astype(np.int8), multipliers.astype(np.uint8), _axis(blocks, multipliers))
-
-    def multipliers(self, integers: ir.Value) -> int:
-        parts = self._parts(integers)
-        return 0 if parts is None else prod(dims(parts[1]) or ())
+        return dims(self.find(integers)) or ()
 
     def store(self, graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
         stored = set_constant(graph, f"{name}_int4", values.astype(ml_dtypes.int4))
@@ -165,116 +144,125 @@ class _Cast:
         prepend(graph, [cast])
         return cast.outputs[0]
 
-    def store_groups(self, graph: ir.Graph, name: str, values: Grouped) -> ir.Value:
-        int4, uint4 = f"{name}_int4", f"{name}_multipliers"
-        to = {"to": ir.DataType.INT8}
-        blocks = set_constant(graph, int4, values.blocks.astype(ml_dtypes.int4))
-        multipliers = set_constant(graph, uint4, values.multiplier_blocks.astype(ml_dtypes.uint4))
-        nodes = [node("Cast", [blocks], f"{int4}_cast", attributes=to)]
-        nodes.append(node("Cast", [multipliers], f"{uint4}_cast", attributes=to))
-        nodes.append(node("Mul", [entry.outputs[0] for entry in nodes], f"{name}_products"))
-        shape = set_constant(graph, f"{name}_shape", np.array(values.integers.shape, np.int64))
-        nodes.append(node("Reshape", [nodes[-1].outputs[0], shape], name, name=f"{name}_unpack"))
-        prepend(graph, nodes)
-        return nodes[-1].outputs[0]
 
-    def _parts(self, integers: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-        """Blocks and multipliers; None without groups."""
-        made = maker(integers)
-        product = maker(made.inputs[0]) if made is not None and is_op(made, "Reshape") else None
-        if product is None or not is_op(product, "Mul"):
-            return None
-        blocks = _cast_from(product.inputs[0], ir.DataType.INT4)
-        multipliers = _cast_from(product.inputs[1], ir.DataType.UINT4)
-        if blocks is None or multipliers is None or not _are_groups(dims(blocks), dims(multipliers)):
-            return None
-        return blocks, multipliers
+class _Nibbles(_Plain):
+    """Cast(uint8 -> int32) -> Gather from the table of pairs -> Reshape; a last odd value is sliced off."""
 
-
-class _Nibbles:
-    """Cast(uint8 -> int32) -> Gather from the table of pairs -> Reshape; a last odd value is sliced off.
-
-    In groups: bytes of two inputs of a channel each -> Cast -> Add -> Gather from the table of products, [4096, 2] ->
-    Transpose, where channels come last -> Reshape. What is added is where the multiplier's rows start: 256 times
-    itself, looked up in a table like all nibbles.
-    """
-
-    name, num_bits, grouped, opset, minimum_onnxruntime = "nibbles", 4, True, 13, "1.15"
+    name, num_bits, opset, minimum_onnxruntime = "nibbles", 4, 13, "1.15"
 
     def find(self, integers: ir.Value) -> ir.Value | None:
-        parts = self._parts(integers)
-        return parts[0] if parts is not None else _looked_up(integers, _pairs())
+        return _looked_up(integers, _pairs())
 
     def unpack(self, integers: ir.Value) -> np.ndarray:
-        groups = self.groups(integers)
-        if groups is not None:
-            return groups.products
         return unpack_int4(constant(self.find(integers)).tobytes(), _reshaped(integers))
 
     def shape(self, integers: ir.Value) -> tuple[int, ...]:
         return _reshaped(integers)
 
-    def groups(self, integers: ir.Value) -> Grouped | None:
+    def store(self, graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
+        stored = set_constant(graph, f"{name}_nibbles", np.frombuffer(pack_int4(values), np.uint8))
+        nodes = _look_up(graph, stored, set_constant(graph, _TABLE, _pairs()), values.shape, name)
+        prepend(graph, nodes)
+        return nodes[-1].outputs[0]
+
+
+class _Trellis:
+    """Bytes [inputs / 2, channels], or [channels, inputs / 2], of two neighbouring inputs of a channel each.
+
+    The byte before (Pad -> Slice) -> BitwiseAnd with the two bits of the path -> Reshape into groups -> BitwiseOr with
+    the multiplier's bits, looked up as nibbles are -> Cast -> Mul by 256 -> Add of the byte itself (Reshape -> Cast) ->
+    Gather from the table of levels -> Transpose, where channels come last -> Reshape.
+    """
+
+    name, num_bits, opset, minimum_onnxruntime = "trellis", 4, 18, "1.15"
+
+    def find(self, integers: ir.Value) -> ir.Value | None:
         parts = self._parts(integers)
-        if parts is None:
-            return None
-        packed, starts, last = constant(parts[0]), parts[1], parts[2]
-        blocks = unpack_int4(packed.tobytes(), (*packed.shape, 2))
-        if last:  # [groups, size / 2, channels, 2]
-            blocks = blocks.swapaxes(2, 3).reshape(len(packed), -1, packed.shape[2])
-        multipliers = unpack_uint4(constant(_looked_up(starts, _starts())).tobytes(), _reshaped(starts))
-        return Grouped.of_blocks(blocks.reshape(*blocks.shape[:2], -1), multipliers, 1 if last else 0)
+        return None if parts is None else parts[0]
+
+    def unpack(self, integers: ir.Value) -> np.ndarray:
+        return self.coded(integers).levels
+
+    def shape(self, integers: ir.Value) -> tuple[int, ...]:
+        return _reshaped(integers)
+
+    def coded(self, integers: ir.Value) -> Coded:
+        """Nibbles and multipliers of a value that lies in this form."""
+        parts = self._parts(integers)
+        assert parts is not None
+        packed, places = constant(parts[0]), parts[1]
+        rows = unpack_uint4(constant(_looked_up(places, _places())).tobytes(), _reshaped(places))
+        return Coded.of_bytes(packed, rows.squeeze(1 if parts[2] else 2), int(parts[2]))
 
     def multipliers(self, integers: ir.Value) -> int:
         parts = self._parts(integers)
         return 0 if parts is None else prod(_reshaped(parts[1]))
 
     def store(self, graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
-        packed = f"{name}_nibbles"
-        stored = set_constant(graph, packed, np.frombuffer(pack_int4(values), np.uint8))
-        table = set_constant(graph, _TABLE, _pairs())
-        nodes = _look_up(graph, stored, table, values.shape, name)
-        prepend(graph, nodes)
-        return nodes[-1].outputs[0]
+        raise GraphError(f"{name}: integers are no path through a trellis. Round the weight anew.")
 
-    def store_groups(self, graph: ir.Graph, name: str, values: Grouped) -> ir.Value:
-        packed, last = f"{name}_nibbles", values.axis == 1
-        blocks, multipliers = values.blocks, values.multiplier_blocks
-        pairs = blocks.reshape(len(blocks), -1, 2, blocks.shape[2]).swapaxes(2, 3) if last else blocks
-        lines = np.frombuffer(pack_int4(pairs), np.uint8)
-        stored = set_constant(graph, packed, lines.reshape((*pairs.shape[:3],) if last else (*blocks.shape[:2], -1)))
-        small = set_constant(graph, f"{name}_multipliers_nibbles", np.frombuffer(pack_int4(multipliers), np.uint8))
-        starts = set_constant(graph, _STARTS, _starts())
-        nodes = _look_up(graph, small, starts, multipliers.shape, f"{name}_multipliers")
-        rows = node("Cast", [stored], f"{packed}_bytes", attributes={"to": ir.DataType.INT32})
-        places = node("Add", [rows.outputs[0], nodes[-1].outputs[0]], f"{packed}_rows")
-        table = set_constant(graph, _PRODUCTS, _products())
-        nodes += [rows, places, node("Gather", [table, places.outputs[0]], f"{packed}_pairs", attributes={"axis": 0})]
+    def store_coded(self, graph: ir.Graph, name: str, values: Coded) -> ir.Value:
+        """`store` of a path.
+
+        Sixteen nodes a weight: their names are short, because small models notice.
+        """
+        last, multipliers = values.axis == 1, values.multiplier_blocks
+        prefix, nodes = _unused_prefix(graph), list[ir.Node]()
+
+        def add(op: str, given: list[ir.Value], letter: str, **attributes: object) -> ir.Value:
+            nodes.append(node(op, given, f"{prefix}{letter}", attributes=attributes))
+            return nodes[-1].outputs[0]
+
+        def told(word: str, numbers: Sequence[int], dtype: type[np.generic] = np.int64) -> ir.Value:
+            return set_constant(graph, f"~{word}", np.array(numbers, dtype))
+
+        groups = (multipliers.shape[0], -1, multipliers.shape[2]) if last else (*multipliers.shape[:2], -1)
+        blocks, axis = _shape(graph, groups), int(not last)
+        stored = set_constant(graph, f"{prefix}p", values.bytes)
+        small = set_constant(graph, f"{prefix}m", np.frombuffer(pack_int4(multipliers), np.uint8))
+        places = set_constant(graph, "~m", _places())
+        nodes += _look_up(graph, small, places, multipliers.shape, f"{prefix}s")
+        bits = nodes[-1].outputs[0]
+        padded = add("Pad", [stored, told(f"p{axis}", [1, 0, 0, 0] if last else [0, 1, 0, 0])], "a")
+        before = add("Slice", [padded, told("z", [0]), told("e", [-1]), told(f"x{axis}", [axis])], "b")
+        path = add("Reshape", [add("BitwiseAnd", [before, told("b", [PATH_BITS], np.uint8)], "c"), blocks], "d")
+        high = add("Cast", [add("BitwiseOr", [path, bits], "e")], "f", to=ir.DataType.INT32)
+        low = add("Cast", [add("Reshape", [stored, blocks], "g")], "h", to=ir.DataType.INT32)
+        rows = add("Add", [low, add("Mul", [high, told("r", [256], np.int32)], "i")], "j")
+        pairs = add("Gather", [_level_table(graph), rows], "k", axis=0)
         if last:
-            order = {"perm": [0, 1, 3, 2]}
-            nodes.append(node("Transpose", [nodes[-1].outputs[0]], f"{packed}_inputs", attributes=order))
-        shape = set_constant(graph, f"{name}_shape", np.array(values.integers.shape, np.int64))
-        nodes.append(node("Reshape", [nodes[-1].outputs[0], shape], name, name=f"{name}_unpack"))
+            pairs = add("Transpose", [pairs], "l", perm=[0, 1, 3, 2])
+        nodes.append(node("Reshape", [pairs, _shape(graph, values.shape)], name))
         prepend(graph, nodes)
+        _to_the_front(graph, _level_table(graph))
         return nodes[-1].outputs[0]
 
     def _parts(self, integers: ir.Value) -> tuple[ir.Value, ir.Value, bool] | None:
-        """Bytes, what is added to them, and whether the channels are the last axis; None without groups."""
-        made = maker(integers)
-        turned = maker(made.inputs[0]) if made is not None and is_op(made, "Reshape") else None
+        """Bytes, the multipliers' bits, and whether the channels are the last axis."""
+        pairs = _input_of(integers, "Reshape")
+        turned = maker(pairs)
         last = turned is not None and is_op(turned, "Transpose")
         if turned is not None and last and attribute(turned, "perm") != [0, 1, 3, 2]:
             return None
-        gather = maker(turned.inputs[0]) if turned is not None and last else turned
-        places = maker(gather.inputs[1]) if gather is not None and is_op(gather, "Gather") else None
-        if gather is None or places is None or not is_op(places, "Add") or not _same(gather.inputs[0], _products()):
+        gather = maker(_input_of(pairs, "Transpose") if last else pairs)
+        if gather is None or not is_op(gather, "Gather") or not _is_level_table(gather.inputs[0]):
             return None
-        stored, starts = walk_back(places.inputs[0], "Cast"), places.inputs[1]
-        if stored is None or starts is None or _looked_up(starts, _starts()) is None:
+        low, high = _inputs_of(gather.inputs[1], "Add")
+        stored = _input_of(_input_of(low, "Cast"), "Reshape")
+        scaled, rows = _inputs_of(high, "Mul")
+        states, places = _inputs_of(_input_of(scaled, "Cast"), "BitwiseOr")
+        before, path = _inputs_of(_input_of(states, "Reshape"), "BitwiseAnd")
+        if stored is None or _input_of(_input_of(before, "Slice"), "Pad") is not stored or places is None:
             return None
-        shape, small = dims(stored) or (), _reshaped(starts)
-        fits = len(shape) == 3 and small == ((shape[0], 1, shape[2]) if last else (*shape[:2], 1))
-        return (stored, starts, last) if fits and stored.dtype == ir.DataType.UINT8 else None
+        if not _same(rows, np.array([256], np.int32)) or not _same(path, np.array([PATH_BITS], np.uint8)):
+            return None
+        if not is_constant(stored) or stored.dtype != ir.DataType.UINT8 or _looked_up(places, _places()) is None:
+            return None
+        shape, small, whole = dims(stored) or (), _reshaped(places), _reshaped(integers)
+        axis = 1 if last else 0
+        fits = len(shape) == 2 and len(small) == 3 and len(whole) == 2 and small[2 - axis] == 1
+        fits = fits and shape[axis] == whole[axis] == small[2 * axis] and 2 * shape[1 - axis] == whole[1 - axis]
+        return (stored, places, last) if fits else None
 
 
 def _cast_from(value: ir.Value | None, dtype: ir.DataType) -> ir.Value | None:
@@ -284,6 +272,18 @@ def _cast_from(value: ir.Value | None, dtype: ir.DataType) -> ir.Value | None:
         return None
     stored = made.inputs[0]
     return stored if is_constant(stored) and stored is not None and stored.dtype == dtype else None
+
+
+def _inputs_of(value: ir.Value | None, op: str) -> tuple[ir.Value | None, ir.Value | None]:
+    """The first two inputs of the operator that makes a value; None where another one does."""
+    made = maker(value)
+    return (made.inputs[0], made.inputs[1]) if made is not None and is_op(made, op) else (None, None)
+
+
+def _input_of(value: ir.Value | None, op: str) -> ir.Value | None:
+    """The first input of the operator that makes a value; None where another one does."""
+    made = maker(value)
+    return made.inputs[0] if made is not None and is_op(made, op) else None
 
 
 def _reshaped(value: ir.Value) -> tuple[int, ...]:
@@ -310,40 +310,34 @@ def _looked_up(value: ir.Value, table: np.ndarray) -> ir.Value | None:
 def _look_up(graph: ir.Graph, stored: ir.Value, table: ir.Value, shape: tuple[int, ...], name: str) -> list[ir.Node]:
     """The nodes that look bytes up in a table of pairs; the last one's output has the name and the shape."""
     packed, size = name_of(stored), prod(shape)
-    rows = node("Cast", [stored], f"{packed}_rows", attributes={"to": ir.DataType.INT32})
-    pairs = node("Gather", [table, rows.outputs[0]], f"{packed}_pairs", attributes={"axis": 0})
+    rows = node("Cast", [stored], f"{packed}_r", attributes={"to": ir.DataType.INT32})
+    pairs = node("Gather", [table, rows.outputs[0]], f"{packed}_t", attributes={"axis": 0})
     nodes = [rows, pairs]
     if size % 2:
         line, start = (
             set_constant(graph, constant_name, np.array([value], np.int64))
             for constant_name, value in (("nibble_line", -1), ("nibble_start", 0))
         )
-        end = set_constant(graph, f"{packed}_end", np.array([size], np.int64))
-        nodes.append(node("Reshape", [pairs.outputs[0], line], f"{packed}_line"))
-        nodes.append(node("Slice", [nodes[-1].outputs[0], start, end], f"{packed}_flat"))
-    target = set_constant(graph, f"{name}_shape", np.array(shape, np.int64))
+        end = set_constant(graph, f"{packed}_e", np.array([size], np.int64))
+        nodes.append(node("Reshape", [pairs.outputs[0], line], f"{packed}_l"))
+        nodes.append(node("Slice", [nodes[-1].outputs[0], start, end], f"{packed}_f"))
+    target = _shape(graph, shape)
     nodes.append(node("Reshape", [nodes[-1].outputs[0], target], name, name=f"{name}_unpack"))
     return nodes
 
 
-def _are_groups(blocks: tuple[int, ...] | None, multipliers: tuple[int, ...] | None) -> bool:
-    """Whether the shapes are those of `Grouped`."""
-    if blocks is None or multipliers is None or len(blocks) != 3 or len(multipliers) != 3:
-        return False
-    return multipliers in ((*blocks[:2], 1), (blocks[0], 1, blocks[2])) and blocks != multipliers
-
-
-def _axis(blocks: np.ndarray, multipliers: np.ndarray) -> int:
-    """Where the channels are, of the matrix: the blocks' inputs are the axis that the multipliers lack."""
-    return 0 if multipliers.shape == (*blocks.shape[:2], 1) else 1
+def _shape(graph: ir.Graph, shape: tuple[int, ...]) -> ir.Value:
+    """A constant that all reshapes to that shape share."""
+    name = "~" + ".".join("" if size < 0 else str(size) for size in shape)
+    return set_constant(graph, name, np.array(shape, np.int64))
 
 
 INT8 = _Initializer("int8", 8, 13, ir.DataType.INT8)
 # as other tools store weights, with zero points in the middle; ours never do
 UINT8 = _Initializer("uint8", 8, 13, ir.DataType.UINT8)
 NATIVE = _Initializer("native", 4, 21, ir.DataType.INT4)
-CAST, NIBBLES = _Cast(), _Nibbles()
-FORMS: dict[str, Form] = {form.name: form for form in (INT8, UINT8, CAST, NIBBLES, NATIVE)}
+CAST, NIBBLES, TRELLIS = _Cast(), _Nibbles(), _Trellis()
+FORMS: dict[str, Form] = {form.name: form for form in (INT8, UINT8, CAST, NIBBLES, TRELLIS, NATIVE)}
 
 
 def _pairs() -> np.ndarray:
@@ -351,11 +345,54 @@ def _pairs() -> np.ndarray:
     return unpack_int4(np.arange(256, dtype=np.uint8).tobytes(), (256, 2))
 
 
-def _starts() -> np.ndarray:
-    """Of every byte, the rows of `_products` where those of its two multipliers start, int32 [256, 2]."""
-    return 256 * unpack_uint4(np.arange(256, dtype=np.uint8).tobytes(), (256, 2)).astype(np.int32)
+def _level_table(graph: ir.Graph) -> ir.Value:
+    """`level_pairs`, made when the file is loaded: 32 KB would be a fiftieth of a small model.
+
+    Gather of levels, by their numbers (Cast), for each multiplier -> Reshape -> Transpose into the order of a row
+    number's bits -> Reshape.
+    """
+    for entry in graph:
+        if _is_level_table(entry.outputs[0]):
+            return entry.outputs[0]
+    levels, numbers = set_constant(graph, "~l", LEVELS), set_constant(graph, "~n", level_numbers())
+    nodes = [node("Cast", [numbers], "~t3", attributes={"to": ir.DataType.INT32})]
+    nodes.append(node("Gather", [levels, nodes[0].outputs[0]], "~t0", attributes={"axis": 1}))
+    nodes.append(node("Reshape", [nodes[-1].outputs[0], _shape(graph, BY_BITS)], "~t1"))
+    nodes.append(node("Transpose", [nodes[-1].outputs[0]], "~t2", attributes={"perm": list(BITS_ORDER)}))
+    nodes.append(node("Reshape", [nodes[-1].outputs[0], _shape(graph, (-1, 2))], "~t"))
+    prepend(graph, nodes)
+    return nodes[-1].outputs[0]
 
 
-def _products() -> np.ndarray:
-    """The two values of every byte times every multiplier of 4 bits, int8 [16 * 256, 2]."""
-    return (np.arange(16, dtype=np.int8)[:, None, None] * _pairs()).reshape(-1, 2)
+def _is_level_table(value: ir.Value | None) -> bool:
+    turned = maker(_input_of(value, "Reshape"))
+    if turned is None or not is_op(turned, "Transpose") or attribute(turned, "perm") != list(BITS_ORDER):
+        return False
+    gather = maker(_input_of(turned.inputs[0], "Reshape"))
+    if gather is None or not is_op(gather, "Gather") or attribute(gather, "axis", 0) != 1:
+        return False
+    split = turned.inputs[0]
+    by_bits = split is not None and _reshaped(split) == BY_BITS
+    return by_bits and _same(gather.inputs[0], LEVELS) and _same(_input_of(gather.inputs[1], "Cast"), level_numbers())
+
+
+def _to_the_front(graph: ir.Graph, value: ir.Value) -> None:
+    """Let the nodes that make a value from constants come before all others."""
+    chain: list[ir.Node] = []
+    made = maker(value)
+    while made is not None:
+        chain.insert(0, made)
+        made = maker(made.inputs[0]) or maker(made.inputs[-1])
+    for entry in chain:
+        graph.remove(entry)
+    prepend(graph, chain)
+
+
+def _unused_prefix(graph: ir.Graph) -> str:
+    """`~` and a number, for the names of one weight's values."""
+    return next(f"~{number}" for number in count() if f"~{number}p" not in graph.initializers)
+
+
+def _places() -> np.ndarray:
+    """Of every byte, the bits of its two multipliers in the number of a row of `level_pairs`, uint8 [256, 2]."""
+    return multiplier_bits(unpack_uint4(np.arange(256, dtype=np.uint8).tobytes(), (256, 2)))

@@ -6,7 +6,7 @@ A product multiplies with a *real* value; behind it stand scales (a DequantizeLi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.forms import FORMS, NATIVE, UINT8, Form
+from d4c_onnx.graph.forms import FORMS, NATIVE, TRELLIS, UINT8, Form
 from d4c_onnx.graph.layers import WEIGHTED_OPS
-from d4c_onnx.graph.packing import Grouped
+from d4c_onnx.graph.trellis import Coded
 from d4c_onnx.graph.values import (
     CONTRIB,
     array,
@@ -114,37 +114,48 @@ def _integers_of(value: ir.Value | None, scale: ir.Value | None, dequantize: ir.
     return None
 
 
-def convert_stored(graph: ir.Graph, stored: StoredWeight, form: Form, groups: Grouped | None = None) -> None:
+def convert_stored(graph: ir.Graph, stored: StoredWeight, form: Form) -> None:
     """Let the integers of a stored weight lie in another form, in place; every reader, and every number, stays.
 
     Zero points of a DequantizeLinear take the integers' type.
 
-    Args:
-        groups: the integers as products; not needed where they lie as such already.
-
     Raises:
-        GraphError: the form cannot hold the values, they are unsigned, or no products of these groups.
+        GraphError: the form cannot hold the values, or they are unsigned.
     """
     value = stored.integers
     if value is None or stored.form is form:
         return
     integers, name = stored.unpack(), name_of(value)
-    if groups is None and stored.form is not None:
-        groups = stored.form.groups(value)
-    elif groups is not None and not np.array_equal(groups.products, integers):
-        raise GraphError(f"{name}: the graph holds other integers than its groups make.")
-    groups = groups if form.grouped else None
-    held = integers if groups is None else groups.integers
-    narrow = form.num_bits == 4 and bool(held.size) and (held.min() < -8 or held.max() > 7)
+    narrow = form.num_bits == 4 and bool(integers.size) and (integers.min() < -8 or integers.max() > 7)
     if narrow or UINT8 in (stored.form, form):
         raise GraphError(
             f"{name}: its values, {integers.dtype} up to {integers.max()}, do not fit the form {form.name}."
         )
+    _exchange(graph, value, form, lambda: form.store(graph, name, integers))
+
+
+def store_coded(graph: ir.Graph, stored: StoredWeight, coded: Coded) -> None:
+    """`convert_stored` into the trellis' form, in place, of integers that are its levels.
+
+    Raises:
+        GraphError: the graph holds other integers.
+    """
+    value = stored.integers
+    assert value is not None
+    name = name_of(value)
+    if not np.array_equal(coded.levels, stored.unpack()):
+        raise GraphError(f"{name}: the graph holds other integers than its path makes.")
+    _exchange(graph, value, TRELLIS, lambda: TRELLIS.store_coded(graph, name, coded))
+
+
+def _exchange(graph: ir.Graph, value: ir.Value, form: Form, store: Callable[[], ir.Value]) -> None:
+    """Let the readers of integers read what `store` puts into the graph under their name."""
+    name = name_of(value)
     uses = readers(value)
     if is_constant(value):
         graph.initializers.pop(name)
     value.name = f"{name}_before"
-    fresh = form.store(graph, name, integers) if groups is None else form.store_groups(graph, name, groups)
+    fresh = store()
     for reader in uses:
         replace_input(reader, value, fresh)
         zero = reader.inputs[2] if is_op(reader, "DequantizeLinear") and len(reader.inputs) > 2 else None

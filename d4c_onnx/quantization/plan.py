@@ -22,31 +22,15 @@ NARROWEST = 8  # inputs; no integer kernel gains anything on a narrower product,
 _SMALL_PROJECTION = 0.02
 
 
-# Multipliers are stored in 4 bits; with weights of reduced range, -8 times the largest one is -64.
-_LARGEST, _LARGEST_REDUCED = 15, 8
-
-
-@dataclass(frozen=True, slots=True)
-class InputGroups:
-    """Neighbouring inputs of a channel that share a multiplier.
-
-    Attributes:
-        size: how many, an even number; the weight's inputs are a multiple of it.
-        largest: multiplier, 8 to 15.
-    """
-
-    size: int
-    largest: int
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What `quantize_static` is asked to do.
 
     Attributes:
         layers: the weighted layers, in graph order.
-        weight_bits: width of the grid, by initialiser name: 4, 6, 8, or 7 for an 8-bit weight of reduced range.
-        groups: of a weight's inputs, by initialiser name; all others have one scale a channel.
+        weight_bits: width of the grid, by initialiser name: 4, 6 or 8.
+        groups: how many neighbouring inputs share a multiplier, by initialiser name; others have one scale a channel.
+        reduce_range: whether products of 8-bit weights are added in 16 bits two by two (`rounding.pairs`).
         nodes: names of all nodes to quantise.
         op_types: their operator types.
         activations: float values whose ranges are needed; none where only weights are quantised.
@@ -63,7 +47,8 @@ class Plan:
     float16: tuple[str, ...] = ()
     dead_rows: frozenset[str] = frozenset()
     outliers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    groups: Mapping[str, InputGroups] = field(default_factory=dict)
+    groups: Mapping[str, int] = field(default_factory=dict)
+    reduce_range: bool = False
 
     def observed(self, name: str, values: np.ndarray) -> np.ndarray:
         """What counts of an activation for ranges and moments: all but a dead first row; outliers as zeros."""
@@ -86,11 +71,10 @@ def make_plan(
     """Decide what is quantised.
 
     The first layer gets `boundary_bits`, and so does the final projection, unless it is small: then it stays in 16
-    bits. The `eight_bit_nodes` get 8, every other weight the recipe's width; 8-bit ones a grid of 7 where their range
-    is to be reduced.
+    bits. The `eight_bit_nodes` get 8, every other weight the recipe's width.
 
     Args:
-        reduce_range: whether 8-bit weights, and products of groups, stay in [-64, 63].
+        reduce_range: see `Plan`.
         grouped: whether the target can store groups of inputs, should the recipe ask for them.
         saturating: whether a convolution's integer output, whose grid ends where a ReLU6 cuts, stands for the ReLU6;
             symmetric grids do not begin at 0.
@@ -108,7 +92,6 @@ def make_plan(
     for layer in layers:
         own = widest if layer.first or layer.last else section.weight_bits
         own = 8 if layer.node in eight_bit_nodes else own
-        own = 7 if own == 8 and reduce_range else own
         bits[layer.weight] = max(own, bits.get(layer.weight, 0))  # a shared weight keeps the wider grid
     chosen = {layer.node for layer in layers}
     if any(layer.op == "Conv" for layer in layers):
@@ -127,7 +110,8 @@ def make_plan(
         tuple(sorted({node.op_type for node in nodes})),
         () if section.weights_only else tuple(names),
         tuple(sorted(float16)),
-        groups=_groups(graph, layers, bits, section.group_size if grouped else 0, reduce_range),
+        groups=_groups(graph, layers, bits, section.group_size if grouped else 0),
+        reduce_range=reduce_range,
     )
 
 
@@ -146,16 +130,14 @@ def _small_projections(graph: ir.Graph, layers: list[WeightedLayer]) -> set[str]
     return last - others if small else set()
 
 
-def _groups(
-    graph: ir.Graph, layers: tuple[WeightedLayer, ...], bits: Mapping[str, int], size: int, reduce_range: bool
-) -> dict[str, InputGroups]:
+def _groups(graph: ir.Graph, layers: tuple[WeightedLayer, ...], bits: Mapping[str, int], size: int) -> dict[str, int]:
     """Of 4-bit matrices whose inputs fall into groups of that size without a rest; size 0: none."""
     found = {}
     for layer in layers if size else ():
         shape = dims(graph.initializers[layer.weight]) or ()
         matrix = layer.op != "Conv" and len(shape) == 2
         if matrix and bits[layer.weight] == 4 and shape[1 - layer.channel_axis] % size == 0:
-            found[layer.weight] = InputGroups(size, _LARGEST_REDUCED if reduce_range else _LARGEST)
+            found[layer.weight] = size
     return found
 
 

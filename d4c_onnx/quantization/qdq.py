@@ -209,7 +209,7 @@ def _check_integers(graph: ir.Graph, weights: Mapping[str, QuantizedWeight], pla
         stored = stored_weight(nodes[layer.node])
         if stored is None or stored.form is not INT8:
             raise GraphError(f"{layer.node}: quantize_static left the weight {layer.weight} in float.")
-        expected = channels_back(weights[layer.weight].products, stored.shape, layer.channel_axis)
+        expected = channels_back(weights[layer.weight].integers, stored.shape, layer.channel_axis)
         if not np.array_equal(stored.unpack(), expected):
             raise GraphError(f"{layer.node}: quantize_static stored other integers than the rounding chose.")
 

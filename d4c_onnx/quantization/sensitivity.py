@@ -19,11 +19,12 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.calibration.readers import SpreadReader
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.graph.layers import channels_back, channels_first
-from d4c_onnx.graph.values import constant, dims
+from d4c_onnx.graph.values import constant, dims, nodes_by_name
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.rounding.base import stored_bits
+from d4c_onnx.quantization.rounding.grids import grid_of
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
 
 _IMAGES, _PROMPTS = 8, 32  # on which a layer's error is measured
@@ -62,16 +63,16 @@ def measure_costs(
     samples = _IMAGES if len(model.graph.inputs[0].shape or ()) == 4 else _PROMPTS
     encoder_at = SegmentedEncoder(model, SpreadReader(reader, samples), provider, threads)
     exact = encoder_at.outputs()
-    nearest = NearestRounding()
+    nearest, nodes = NearestRounding(), nodes_by_name(model.graph)
     costs = []
     for number, layer in enumerate(plan.layers):
-        values, bits = constant(model.graph.initializers[layer.weight]), plan.weight_bits[layer.weight]
-        groups, error = plan.groups.get(layer.weight), 0.0
-        width = stored_bits(bits, groups)
+        values = constant(model.graph.initializers[layer.weight])
+        grid, error = grid_of(plan, layer, model.graph, nodes[layer.node]), 0.0
+        width = stored_bits(grid.num_bits, grid.group_size)
         if width < 8:
             for _ in encoder_at.advance([layer.data]):
                 pass
-            rounded = nearest.round(channels_first(values, layer.channel_axis), bits, groups=groups)
+            rounded = nearest.round(channels_first(values, layer.channel_axis), grid)
             real = channels_back(rounded.dequantize(), values.shape, layer.channel_axis)
             encoder_at.replace(layer.weight, real)
             error = float(np.square(encoder_at.outputs() - exact).mean())

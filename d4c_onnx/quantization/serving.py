@@ -17,7 +17,14 @@ from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.qdq import quantize_file, room_for, save_placed
 from d4c_onnx.quantization.rewrites import apply_all, in_float16, same_answers
 from d4c_onnx.quantization.rounding import RoundedWeights
-from d4c_onnx.quantization.storage import clip_activations, store_float16, store_narrow, store_scaled, stored_of
+from d4c_onnx.quantization.storage import (
+    clip_activations,
+    shorten_names,
+    store_float16,
+    store_narrow,
+    store_scaled,
+    stored_of,
+)
 
 # Max abs difference of an embedding: sums of another order move some activations to the next step of their grid.
 _BETWEEN_QUANTISERS = 0.02
@@ -50,6 +57,7 @@ def to_qdq(
     store_float16(quantized, plan.float16)
     if any(weight.num_bits == 4 for weight in weights.values()):
         store_narrow(quantized, held, task.target.int4)
+    shorten_names(quantized)
     return quantized, applied
 
 

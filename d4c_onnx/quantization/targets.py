@@ -35,14 +35,14 @@ class Target:
     Attributes:
         float_rewrites: of the float graph, in order, before anything is measured or rounded.
         served_rewrites: of the QDQ graph, in order; the answers stay the same.
-        int4: how 4-bit weights lie in the file.
+        int4: how 4-bit weights without groups lie in the file.
         token_table: how the text encoder's does.
         note: what to expect there.
         symmetric: int8 activations with zero point 0 everywhere, instead of uint8 with any.
         quantize_bias: store a convolution's bias as int32; otherwise it stays float.
-        reduce_range: 8-bit weights stay in [-64, 63]. onnxruntime's kernels for x86 without VNNI add two products of
-            uint8 and int8 in 16 bits, which full weights overflow: ViT-B/32's W8A8 image embeddings then were seven
-            times further from FP32 than the file says.
+        reduce_range: neighbouring 8-bit weights add up to at most 128 (`rounding.pairs`). onnxruntime's kernels for x86
+            without VNNI add two products of uint8 and int8 in 16 bits, which free weights overflow: ViT-B/32's W8A8
+            image embeddings then were seven times further from FP32 than the file says.
         fp16_beside: put an FP16 bundle beside.
         lowest_opset: label files with the lowest opset and IR that express them, for runtimes that refuse newer ones.
     """
@@ -60,8 +60,8 @@ class Target:
 
     @property
     def grouped(self) -> bool:
-        """Whether 4-bit weights may have multipliers of groups."""
-        return self.int4.grouped
+        """Whether 4-bit weights may be paths through a trellis: compilers know nothing of those."""
+        return self.int4 is not NATIVE
 
     def label(self, model: ir.Model) -> None:
         """Label a finished graph with the opset that its files are to have, in place."""

@@ -18,6 +18,7 @@ from d4c_onnx.quantization.inside.statistics import (
 )
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.rounding import METHODS, QuantizedWeight
+from d4c_onnx.quantization.rounding.base import WeightGrid
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
 from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
 from d4c_onnx.quantization.rounding.regions import find_regions
@@ -69,7 +70,7 @@ def test_what_adaround_learns_of_a_bottleneck_holds_in_onnxruntime(request: pyte
         batch=8,
         seed=0,
     )
-    nearest = {name: NearestRounding().round(rows, 4) for name, (rows, *_) in weights.items()}
+    nearest = {name: NearestRounding().round(rows, WeightGrid(4)) for name, (rows, *_) in weights.items()}
     errors = [
         float(np.square(_answer(twin, chosen, plan, reader, region.output) - target).mean())
         for chosen in (learned, nearest)
@@ -92,7 +93,7 @@ def test_adaround_beats_nearest_on_its_layer_and_stays_between_the_neighbours() 
         batch=200,
         seed=0,
     )["w"]
-    nearest = NearestRounding().round(weight, 4)
+    nearest = NearestRounding().round(weight, WeightGrid(4))
     assert np.array_equal(made.scale, nearest.scale)
     inside = np.abs(weight / made.scale[:, None]) < 7
     assert (np.abs(made.integers - weight / made.scale[:, None])[inside] <= 1.0001).all()

@@ -12,7 +12,7 @@ from d4c_onnx.graph.layers import weighted_layers
 from d4c_onnx.graph.model import save_model
 from d4c_onnx.quantization import quantize_encoder
 from d4c_onnx.quantization.inside.output_moments import output_moments
-from d4c_onnx.quantization.rounding.base import InputMoments
+from d4c_onnx.quantization.rounding.base import InputMoments, WeightGrid
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding
 from d4c_onnx.quantization.rounding.yaqa import YaqaRounding
 
@@ -63,8 +63,8 @@ def test_errors_weigh_less_on_the_embedding(seed: int, bits: int, one_block: boo
     if not one_block:
         blocks = [blocks[0][:24, :24], blocks[0][24:, 24:]]
     moments, known = InputMoments(gram, gram), np.array(blocks, np.float32)
-    plain = GptaqRounding(0.01).round(weight, bits, moments)
-    aware = YaqaRounding(0.01).round(weight, bits, moments, None, known)
+    plain = GptaqRounding(0.01).round(weight, WeightGrid(bits), moments)
+    aware = YaqaRounding(0.01).round(weight, WeightGrid(bits), moments, known)
 
     def cost(values: np.ndarray) -> float:
         parts = np.split(weight - values, len(blocks))
@@ -79,9 +79,9 @@ def test_without_moments_it_is_gptaq() -> None:
     weight, rows = rng.standard_normal((16, 8)).astype(np.float32), rng.standard_normal((40, 8))
     moments = InputMoments(rows.T @ rows, rows.T @ rows)
     known = np.zeros((1, 16, 16), np.float32)  # outputs that nothing reads
-    plain = GptaqRounding().round(weight, 4, moments)
+    plain = GptaqRounding().round(weight, WeightGrid(4), moments)
     for outputs in (None, known):
-        aware = YaqaRounding().round(weight, 4, moments, None, outputs)
+        aware = YaqaRounding().round(weight, WeightGrid(4), moments, outputs)
         np.testing.assert_array_equal(aware.integers, plain.integers)
         np.testing.assert_array_equal(aware.scale, plain.scale)
 

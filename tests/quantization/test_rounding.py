@@ -19,7 +19,7 @@ from d4c_onnx.quantization.inside.statistics import (
 from d4c_onnx.quantization.inside.views import input_view
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rounding import METHODS, RoundingTask
-from d4c_onnx.quantization.rounding.base import InputMoments, grid_limits
+from d4c_onnx.quantization.rounding.base import InputMoments, WeightGrid, grid_limits
 from d4c_onnx.quantization.rounding.corrections import correct_affine, correct_mean
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding, GptqRounding
 from d4c_onnx.quantization.rounding.layerwise import bias_of
@@ -33,8 +33,8 @@ from d4c_onnx.quantization.rounding.schedule import PUBLISHED, SHORT
 def test_gptq_beats_nearest_on_the_layer_output(seed: int) -> None:
     _, weight, x = problem(seed)
     gram = x.T @ x / len(x)
-    learned = GptqRounding(0.01).round(weight, 4, InputMoments(gram, gram))
-    nearest = NearestRounding().round(weight, 4)
+    learned = GptqRounding(0.01).round(weight, WeightGrid(4), InputMoments(gram, gram))
+    nearest = NearestRounding().round(weight, WeightGrid(4))
     low, high = grid_limits(4)
     assert low <= learned.integers.min()
     assert learned.integers.max() <= high
@@ -53,8 +53,8 @@ def test_asymmetric_target_repairs_the_input_error(seed: int) -> None:
     seen = x + 0.3 * rng.standard_normal(x.shape)
     seen[:, :5] *= 0.6
     gram, cross = seen.T @ seen / len(x), x.T @ seen / len(x)
-    asymmetric = GptaqRounding(0.01).round(weight, 4, InputMoments(gram, cross))
-    symmetric = GptaqRounding(0.01).round(weight, 4, InputMoments(gram, gram))
+    asymmetric = GptaqRounding(0.01).round(weight, WeightGrid(4), InputMoments(gram, cross))
+    symmetric = GptaqRounding(0.01).round(weight, WeightGrid(4), InputMoments(gram, gram))
 
     def error(rounded) -> float:
         return float(np.square(x @ weight.T - seen @ rounded.dequantize().T).mean())
@@ -69,7 +69,7 @@ def test_gptq_leaves_a_grid_weight_alone() -> None:
     weight = integers * rng.uniform(0.1, 1, 6).astype(np.float32)[:, None]
     x = rng.standard_normal((200, 32))
     gram = x.T @ x / 200
-    learned = GptqRounding().round(weight.astype(np.float32), 4, InputMoments(gram, gram))
+    learned = GptqRounding().round(weight.astype(np.float32), WeightGrid(4), InputMoments(gram, gram))
     assert np.abs(learned.dequantize() - weight).max() < 0.02 * np.abs(weight).max()
 
 
@@ -77,9 +77,9 @@ def test_inputs_that_never_fire_are_harmless() -> None:
     _, weight, x = problem(0)
     x[:, 3] = 0
     gram = x.T @ x / len(x)
-    learned = GptaqRounding().round(weight, 4, InputMoments(gram, gram))
+    learned = GptaqRounding().round(weight, WeightGrid(4), InputMoments(gram, gram))
     assert np.isfinite(learned.dequantize()).all()
-    zero = GptaqRounding().round(weight, 4, InputMoments(np.zeros_like(gram), np.zeros_like(gram)))
+    zero = GptaqRounding().round(weight, WeightGrid(4), InputMoments(np.zeros_like(gram), np.zeros_like(gram)))
     assert np.isfinite(zero.dequantize()).all()
 
 
@@ -155,7 +155,7 @@ def test_affine_correction_is_the_best_gain_and_offset(seed: int, with_bias: boo
     found = new_statistics(1, x.shape[1])
     found.add(x[None].astype(np.float32), seen[None].astype(np.float32))
     found.flush()
-    rounded = NearestRounding().round(weight, 4)
+    rounded = NearestRounding().round(weight, WeightGrid(4))
     bias = rng.standard_normal(len(weight)).astype(np.float32) if with_bias else None
     zero = np.zeros(len(weight), np.float32)
     own = bias if bias is not None else zero
@@ -192,10 +192,12 @@ def test_every_method_rounds_every_weight_onto_its_grid(
     for layer in plan.layers:
         weight, values = made.weights[layer.weight], constant(model.graph.initializers[layer.weight])
         rows = channels_first(values, layer.channel_axis)
-        assert weight.num_bits == plan.weight_bits[layer.weight]
+        planned = plan.weight_bits[layer.weight]
+        assert weight.num_bits == (7 if name == "adaround" and planned == 8 else planned)
         assert weight.integers.dtype == np.int8
         assert weight.integers.shape == rows.shape
-        low, high = grid_limits(weight.num_bits)
+        assert (weight.path is not None) == (layer.weight in plan.groups and name != "adaround")
+        low, high = grid_limits(weight.num_bits) if weight.path is None else (-64, 64)
         assert low <= weight.integers.min() <= weight.integers.max() <= high
         assert weight.scale.dtype == np.float32
         assert weight.scale.shape == (len(rows),)
@@ -215,7 +217,7 @@ def test_rounding_with_float_activations_needs_no_ranges(name: str, request: pyt
     assert ranges == {}
     made = METHODS_IN_SHORT[name].round_weights(RoundingTask(model, plan, ranges, reader))
     assert set(made.weights) == {layer.weight for layer in plan.layers}
-    assert {weight.num_bits for weight in made.weights.values()} == {4, 7}
+    assert {weight.num_bits for weight in made.weights.values()} == {4, 7 if name == "adaround" else 8}
 
 
 @pytest.mark.parametrize("name", METHODS_IN_SHORT)

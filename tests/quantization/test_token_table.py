@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from d4c_onnx.quantization.rounding.base import WeightGrid
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
 from d4c_onnx.quantization.storage.token_table import TokenTable, pack_halves, store_token_table
 from d4c_onnx.runtime.session import EncoderSession
@@ -24,7 +25,7 @@ def test_packed_token_rows_come_back_as_they_were(values: np.ndarray, ids: list[
     scale = np.linspace(0.5, 3, 6, dtype=np.float32)
     table = values * scale[:, None]
     model = parse("g (int64[n] ids) => (float[n, 10] rows) { [look_up] rows = Gather(table, ids) }", table=table)
-    rounded = NearestRounding().round(table, 4)
+    rounded = NearestRounding().round(table, WeightGrid(4))
     assert store_token_table(model, 4, TokenTable.PACKED) == 4
     check(model)
     assert pack_halves(values).nbytes * 2 == values.size
@@ -48,7 +49,7 @@ def test_token_tables_in_every_form(form: TokenTable, width: int, asked: int, st
         assert np.array_equal(run(model, ids), table[ids])
         return
     assert bits == (stored if stored is not None else {TokenTable.PACKED: 8, TokenTable.FOLDED: 4}[form])
-    assert np.array_equal(run(model, ids), NearestRounding().round(table, bits).dequantize()[ids])
+    assert np.array_equal(run(model, ids), NearestRounding().round(table, WeightGrid(bits)).dequantize()[ids])
 
 
 @pytest.mark.parametrize(("bits", "width", "dtype"), [("w4a8", 4, ir.DataType.UINT8), ("w8a8", 8, ir.DataType.INT8)])

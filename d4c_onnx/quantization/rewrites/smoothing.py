@@ -27,7 +27,7 @@ from d4c_onnx.graph.values import constant, name_of, value_named
 from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.rewrites.mappings import SmoothingMapping, apply_scale, find_mappings
-from d4c_onnx.quantization.rounding.base import grid_limits
+from d4c_onnx.quantization.rounding.base import WeightGrid, grid_limits
 from d4c_onnx.quantization.rounding.nearest import round_to_grid
 from d4c_onnx.recipe import QuantizationSection
 
@@ -39,7 +39,7 @@ _ROWS = 512  # rows of the error search per mapping
 _THRESHOLD = 0.2
 # Where a row's grid may end, as a share of its maximum, when alphas are compared; the rounding searches it later. At 4
 # bits a trained row wants to be clipped; one of equal weights, such as a random layer's, must not be.
-_TOPS = {4: (0.75, 1.0), 6: (0.95,), 7: (1.0,), 8: (1.0,)}
+_TOPS = {4: (0.75, 1.0), 6: (0.95,), 8: (1.0,)}
 
 
 @dataclass(slots=True)
@@ -169,7 +169,7 @@ def _on_grid(weight: np.ndarray, bits: int) -> np.ndarray:
     best, least = weight, np.full(len(weight), np.inf, np.float32)
     for top in _TOPS[bits]:
         steps = np.maximum(np.abs(weight).max(1) * top / grid_limits(bits)[1], 1e-12).astype(np.float32)
-        grid = round_to_grid(weight, steps, bits) * steps[:, None]
+        grid = round_to_grid(weight, steps, WeightGrid(bits)) * steps[:, None]
         error = np.square(grid - weight).sum(1)
         best, least = np.where((error < least)[:, None], grid, best), np.minimum(error, least)
     return best

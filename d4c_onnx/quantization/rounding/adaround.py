@@ -21,7 +21,7 @@ import torch
 
 from d4c_onnx.graph.values import name_of
 from d4c_onnx.quantization.inside.torch_graph import run_node
-from d4c_onnx.quantization.rounding.base import QuantizedWeight, grid_limits
+from d4c_onnx.quantization.rounding.base import QuantizedWeight, WeightGrid, grid_limits
 from d4c_onnx.quantization.rounding.nearest import search_scales
 from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
 
@@ -36,7 +36,7 @@ class SoftWeight:
     def __init__(self, weight: np.ndarray, num_bits: int) -> None:
         """weight: float32 [channels, inputs]."""
         self.num_bits = num_bits
-        self.scale = search_scales(weight, num_bits)
+        self.scale = search_scales(weight, WeightGrid(num_bits))
         steps = torch.from_numpy(weight / self.scale[:, None])
         self._floor = steps.floor()
         share = (steps - self._floor).clamp(1e-4, 1 - 1e-4)

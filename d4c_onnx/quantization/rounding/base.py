@@ -9,8 +9,27 @@ import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams
+from d4c_onnx.graph.trellis import levels_of
 from d4c_onnx.progress import OnStep, silent
-from d4c_onnx.quantization.plan import InputGroups, Plan
+from d4c_onnx.quantization.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPath:
+    """How a weight on 4 bits is stored where inputs share multipliers, see `graph.trellis`.
+
+    Attributes:
+        codes: uint8 [channels, inputs], nibbles.
+        multipliers: uint8 [channels, groups], 0 to 15, of as many inputs each.
+    """
+
+    codes: np.ndarray
+    multipliers: np.ndarray
+
+    @property
+    def levels(self) -> np.ndarray:
+        """int8 [channels, inputs]."""
+        return levels_of(self.codes, self.multipliers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,40 +37,58 @@ class QuantizedWeight:
     """A weight on a symmetric per-channel grid.
 
     Attributes:
-        integers: int8 [channels, inputs], each in [-2**(num_bits-1), 2**(num_bits-1) - 1].
-        scale: float32 [channels], positive; real = product * scale.
+        integers: int8 [channels, inputs], what kernels multiply; without a path each in
+            [-2**(num_bits-1), 2**(num_bits-1) - 1].
+        scale: float32 [channels], positive; real = integer * scale.
         num_bits: width of the grid; 4 bits are stored in 4, wider grids in 8.
-        multipliers: uint8 [channels, groups], 1 to 15, of as many inputs each; None without groups.
+        path: what is stored where groups share multipliers; its levels are the integers.
     """
 
     integers: np.ndarray
     scale: np.ndarray
     num_bits: int
-    multipliers: np.ndarray | None = None
+    path: WeightPath | None = None
 
-    @property
-    def products(self) -> np.ndarray:
-        """int8 [channels, inputs]: what kernels multiply, each integer times its group's multiplier."""
-        if self.multipliers is None:
-            return self.integers
-        each = np.repeat(self.multipliers.astype(np.int8), self.integers.shape[1] // self.multipliers.shape[1], axis=1)
-        return self.integers * each  # at most 8 * 15 in magnitude
+    @classmethod
+    def on_path(cls, codes: np.ndarray, multipliers: np.ndarray, scale: np.ndarray) -> "QuantizedWeight":
+        """A weight on 4 bits in groups."""
+        path = WeightPath(codes, multipliers)
+        return cls(path.levels, scale, 4, path)
 
     def dequantize(self) -> np.ndarray:
         """float32 [channels, inputs]."""
-        return self.products.astype(np.float32) * self.scale[:, None]
+        return self.integers.astype(np.float32) * self.scale[:, None]
 
     def taken(self, order: np.ndarray) -> "QuantizedWeight":
         """Its channels in another order."""
-        multipliers = None if self.multipliers is None else self.multipliers[order]
-        return QuantizedWeight(self.integers[order], self.scale[order], self.num_bits, multipliers)
+        path = None if self.path is None else WeightPath(self.path.codes[order], self.path.multipliers[order])
+        return QuantizedWeight(self.integers[order], self.scale[order], self.num_bits, path)
 
 
 def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Channels of several weights of one grid and one kind of groups, as one weight."""
-    own = [part.multipliers for part in parts if part.multipliers is not None]
     integers, scale = np.concatenate([part.integers for part in parts]), np.concatenate([part.scale for part in parts])
-    return QuantizedWeight(integers, scale, parts[0].num_bits, np.concatenate(own) if own else None)
+    own = [part.path for part in parts if part.path is not None]
+    if not own:
+        return QuantizedWeight(integers, scale, parts[0].num_bits)
+    codes, multipliers = ([getattr(path, name) for path in own] for name in ("codes", "multipliers"))
+    path = WeightPath(np.concatenate(codes), np.concatenate(multipliers))
+    return QuantizedWeight(integers, scale, parts[0].num_bits, path)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightGrid:
+    """Where the integers of a weight may lie.
+
+    Attributes:
+        num_bits: 4, 6 or 8; 7 is a grid of 8 bits of which [-64, 63] is used.
+        group_size: neighbouring inputs that share a multiplier, at 4 bits; 0: one scale a channel.
+        partners: int [inputs], see `pairs`; None: any two weights may be as large as they want.
+    """
+
+    num_bits: int
+    group_size: int = 0
+    partners: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +118,16 @@ class LayerRounding(Protocol):
     def round(
         self,
         weight: np.ndarray,
-        num_bits: int,
+        grid: WeightGrid,
         moments: InputMoments | None = None,
-        groups: InputGroups | None = None,
         outputs: np.ndarray | None = None,
     ) -> QuantizedWeight:
         """Round a weight.
 
         Args:
             weight: float32 [channels, inputs], output channels first.
-            num_bits: 4, 6, 7 or 8.
+            grid: that the integers lie on.
             moments: of the layer's input; given when `uses_data`.
-            groups: of inputs that share a multiplier, at 4 bits; none: one scale a channel.
             outputs: see `gradient_moments`, float32 [blocks, channels of one, channels of one]; none: not known.
         """
         ...
@@ -156,8 +191,8 @@ def grid_limits(num_bits: int) -> tuple[int, int]:
     return -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
 
 
-def stored_bits(num_bits: int, groups: InputGroups | None = None) -> float:
+def stored_bits(num_bits: int, group_size: int = 0) -> float:
     """What a weight of that grid takes in the file, its share of a multiplier of 4 bits included."""
-    if groups is not None:
-        return 4 + 4 / groups.size
+    if group_size:
+        return 4 + 4 / group_size
     return 4 if num_bits == 4 else 8

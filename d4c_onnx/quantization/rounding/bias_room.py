@@ -19,9 +19,9 @@ from dataclasses import replace
 import numpy as np
 
 from d4c_onnx.graph.values import array, dims, nodes_by_name
-from d4c_onnx.quantization.rounding.base import QuantizedWeight, RoundingTask
-from d4c_onnx.quantization.rounding.groups import spread
+from d4c_onnx.quantization.rounding.base import QuantizedWeight, RoundingTask, WeightGrid
 from d4c_onnx.quantization.rounding.nearest import round_to_grid
+from d4c_onnx.quantization.rounding.trellis import trace_nearest
 
 _LARGEST_BIAS = 2.0**29  # in steps of its scale; onnxruntime asks for 2**31
 _TINY = float(np.finfo(np.float32).tiny)  # below it float32 loses bits: the least scale of products
@@ -48,12 +48,14 @@ def least_scales(task: RoundingTask) -> dict[str, np.ndarray]:
     return found
 
 
-def with_room(weight: np.ndarray, rounded: QuantizedWeight, least: np.ndarray | None) -> QuantizedWeight:
+def with_room(
+    weight: np.ndarray, rounded: QuantizedWeight, grid: WeightGrid, least: np.ndarray | None
+) -> QuantizedWeight:
     """A rounded weight whose scales are at least these, and these in channels of zeros; the same object if they are.
 
     Args:
         weight: float32 [channels, inputs].
-        rounded: the same on its grid.
+        rounded: the same on this grid.
         least: float32 [channels], 0 where any scale will do; None: everywhere.
     """
     if least is None:
@@ -62,12 +64,15 @@ def with_room(weight: np.ndarray, rounded: QuantizedWeight, least: np.ndarray | 
     moved = raised | ((least > 0) & ~rounded.integers.any(1))
     if not moved.any():
         return rounded
-    scale, multipliers = np.where(moved, least, rounded.scale).astype(np.float32), rounded.multipliers
-    steps = np.broadcast_to(scale[:, None], weight.shape)
-    if multipliers is not None:  # steps as wide as before, or a little wider
-        kept = np.maximum(np.ceil(multipliers * (rounded.scale / scale)[:, None]), 1)
-        multipliers = np.where(raised[:, None], kept, multipliers).astype(np.uint8)
-        steps = spread(scale, multipliers, weight.shape[1])
-    integers = rounded.integers.copy()
-    integers[raised] = round_to_grid(weight[raised], steps[raised], rounded.num_bits)
-    return replace(rounded, integers=integers, scale=scale, multipliers=multipliers)
+    scale, path = np.where(moved, least, rounded.scale).astype(np.float32), rounded.path
+    if path is None:
+        integers = rounded.integers.copy()
+        integers[raised] = round_to_grid(weight[raised], scale[raised], grid)
+        return replace(rounded, integers=integers, scale=scale)
+    codes, multipliers = path.codes.copy(), path.multipliers.copy()
+    near = np.ceil(multipliers[raised] * (rounded.scale / scale)[raised, None]).astype(
+        np.uint8
+    )  # steps as wide as before
+    if raised.any():
+        codes[raised], multipliers[raised] = trace_nearest(weight[raised], scale[raised], near)
+    return QuantizedWeight.on_path(codes, multipliers, scale)

@@ -8,23 +8,22 @@ so the best float weight is T, and rounding it is GPTQ's problem with the Hessia
 of falling G_jj (act-order); the error of a column, divided by its pivot in the Cholesky factor of G^-1, is taken out of
 the columns that are not yet rounded.
 
-Groups of inputs that share a multiplier stay as they lie ("static groups"), whatever the order: their steps are chosen
-before, on T, where an input counts as much as 1 / (G^-1)_jj, the error that its rounding leaves once the other columns
-have repaired what they can.
+Where inputs share multipliers in groups the columns come as they lie, along a path through a trellis (`trellis`).
 
 Source: GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1, act-order); the asymmetric target follows GPTAQ (Li et al.,
 arXiv 2504.02692), here in closed form before the rounding instead of column by column.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from d4c_onnx.quantization.plan import InputGroups
-from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, Rounding, grid_limits
-from d4c_onnx.quantization.rounding.groups import search_groups, spread
+from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, Rounding, WeightGrid, grid_limits
+from d4c_onnx.quantization.rounding.groups import search_groups
 from d4c_onnx.quantization.rounding.layerwise import Layerwise
 from d4c_onnx.quantization.rounding.nearest import search_scales
+from d4c_onnx.quantization.rounding.pairs import limits_beside
+from d4c_onnx.quantization.rounding.trellis import trace
 
 _BLOCK = 128  # columns repaired one by one before the rest is repaired in one product
 
@@ -46,14 +45,13 @@ class GptqRounding:
     def round(
         self,
         weight: np.ndarray,
-        num_bits: int,
+        grid: WeightGrid,
         moments: InputMoments | None = None,
-        groups: InputGroups | None = None,
         outputs: np.ndarray | None = None,
     ) -> QuantizedWeight:
         """See `LayerRounding.round`."""
         solved = self.factors(moments)
-        return round_target(weight.astype(np.float64) @ solved.shift, num_bits, groups, solved)
+        return round_target(weight.astype(np.float64) @ solved.shift, grid, solved)
 
     def factors(self, moments: InputMoments | None) -> "Solved":
         """What rounding needs to know of the inputs, kept for the next call."""
@@ -65,25 +63,28 @@ class GptqRounding:
         return self._solved[1]
 
 
-def round_target(target: np.ndarray, num_bits: int, groups: InputGroups | None, solved: "Solved") -> QuantizedWeight:
+def round_target(target: np.ndarray, grid: WeightGrid, solved: "Solved") -> QuantizedWeight:
     """Rows of best float weights onto their grid.
 
     Args:
         target: float64 [channels, inputs].
-        num_bits, groups: see `LayerRounding.round`.
+        grid: see `LayerRounding.round`.
         solved: of the inputs.
     """
     wanted = target.astype(np.float32)
-    if groups is None:
-        scale, multipliers = search_scales(wanted, num_bits, solved.importance), None
-        steps = np.broadcast_to(scale[:, None], target.shape)
-    else:
-        single = search_scales(wanted, num_bits, solved.pivots)
-        scale, multipliers = search_groups(wanted, groups, single, solved.pivots)
-        steps = spread(scale, multipliers, target.shape[1])[:, solved.order]
+    if grid.group_size:
+        scale, near = search_groups(wanted, grid.group_size, solved.pivots)
+        codes, multipliers = trace(target / scale[:, None], solved.natural_factor, near)
+        return QuantizedWeight.on_path(codes, multipliers, scale)
+    scale, order = search_scales(wanted, grid, solved.importance), solved.order
+    before = np.full(len(order), -1)  # where an input's partner came, in act-order; -1: it comes later
+    if grid.partners is not None:
+        place = np.argsort(order)
+        partner = place[grid.partners[order]]
+        before = np.where(partner < np.arange(len(order)), partner, -1)
     integers = np.empty(target.shape, np.int8)
-    integers[:, solved.order] = _repair(target[:, solved.order], solved.factor, steps, num_bits)
-    return QuantizedWeight(integers, scale, num_bits, multipliers)
+    integers[:, order] = _repair(target[:, order], solved.factor, scale, grid.num_bits, before)
+    return QuantizedWeight(integers, scale, grid.num_bits)
 
 
 class GptaqRounding(GptqRounding):
@@ -96,15 +97,31 @@ GPTQ: Rounding = Layerwise(GptqRounding)
 GPTAQ: Rounding = Layerwise(GptaqRounding)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Solved:
-    """What all weights that read one input share: C G^-1, diag(G), 1 / diag(G^-1), act-order, the factor of G^-1."""
+    """What all weights that read one input share: C G^-1, diag(G), 1 / diag(G^-1), act-order, G^-1."""
 
     shift: np.ndarray
     importance: np.ndarray
     pivots: np.ndarray
     order: np.ndarray
-    factor: np.ndarray
+    inverse: np.ndarray
+    _factors: dict[bool, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def factor(self) -> np.ndarray:
+        """Upper triangular factor of G^-1 in act-order."""
+        return self._factor_in(self.order, True)
+
+    @property
+    def natural_factor(self) -> np.ndarray:
+        """The same in the inputs' own order."""
+        return self._factor_in(np.arange(len(self.order)), False)
+
+    def _factor_in(self, order: np.ndarray, sorted_: bool) -> np.ndarray:
+        if sorted_ not in self._factors:
+            self._factors[sorted_] = np.linalg.cholesky(self.inverse[np.ix_(order, order)]).T
+        return self._factors[sorted_]
 
 
 def _solve(moments: InputMoments, dampening: float) -> Solved:
@@ -117,8 +134,7 @@ def _solve(moments: InputMoments, dampening: float) -> Solved:
     # the same ridge on C: with no quantisation error (C = G) the target is W itself
     shift = _with_ridge(moments.cross, ridge) @ inverse
     pivots = 1 / np.maximum(np.diag(inverse), 1e-30)
-    inverse = inverse[np.ix_(order, order)]
-    return Solved(shift, importance, pivots, order, factor=np.linalg.cholesky(inverse).T)  # upper triangular
+    return Solved(shift, importance, pivots, order, inverse)
 
 
 def _with_ridge(matrix: np.ndarray, ridge: float) -> np.ndarray:
@@ -127,25 +143,27 @@ def _with_ridge(matrix: np.ndarray, ridge: float) -> np.ndarray:
     return added
 
 
-def _repair(target: np.ndarray, factor: np.ndarray, steps: np.ndarray, num_bits: int) -> np.ndarray:
+def _repair(target: np.ndarray, factor: np.ndarray, scale: np.ndarray, num_bits: int, before: np.ndarray) -> np.ndarray:
     """int8 [channels, inputs]; all in act-order.
 
     Args:
         target: float64 [channels, inputs].
         factor: float64 [inputs, inputs], upper Cholesky factor of the inverse Gram.
-        steps: float32 [channels, inputs], the distance of neighbours on the grid.
+        scale: float32 [channels].
+        before: int [inputs], the partner that is rounded already, or -1.
     """
     low, high = grid_limits(num_bits)
-    target = target.copy()
+    target, wide = target.copy(), scale.astype(np.float64)
     integers = np.empty(target.shape, np.int8)
     for start in range(0, target.shape[1], _BLOCK):
         stop = min(start + _BLOCK, target.shape[1])
         errors = np.empty((len(target), stop - start))
         for column in range(start, stop):
-            scale = steps[:, column].astype(np.float64)
-            rounded = np.clip(np.rint(target[:, column] / scale), low, high)
+            rounded = np.clip(np.rint(target[:, column] / wide), low, high)
+            if before[column] >= 0:
+                rounded = np.clip(rounded, *limits_beside(integers[:, before[column]].astype(np.int64), low, high))
             integers[:, column] = rounded
-            error = (target[:, column] - rounded * scale) / factor[column, column]
+            error = (target[:, column] - rounded * wide) / factor[column, column]
             target[:, column + 1 : stop] -= error[:, None] * factor[column, column + 1 : stop]
             errors[:, column - start] = error
         target[:, stop:] -= errors @ factor[start:stop, stop:]

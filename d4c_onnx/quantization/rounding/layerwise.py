@@ -17,10 +17,12 @@ from d4c_onnx.quantization.rounding.base import (
     RoundedWeights,
     Rounding,
     RoundingTask,
+    WeightGrid,
     joined,
 )
 from d4c_onnx.quantization.rounding.bias_room import least_scales, with_room
 from d4c_onnx.quantization.rounding.corrections import correct_affine, correct_mean
+from d4c_onnx.quantization.rounding.grids import grid_of
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
 
 
@@ -96,21 +98,20 @@ class _Layers:
                 collector.replace(name_of(bias), biases[name_of(bias)])
 
     def _round(self, layer: WeightedLayer, moments: list[InputMoments]) -> None:
-        rows = self._rows(layer)
-        rounded = self._on_grid(layer, rows, moments)
-        self._result.weights[layer.weight] = with_room(rows, rounded, self._least.get(layer.weight))
+        rows, grid = self._rows(layer), grid_of(self._task.plan, layer, self._graph, self._nodes[layer.node])
+        rounded = self._on_grid(layer, rows, grid, moments)
+        self._result.weights[layer.weight] = with_room(rows, rounded, grid, self._least.get(layer.weight))
 
-    def _on_grid(self, layer: WeightedLayer, rows: np.ndarray, moments: list[InputMoments]) -> QuantizedWeight:
-        plan, rounding = self._task.plan, self._rounding
-        if self._is_stack(layer):
-            rounding = NearestRounding()
-        bits, groups = plan.weight_bits[layer.weight], plan.groups.get(layer.weight)
+    def _on_grid(
+        self, layer: WeightedLayer, rows: np.ndarray, grid: WeightGrid, moments: list[InputMoments]
+    ) -> QuantizedWeight:
+        rounding = NearestRounding() if self._is_stack(layer) else self._rounding
         outputs = self._task.outputs.get(layer.node)
         if not rounding.uses_data or len(moments) == 1:
-            return rounding.round(rows, bits, moments[0] if rounding.uses_data else None, groups, outputs)
+            return rounding.round(rows, grid, moments[0] if rounding.uses_data else None, outputs)
         # a convolution in groups: each has an input, and moments, of its own
         split = zip(np.split(rows, len(moments)), moments, _of_groups(outputs, len(moments)), strict=True)
-        return joined([rounding.round(part, bits, own, None, known) for part, own, known in split])
+        return joined([rounding.round(part, grid, own, known) for part, own, known in split])
 
     def _correct(self, layer: WeightedLayer, value: ir.Value | None, found: InputStatistics, affine: bool) -> None:
         weights, bias, rows = self._result.weights, array(value), self._rows(layer)

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from d4c_onnx.quantization.plan import InputGroups
-from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, grid_limits
-from d4c_onnx.quantization.rounding.groups import search_groups, spread
+from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, WeightGrid, grid_limits
+from d4c_onnx.quantization.rounding.groups import search_groups
+from d4c_onnx.quantization.rounding.pairs import fit_pairs
+from d4c_onnx.quantization.rounding.trellis import trace_nearest
 
 # Fractions of max|w| that may become the grid's top. Above 1 the grid's lone lowest level (-8 beside +7) pays off.
 _FRACTIONS = {
@@ -13,6 +14,8 @@ _FRACTIONS = {
     7: np.linspace(0.8, 1.02, 23),
     8: np.linspace(0.85, 1.0, 16),
 }
+# Pairs want a channel's largest weight further from the grid's top, up to half of it, where none needs to give way.
+_PAIRED_FRACTIONS = np.linspace(0.9, 2.0, 23)
 _CHUNK = 2**18  # elements handled at once: they stay in a core's cache through all fractions, twice as fast
 
 
@@ -25,49 +28,48 @@ class NearestRounding:
     def round(
         self,
         weight: np.ndarray,
-        num_bits: int,
+        grid: WeightGrid,
         moments: InputMoments | None = None,
-        groups: InputGroups | None = None,
         outputs: np.ndarray | None = None,
     ) -> QuantizedWeight:
         """See `LayerRounding.round`."""
-        if groups is not None:
-            scale, multipliers = search_groups(weight, groups, search_scales(weight, num_bits))
-            steps = spread(scale, multipliers, weight.shape[1])
-            return QuantizedWeight(round_to_grid(weight, steps, num_bits), scale, num_bits, multipliers)
-        scale = search_scales(weight, num_bits)
-        return QuantizedWeight(round_to_grid(weight, scale, num_bits), scale, num_bits)
+        if grid.group_size:
+            scale, multipliers = search_groups(weight, grid.group_size)
+            return QuantizedWeight.on_path(*trace_nearest(weight, scale, multipliers), scale)
+        scale = search_scales(weight, grid)
+        return QuantizedWeight(round_to_grid(weight, scale, grid), scale, grid.num_bits)
 
 
-def round_to_grid(weight: np.ndarray, scale: np.ndarray, num_bits: int) -> np.ndarray:
-    """int8 [channels, inputs]: nearest integers (ties to even), clipped to the grid.
+def round_to_grid(weight: np.ndarray, scale: np.ndarray, grid: WeightGrid) -> np.ndarray:
+    """int8 [channels, inputs]: nearest integers (ties to even), clipped to the grid, in pairs that fit.
 
     Args:
-        scale: float32 [channels], or one for each weight, [channels, inputs].
+        scale: float32 [channels].
     """
-    low, high = grid_limits(num_bits)
-    steps = scale if scale.ndim == 2 else scale[:, None]  # there may be no channels
-    return np.clip(np.rint(weight / steps), low, high).astype(np.int8)
+    rounded = np.clip(np.rint(weight / scale[:, None]), *grid_limits(grid.num_bits)).astype(np.int8)
+    if grid.partners is not None:
+        fit_pairs(rounded, grid.partners)
+    return rounded
 
 
-def search_scales(weight: np.ndarray, num_bits: int, importance: np.ndarray | None = None) -> np.ndarray:
+def search_scales(weight: np.ndarray, grid: WeightGrid, importance: np.ndarray | None = None) -> np.ndarray:
     """float32 [channels]: per channel, the scale whose nearest rounding has the least square error.
 
     Args:
         weight: float32 [channels, inputs].
-        num_bits: 4, 6, 7 or 8.
+        grid: without groups.
         importance: float [inputs], how much an input's error counts (its mean square); none: all alike.
 
     Source: the MSE search of arXiv 2511.15411's code, symmetric here because onnxruntime's CPU kernels need one zero
     point for all channels.
     """
     rows = max(1, _CHUNK // max(1, weight.shape[1]))
-    parts = [_search(weight[start : start + rows], num_bits, importance) for start in range(0, len(weight), rows)]
+    parts = [_search(weight[start : start + rows], grid, importance) for start in range(0, len(weight), rows)]
     return np.concatenate(parts) if parts else np.ones(0, np.float32)
 
 
-def _search(weight: np.ndarray, num_bits: int, importance: np.ndarray | None) -> np.ndarray:
-    low, high = grid_limits(num_bits)
+def _search(weight: np.ndarray, grid: WeightGrid, importance: np.ndarray | None) -> np.ndarray:
+    low, high = grid_limits(grid.num_bits)
     weight = np.asarray(weight, np.float32)
     largest = np.abs(weight).max(1)
     # An all-zero channel, or one too small for a normal float32 scale, gets a harmless unit grid: it rounds to zeros.
@@ -76,11 +78,13 @@ def _search(weight: np.ndarray, num_bits: int, importance: np.ndarray | None) ->
     least = np.full(len(weight), np.inf)
     counts = np.ones(weight.shape[1]) if importance is None else importance / max(float(importance.mean()), 1e-30)
     scaled = np.empty_like(weight)
-    for fraction in _FRACTIONS[num_bits]:
+    for fraction in _FRACTIONS[grid.num_bits] if grid.partners is None else _PAIRED_FRACTIONS:
         scale = (largest * np.float32(fraction / high)).astype(np.float32)
         np.divide(weight, scale[:, None], out=scaled)
         np.rint(scaled, out=scaled)
         np.clip(scaled, low, high, out=scaled)
+        if grid.partners is not None:
+            fit_pairs(scaled, grid.partners)
         scaled *= scale[:, None]
         scaled -= weight
         np.square(scaled, out=scaled)

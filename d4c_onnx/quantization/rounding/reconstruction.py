@@ -10,7 +10,7 @@ from d4c_onnx.graph.values import constant, dims, is_constant, name_of
 from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.inside.statistics import fake_quantize
 from d4c_onnx.quantization.plan import Plan
-from d4c_onnx.quantization.rounding.base import QuantizedWeight, RoundedWeights, Rounding, RoundingTask
+from d4c_onnx.quantization.rounding.base import QuantizedWeight, RoundedWeights, Rounding, RoundingTask, WeightGrid
 from d4c_onnx.quantization.rounding.bias_room import least_scales, with_room
 from d4c_onnx.quantization.rounding.regions import Region, find_regions
 from d4c_onnx.quantization.rounding.schedule import PUBLISHED, SHORT, AdaRoundSchedule
@@ -61,7 +61,10 @@ class Reconstruction:
                 batch=max(1, self.schedule.batch * len(inputs) // samples),
                 seed=number,
             )
-            made = {name: with_room(weights[name][0], weight, least.get(name)) for name, weight in made.items()}
+            made = {
+                name: with_room(weights[name][0], weight, WeightGrid(weight.num_bits), least.get(name))
+                for name, weight in made.items()
+            }
             chosen |= made
             for name, weight in made.items():
                 _, shape, axis, _ = weights[name]
@@ -83,6 +86,8 @@ def _weights(
         if layer.weight not in chosen:
             value = task.model.graph.initializers[layer.weight]
             rows, bits = channels_first(constant(value), layer.channel_axis), task.plan.weight_bits[layer.weight]
+            # gradients decide on one weight at a time: two fit beside each other whatever they decide
+            bits = 7 if bits == 8 and task.plan.reduce_range else bits
             found[layer.weight] = rows, dims(value) or (), layer.channel_axis, bits
     return found
 

@@ -15,8 +15,7 @@ G and T as in GPTAQ (`gptq`).
 
 import numpy as np
 
-from d4c_onnx.quantization.plan import InputGroups
-from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, Rounding, joined
+from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, Rounding, WeightGrid, joined
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding, Solved, round_target
 from d4c_onnx.quantization.rounding.layerwise import Layerwise
 
@@ -32,33 +31,30 @@ class YaqaRounding(GptaqRounding):
     def round(
         self,
         weight: np.ndarray,
-        num_bits: int,
+        grid: WeightGrid,
         moments: InputMoments | None = None,
-        groups: InputGroups | None = None,
         outputs: np.ndarray | None = None,
     ) -> QuantizedWeight:
         """See `LayerRounding.round`."""
         if outputs is None:
-            return super().round(weight, num_bits, moments, groups)
+            return super().round(weight, grid, moments)
         solved = self.factors(moments)
         target = weight.astype(np.float64) @ solved.shift
         parts = zip(np.split(target, len(outputs)), outputs, strict=True)
-        return joined([_round_block(part, gram, num_bits, groups, solved) for part, gram in parts])
+        return joined([_round_block(part, gram, grid, solved) for part, gram in parts])
 
 
 YAQA: Rounding = Layerwise(YaqaRounding, uses_outputs=True)
 
 
-def _round_block(
-    target: np.ndarray, gram: np.ndarray, num_bits: int, groups: InputGroups | None, solved: Solved
-) -> QuantizedWeight:
+def _round_block(target: np.ndarray, gram: np.ndarray, grid: WeightGrid, solved: Solved) -> QuantizedWeight:
     """Rows [channels, inputs] whose gradients have the moments `gram` [channels, channels]."""
     order = np.argsort(-np.diag(gram), kind="stable")
     rows, factor = target[order], _factor(gram[np.ix_(order, order)])
     parts = []
     for start in range(0, len(rows), _TOGETHER):
         stop = min(start + _TOGETHER, len(rows))
-        part = round_target(rows[start:stop], num_bits, groups, solved)
+        part = round_target(rows[start:stop], grid, solved)
         error = rows[start:stop] - part.dequantize()
         rows[stop:] -= factor[start:stop, stop:].T @ np.linalg.solve(factor[start:stop, start:stop].T, error)
         parts.append(part)

@@ -24,7 +24,7 @@ from d4c_onnx.graph.values import (
     set_constant,
     take_over,
 )
-from d4c_onnx.quantization.rounding.base import QuantizedWeight
+from d4c_onnx.quantization.rounding.base import QuantizedWeight, WeightGrid
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
 from d4c_onnx.quantization.storage.weights import store_scaled
 
@@ -54,7 +54,7 @@ def store_token_table(model: ir.Model, num_bits: int, form: TokenTable) -> int |
         form = TokenTable.FOLDED
     rows = constant(table).astype(np.float32)
     bits = num_bits if form is TokenTable.FOLDED or rows.shape[1] % 2 == 0 else 8
-    rounded = NearestRounding().round(rows, bits)
+    rounded = NearestRounding().round(rows, WeightGrid(bits))
     if form is TokenTable.FOLDED:
         store_scaled(model, {name_of(table): (rounded, 0)})
     else:

@@ -6,13 +6,13 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from d4c_onnx.graph.forms import CAST, INT8, Form
+from d4c_onnx.graph.forms import INT8, TRELLIS, Form
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.model import opset_of, raise_opset
-from d4c_onnx.graph.packing import Grouped
-from d4c_onnx.graph.stored import convert_stored, stored_weight
+from d4c_onnx.graph.stored import convert_stored, store_coded, stored_weight
+from d4c_onnx.graph.trellis import Coded
 from d4c_onnx.graph.values import array, dims, maker, name_of, node, prepend, set_constant
-from d4c_onnx.quantization.rounding.base import QuantizedWeight
+from d4c_onnx.quantization.rounding.base import QuantizedWeight, WeightPath
 
 _FROM_INT4 = 21  # the opset that brought the type
 
@@ -41,13 +41,20 @@ def store_narrow(model: ir.Model, held: Mapping[ir.Value, tuple[QuantizedWeight,
             continue
         weight, axis = held.get(stored.initializer, (None, 0))
         if weight is None or weight.num_bits == 4:
-            groups = None if weight is None else _groups(weight, axis, stored.shape)
-            narrow[stored.initializer] = stored, groups
+            narrow[stored.initializer] = (
+                stored,
+                None if weight is None or weight.path is None else _coded(weight.path, axis),
+            )
     # what unpacks a weight is put in front of everything: the last one first, so that they come in graph order
-    for stored, groups in reversed(narrow.values()):
-        convert_stored(model.graph, stored, form, groups)
-    if narrow and opset_of(model) < form.opset:
-        raise_opset(model, form.opset)
+    for stored, coded in reversed(narrow.values()):
+        if coded is None:
+            convert_stored(model.graph, stored, form)
+        else:
+            store_coded(model.graph, stored, coded)
+    used = [form if coded is None else TRELLIS for _, coded in narrow.values()]
+    opset = max((own.opset for own in used), default=0)
+    if opset_of(model) < opset:
+        raise_opset(model, opset)
     return len(narrow)
 
 
@@ -69,11 +76,9 @@ def store_float16(model: ir.Model, names: Collection[str]) -> None:
         prepend(graph, [cast])
 
 
-def _groups(weight: QuantizedWeight, axis: int, shape: tuple[int, ...]) -> Grouped | None:
-    """The weight as forms store it; None without multipliers."""
-    if weight.multipliers is None:
-        return None
-    return Grouped(channels_back(weight.integers, shape, axis), weight.multipliers, axis)
+def _coded(path: WeightPath, axis: int) -> Coded:
+    """The weight as its form stores it."""
+    return Coded(path.codes, path.multipliers, axis)
 
 
 def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, int]]) -> None:
@@ -81,7 +86,7 @@ def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, i
 
     integers -> Cast to float32 -> Mul by one scale a channel (-> Cast to float16, where the initialiser was that):
     standard operators of constants, which onnxruntime folds. What runs is the float graph. Where groups share
-    multipliers the integers are products, in the form `cast`.
+    multipliers the integers lie in the form `trellis`.
 
     Args:
         weights: per initialiser its grid, and the axis of its channels; 4-bit ones are stored in INT4.
@@ -91,13 +96,12 @@ def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, i
     for name, (weight, axis) in weights.items():
         value = graph.initializers[name]
         shape, kept = dims(value) or (), value.dtype
-        groups = _groups(weight, axis, shape)
-        if groups is None:
+        if weight.path is None:
             integers = channels_back(weight.integers, shape, axis)
             packed = integers.astype(ml_dtypes.int4) if weight.num_bits == 4 else integers
             stored = set_constant(graph, f"{name}_quantized", packed)
         else:
-            stored = CAST.store_groups(graph, f"{name}_quantized", groups)
+            stored = TRELLIS.store_coded(graph, f"{name}_quantized", _coded(weight.path, axis))
         line = [-1 if position == axis else 1 for position in range(len(shape))]
         scale = set_constant(graph, f"{name}_scale", weight.scale.reshape(line).astype(np.float32))
         nodes = [node("Cast", [stored], f"{name}_integers", attributes={"to": ir.DataType.FLOAT})]
@@ -113,5 +117,5 @@ def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, i
         else:
             graph.insert_after(made, nodes)
     prepend(graph, fresh)
-    if any(weight.num_bits == 4 for weight, _ in weights.values()):
+    if any(weight.num_bits == 4 and weight.path is None for weight, _ in weights.values()):
         raise_opset(model, _FROM_INT4)

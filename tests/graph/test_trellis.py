@@ -1,0 +1,180 @@
+"""Weights as paths through a trellis: nibbles and multipliers in the file, levels where kernels multiply."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from graphs import check, ops, parse, run, snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stored_cases import GENERAL, PRODUCT, layer_of, scramble
+
+from d4c_onnx.errors import GraphError
+from d4c_onnx.graph.forms import CAST, FORMS, INT8, NATIVE, NIBBLES, TRELLIS
+from d4c_onnx.graph.stored import convert_stored, layer_bits, store_coded, stored_weight
+from d4c_onnx.graph.trellis import LEVELS, Coded
+
+
+@st.composite
+def coded(draw: st.DrawFn) -> Coded:
+    """A matrix in groups of an even size, channels first or last."""
+    channels, groups, half = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    rng, axis = np.random.default_rng(draw(st.integers(0, 99))), draw(st.sampled_from([0, 1]))
+    codes = rng.integers(0, 16, (channels, groups * half * 2)).astype(np.uint8)
+    return Coded(codes, rng.integers(0, 16, (channels, groups)).astype(np.uint8), axis)
+
+
+def _same(one: Coded, other: Coded) -> bool:
+    kinds = {array.dtype for array in (one.codes, one.multipliers)} == {np.dtype(np.uint8)}
+    alike = np.array_equal(one.codes, other.codes) and np.array_equal(one.multipliers, other.multipliers)
+    return kinds and alike and one.axis == other.axis
+
+
+def test_levels_lie_evenly_and_are_safe_for_sums_of_two_in_16_bits() -> None:
+    assert LEVELS.dtype == np.int8
+    assert not LEVELS[0].any()
+    assert np.array_equal(LEVELS, -LEVELS[:, ::-1])
+    assert np.abs(LEVELS.astype(int)).max() == 64
+    assert 255 * 2 * 64 < 2**15
+    distance = np.diff(LEVELS.astype(float), axis=1)
+    assert np.ptp(distance, axis=1).max() <= 1  # what rounding to integers does
+    assert np.allclose(distance.mean(1), np.arange(16) * 128 / (15 * 31), atol=0.04)
+
+
+@given(coded())
+def test_a_path_is_walked_as_its_definition_says(values: Coded) -> None:
+    """One channel after the other, one nibble after the other, each with the two bits before it."""
+    size = values.codes.shape[1] // values.multipliers.shape[1]
+    expected = np.empty(values.codes.shape, np.int8)
+    for channel, codes in enumerate(values.codes.tolist()):
+        newer = older = 0
+        for place, code in enumerate(codes):
+            u, bit = divmod(code, 2)
+            level = 4 * u + 2 * (bit ^ older) + newer
+            expected[channel, place] = LEVELS[values.multipliers[channel, place // size], level]
+            newer, older = bit, newer
+    assert values.levels.dtype == np.int8
+    assert np.array_equal(values.levels, expected.T if values.axis else expected)
+
+
+@given(coded())
+@settings(max_examples=60, deadline=None)
+def test_the_form_gives_back_what_it_stored(values: Coded) -> None:
+    """By `coded` and `unpack`, and by onnxruntime itself; an odd count of multipliers included."""
+    model = parse(
+        f"g (int8[1] x) => (int8[{values.shape[0]}, {values.shape[1]}] y) {{ t = Identity(x)\n y = Add(t, w) }}",
+        w=values.levels,
+    )
+    integers = TRELLIS.store_coded(model.graph, "stored", values)
+    found = TRELLIS.find(integers)
+    assert found is not None
+    assert found.const_value is not None
+    assert found.const_value.nbytes == values.codes.size // 2
+    assert TRELLIS.shape(integers) == values.shape
+    assert TRELLIS.multipliers(integers) == values.multipliers.size
+    assert np.array_equal(TRELLIS.unpack(integers), values.levels)
+    assert not any(other.find(integers) is not None for other in FORMS.values() if other is not TRELLIS)
+    assert _same(TRELLIS.coded(integers), values)
+    model.graph.outputs[0].producer().replace_input_with(1, integers)  # type: ignore[union-attr]
+    check(model)
+    assert np.array_equal(run(model, np.zeros(1, np.int8), optimize=False), values.levels)
+
+
+def _model(kind: str) -> tuple[ir.Model, np.ndarray, Coded]:
+    """A graph whose only weight is a path's levels, still int8, and a batch for it."""
+    rng, axis = np.random.default_rng(3), 1 if kind == "product" else 0
+    multipliers = rng.integers(1, 16, (5, 3)).astype(np.uint8)
+    values = Coded(rng.integers(0, 16, (5, 12)).astype(np.uint8), multipliers, axis)
+    if kind == "product":
+        text = PRODUCT.replace("INPUTS", "12").replace("CHANNELS", "5")
+        known = {"x_scale": np.float32(0.02), "x_zero": np.uint8(117)}
+    else:
+        text, known = GENERAL.replace("n, 5", "n, 12").replace("n, 3", "n, 5"), {}
+    model = parse(text, w=values.levels, w_scale=rng.uniform(0.1, 1, 5), **known)
+    return model, rng.standard_normal((4, 12), np.float32), values
+
+
+@pytest.mark.parametrize("kind", ["product", "general"])
+def test_a_path_changes_no_number_and_can_be_unpacked_for_good(kind: str) -> None:
+    model, batch, values = _model(kind)
+    first, expected, served = model.clone(), run(model, batch, optimize=False), run(model, batch)
+    for form, bits in ((TRELLIS, 4 + 4 / 4), (INT8, 8)):
+        stored = stored_weight(layer_of(model))
+        assert stored is not None
+        if form is TRELLIS:
+            store_coded(model.graph, stored, values)
+        else:
+            convert_stored(model.graph, stored, form)
+        check(model)
+        again = stored_weight(layer_of(model))
+        assert again is not None
+        assert again.form is form
+        assert np.array_equal(again.unpack(), values.levels)
+        assert again.shape == values.shape
+        assert [layer.bits for layer in layer_bits(model)] == [bits]
+        assert np.array_equal(run(model, batch, optimize=False), expected)
+        assert np.array_equal(run(model, batch), served)
+    assert ops(model) == ops(first)  # nothing is left of the form on the way
+    assert set(model.graph.initializers) == set(first.graph.initializers)
+
+
+@pytest.mark.parametrize("kind", ["product", "general"])
+def test_a_path_is_recognised_whatever_the_names(kind: str) -> None:
+    model, batch, values = _model(kind)
+    stored = stored_weight(layer_of(model))
+    assert stored is not None
+    store_coded(model.graph, stored, values)
+    answers = run(model, batch)
+    scramble(model)
+    assert np.array_equal(run(model, batch), answers)
+    [product] = [entry for entry in model.graph if entry.op_type in ("MatMul", "Gemm")]
+    again = stored_weight(product)
+    assert again is not None
+    assert again.form is TRELLIS
+    assert np.array_equal(again.unpack(), values.levels)
+
+
+def test_other_paths_and_other_forms_are_refused() -> None:
+    model, _, values = _model("product")
+    before, stored = snapshot(model), stored_weight(layer_of(model))
+    assert stored is not None
+    with pytest.raises(GraphError, match="other integers"):
+        store_coded(model.graph, stored, Coded(values.codes, values.multipliers[:, ::-1], 1))
+    for narrow in (CAST, NIBBLES, NATIVE):
+        with pytest.raises(GraphError, match="do not fit"):
+            convert_stored(model.graph, stored, narrow)
+    with pytest.raises(GraphError, match="do not fit"):
+        convert_stored(model.graph, stored, TRELLIS)
+    assert snapshot(model) == before
+    with pytest.raises(GraphError, match="no path"):  # even small ones
+        TRELLIS.store(model.graph, "small", np.ones((4, 4), np.int8))
+
+
+def _spoilt(model: ir.Model, kind: str) -> None:
+    """One thing of a stored path that is another."""
+    graph = model.graph
+    made = {entry.op_type: entry for entry in graph if entry.op_type in ("Transpose", "Pad")}
+    names = {"bits": "~b", "places": "~m", "levels": "~l", "numbers": "~n", "rows": "~r"}
+    if kind in names:
+        tensor = graph.initializers[names[kind]].const_value
+        assert tensor is not None
+        changed = tensor.numpy().copy()
+        changed[-1] -= 1
+        graph.initializers[names[kind]].const_value = ir.Tensor(changed, name=names[kind])
+    elif kind == "before":
+        stored = made["Pad"].inputs[0]
+        assert stored is not None
+        copy = ir.Value(name="copy", const_value=ir.Tensor(stored.const_value.numpy()[::-1].copy(), name="copy"))  # type: ignore[union-attr]
+        graph.register_initializer(copy)
+        made["Pad"].replace_input_with(0, copy)
+    else:
+        made["Transpose"].attributes["perm"] = ir.AttrInt64s("perm", [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("kind", ["bits", "places", "levels", "numbers", "rows", "before", "perm"])
+def test_what_only_looks_like_a_path_is_none(kind: str) -> None:
+    model, _, values = _model("product")
+    stored = stored_weight(layer_of(model))
+    assert stored is not None
+    store_coded(model.graph, stored, values)
+    _spoilt(model, kind)
+    assert layer_bits(model) == []
