@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from timm.models import register_model
 
-_DEPTH = ["vision_transformer", "vision_transformer_relpos", "eva", "vitamin"]
+_DEPTH = ("vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "eva", "vitamin")
 _STAGES = {  # by the file of timm's that holds a model: the argument with the blocks of each stage, and their number
     "convnext": ("depths", 4),
     "swin_transformer": ("depths", 4),
