@@ -22,6 +22,7 @@ first, then each one's second.
 import argparse
 import dataclasses
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -138,6 +139,11 @@ def _to_do(names: list[str], rows: dict[str, Row], args: argparse.Namespace, wor
 
 def millions_of(name: str, folder: Path, blocks: int | None = None) -> float:
     """Parameters of both towers and what is trained beside them, counted without making them."""
+    return round(sum(map(math.prod, shapes_of(name, folder, blocks).values())) / 1e6, 1)
+
+
+def shapes_of(name: str, folder: Path, blocks: int | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter."""
     import open_clip
     import torch
     from text_towers import options_of
@@ -152,7 +158,7 @@ def millions_of(name: str, folder: Path, blocks: int | None = None) -> float:
         known = f"local-dir:{folder}"
     with warnings.catch_warnings(action="ignore"), hub_access(), torch.device("meta"):
         model = open_clip.create_model(known, load_weights=False, pretrained_text=False, device="meta")
-    return round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
+    return {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
 
 
 def _measure(name: str, millions: float, args: argparse.Namespace, folder: Path, forked: Forked) -> Row:
