@@ -128,13 +128,18 @@ def _to_do(names: list[str], rows: dict[str, Row], args: argparse.Namespace, wor
         if re.search(args.only, name) and (args.again or row["status"] == "not run"):
             row["millions"] = row.get("millions") or millions_of(name, work / "sizes", args.blocks)
             wanted.append((name, row["millions"]))
-    wanted = sorted(wanted, key=lambda pair: pair[1]) if args.smallest_first else wanted
+    if args.smallest_first:
+        wanted.sort(key=lambda pair: pair[1])
     if args.blocks:
-        before: dict[str, int] = {}
-        for name, _ in wanted:
-            before[name] = sum(family(name) == family(other) for other in before)
-        wanted.sort(key=lambda pair: before[pair[0]])
+        wanted.sort(key=lambda pair: _smaller_ones(rows[pair[0]], rows))
     return wanted
+
+
+def _smaller_ones(row: Row, rows: dict[str, Row]) -> int:
+    """How many of the same family are smaller, or as small and named before."""
+    own = row["millions"], row["config"]
+    others = (other for other in rows.values() if other["family"] == row["family"] and "millions" in other)
+    return sum((other["millions"], other["config"]) < own for other in others)
 
 
 def millions_of(name: str, folder: Path, blocks: int | None = None) -> float:
