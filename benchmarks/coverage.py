@@ -2,24 +2,29 @@
 
     python benchmarks/coverage.py --minutes 60                # smallest first; a rerun goes on where this one stopped
     python benchmarks/coverage.py --only "^RN50$" --again     # measure anew
+    python benchmarks/coverage.py --blocks 2 --bits w4a8      # two blocks a tower, into coverage-blocks.json
 
 A config is covered when both towers are as torch's within 1e-4, the bundle's tokenizer and pixels are open_clip's own
 on awkward texts and odd images, and the files of w8a8 and w4a8 run at batches of 1 and 5 (and at two lengths, where the
 sequence is dynamic) with at least 90 % of the products with weights in int8. Accuracy is no matter here: weights are
-random, the calibration is a handful of noise. What the hub would be asked for is made here (benchmarks/text_towers.py).
+random, the calibration is a handful of noise, and weights are rounded to nearest, since GPTAQ and YAQA take minutes
+(the tests round each family's miniature by the default). What the hub would be asked for is made here
+(benchmarks/text_towers.py).
 
 The result file is written anew after each config, and holds a row of every one: what has not run says so. Which configs
 need more memory than `--limit-gb` is estimated from their parameters before; the limit holds for the process, too.
+
+With `--blocks`, towers keep so few blocks, at their own widths, images and vocabularies (benchmarks/few_blocks.py).
+That takes a fraction of the time and of the memory, and a result file of its own; each family's smallest config comes
+first, then each one's second.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import re
-import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -27,6 +32,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from coverage_process import Forked
 from results import FOLDER, ResultFile, measured_here, read_results
 
 Row = dict[str, Any]
@@ -68,22 +74,32 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure what has been measured, too")
     parser.add_argument("--configs", type=Path, help="a folder of further open_clip configs")
     parser.add_argument("--work", type=Path, help="where bundles lie meanwhile (default: a temporary folder)")
-    parser.add_argument("--results", type=Path, default=FOLDER / "coverage.json")
+    parser.add_argument("--blocks", type=int, metavar="N", help="the most that a tower has (default: as published)")
+    parser.add_argument("--bits", default="w8a8,w4a8", help="the widths, by commas")
+    parser.add_argument("--rounding", default="nearest", help="the recipe's")
+    parser.add_argument("--results", type=Path, help="default: coverage.json, or with --blocks coverage-blocks.json")
     args = parser.parse_args()
+    args.results = args.results or FOLDER / ("coverage-blocks.json" if args.blocks else "coverage.json")
     # at the commit as it is before this file changes; many runs make one file
-    file = dataclasses.replace(measured_here([]), command=["python benchmarks/coverage.py"])
+    file = dataclasses.replace(measured_here([]), command=[_command(args)])
     rows = {row["config"]: row for row in _rows_of(args.results)}
     names = _names(args.configs)
     end = time.monotonic() + args.minutes * 60
+    forked = Forked(int(args.limit_gb * 1e9), args.config_minutes * 60)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         for name, millions in _to_do(names, rows, args, Path(work)):
             if time.monotonic() >= end:
                 break
             kept = {key: rows[name][key] for key in ("config", "family", "millions")}
-            rows[name] = kept | _measure(name, millions, args, Path(work) / name) | {"commit": file.commit}
+            rows[name] = kept | _measure(name, millions, args, Path(work) / name, forked) | {"commit": file.commit}
             _write(file, names, rows, args.results)
             print(f"{name}: {rows[name]['status']} {rows[name]['reason']}".rstrip(), flush=True)
     _write(file, names, rows, args.results)
+
+
+def _command(args: argparse.Namespace) -> str:
+    few = f" --blocks {args.blocks} --bits {args.bits}" if args.blocks else ""
+    return f"python benchmarks/coverage.py{few}"
 
 
 def family(name: str) -> str:
@@ -110,13 +126,29 @@ def _to_do(names: list[str], rows: dict[str, Row], args: argparse.Namespace, wor
     for name in names:
         row = rows.setdefault(name, {"config": name, "family": family(name), "status": "not run", "reason": ""})
         if re.search(args.only, name) and (args.again or row["status"] == "not run"):
-            row["millions"] = row.get("millions") or millions_of(name, work / "sizes")
+            row["millions"] = row.get("millions") or millions_of(name, work / "sizes", args.blocks)
             wanted.append((name, row["millions"]))
-    return sorted(wanted, key=lambda pair: pair[1]) if args.smallest_first else wanted
+    if args.smallest_first:
+        wanted.sort(key=lambda pair: pair[1])
+    if args.blocks:
+        wanted.sort(key=lambda pair: _smaller_ones(rows[pair[0]], rows))
+    return wanted
 
 
-def millions_of(name: str, folder: Path) -> float:
+def _smaller_ones(row: Row, rows: dict[str, Row]) -> int:
+    """How many of the same family are smaller, or as small and named before."""
+    own = row["millions"], row["config"]
+    others = (other for other in rows.values() if other["family"] == row["family"] and "millions" in other)
+    return sum((other["millions"], other["config"]) < own for other in others)
+
+
+def millions_of(name: str, folder: Path, blocks: int | None = None) -> float:
     """Parameters of both towers and what is trained beside them, counted without making them."""
+    return round(sum(map(math.prod, shapes_of(name, folder, blocks).values())) / 1e6, 1)
+
+
+def shapes_of(name: str, folder: Path, blocks: int | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter."""
     import open_clip
     import torch
     from text_towers import options_of
@@ -124,17 +156,17 @@ def millions_of(name: str, folder: Path) -> float:
     from d4c_onnx.models.creation import hub_access
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = options_of(name, folder).config
+    config = options_of(name, folder, blocks).config
     known = name
     if config is not None:
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": json.loads(config.read_text())}))
         known = f"local-dir:{folder}"
     with warnings.catch_warnings(action="ignore"), hub_access(), torch.device("meta"):
         model = open_clip.create_model(known, load_weights=False, pretrained_text=False, device="meta")
-    return round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
+    return {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
 
 
-def _measure(name: str, millions: float, args: argparse.Namespace, folder: Path) -> Row:
+def _measure(name: str, millions: float, args: argparse.Namespace, folder: Path, forked: Forked) -> Row:
     """What came of one config, in a process of its own; its files are gone afterwards."""
     need = (NEED * millions * 4e6 + NEED_BYTES) / 1e9
     if need > args.limit_gb:
@@ -143,23 +175,8 @@ def _measure(name: str, millions: float, args: argparse.Namespace, folder: Path)
         )
         return {"status": "too large", "reason": reason}
     folder.mkdir()
-    script = Path(__file__).with_name("coverage_config.py")
-    command = [sys.executable, "-P", str(script), name, str(folder), *([str(args.configs)] if args.configs else [])]
-    limit = int(args.limit_gb * 1e9)
-    stopped = ""
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=args.config_minutes * 60,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
-        )
-        if done.returncode:
-            stopped = f"ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"
-    except subprocess.TimeoutExpired:
-        stopped = f"stopped after {args.config_minutes:g} minutes"
+    asked = {"name": name, "folder": folder, "configs": args.configs, "blocks": args.blocks, "rounding": args.rounding}
+    stopped = forked.run(folder, asked | {"widths": tuple(args.bits.split(","))})
     record = folder / "record.json"
     found = json.loads(record.read_text("utf-8")) if record.exists() else {}
     shutil.rmtree(folder)

@@ -1,6 +1,4 @@
-"""One config of open_clip with random weights through everything; what `benchmarks/coverage.py` starts a process for.
-
-    python -P benchmarks/coverage_config.py NAME FOLDER [CONFIGS]
+"""One config of open_clip with random weights through everything; what `benchmarks/coverage.py` forks a process for.
 
 Writes FOLDER/record.json anew after each step, so that a process that was stopped says how far it came. Every file that
 it makes is in FOLDER.
@@ -8,14 +6,11 @@ it makes is in FOLDER.
 
 import contextlib
 import io
-import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).resolve().parent))  # python -P does not add it
 
 import numpy as np
 import open_clip
@@ -64,12 +59,12 @@ class Record:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[dict[str, Any]]:
-        """Time a step, and its own peak of memory; what it found out goes into the dictionary that is yielded."""
+        """A step's processor time and peak of memory; what it found out goes into the dictionary that is yielded."""
         self._write(at=name)
         _forget_peak()
-        start, told = time.perf_counter(), {}
+        start, told = time.process_time(), {}
         yield told
-        cost = {"seconds": round(time.perf_counter() - start, 1), "peak_gb": round(_peak_bytes() / 1e9, 2)}
+        cost = {"seconds": round(time.process_time() - start, 1), "peak_gb": round(_peak_bytes() / 1e9, 2)}
         self.found["steps"][name] = cost
         self._write(at="", **told)
 
@@ -82,8 +77,23 @@ class Record:
         self._write(reason=reason)
 
 
-def measure(name: str, folder: Path, record: Record) -> list[str]:
+def measure(
+    name: str,
+    folder: Path,
+    record: Record,
+    *,
+    blocks: int | None = None,
+    rounding: str = "auto",
+    widths: Sequence[str] = WIDTHS,
+) -> list[str]:
     """All steps of a config.
+
+    Args:
+        name: open_clip's.
+        folder: for all files.
+        record: what is found goes there.
+        blocks: the most that a tower has; None: as published.
+        rounding, widths: the recipe's.
 
     Returns:
         What fell short, a sentence each.
@@ -91,8 +101,9 @@ def measure(name: str, folder: Path, record: Record) -> list[str]:
     Raises:
         D4CError: the library refuses, or a check of its own failed.
     """
-    output, options = folder / "bundles", options_of(name, folder)
-    recipe = load_recipe(None, CALIBRATION)
+    output, options = folder / "bundles", options_of(name, folder, blocks)
+    settings = [*CALIBRATION, f"quantization.rounding={rounding}"]
+    recipe = load_recipe(None, settings)
     given = {"pretrained": "random", "options": options}
     with record.step("export") as told:
         bundle = pipeline.export_bundle(name, output, recipe, **given)
@@ -103,8 +114,8 @@ def measure(name: str, folder: Path, record: Record) -> list[str]:
     short = [told[what] for what in ("tokenizer", "pixels") if told[what]]
     with record.step("calibrate"):
         calibration, _ = pipeline.synthesize_calibration_set(name, recipe, output=output, **given)
-    for bits in WIDTHS:
-        asked = load_recipe(None, [*CALIBRATION, f"quantization.bits={bits}"])
+    for bits in widths:
+        asked = load_recipe(None, [*settings, f"quantization.bits={bits}"])
         with record.step(bits) as told:
             report = pipeline.quantize_bundle(str(bundle.path), asked, output=output, calibration=calibration)
             told[bits] = census(report)
@@ -221,14 +232,23 @@ def _peak_bytes() -> int:
     return 0
 
 
-def main() -> None:
-    name, folder, *configs = sys.argv[1:]
-    for config in configs:
-        open_clip.add_model_config(Path(config))
-    record = Record(Path(folder) / "record.json")
+def run(name: str, folder: Path, configs: Path | None, **given: Any) -> None:
+    """Measure a config into `folder`/record.json, whatever becomes of it.
+
+    Args:
+        name, folder: as `measure`.
+        configs: a folder of further open_clip configs.
+        given: the rest of what `measure` takes.
+
+    Raises:
+        Exception: what is none of the library's own errors, with its traceback.
+    """
+    if configs is not None:
+        open_clip.add_model_config(configs)
+    record = Record(folder / "record.json")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            short = measure(name, Path(folder), record)
+            short = measure(name, folder, record, **given)
     except D4CError as error:
         record.end(str(error))
     except MemoryError:
@@ -238,7 +258,3 @@ def main() -> None:
         raise  # with its traceback, on stderr
     else:
         record.end("; ".join(short))
-
-
-if __name__ == "__main__":
-    main()

@@ -138,26 +138,32 @@ def recipe_keys(_: Sequence[ResultFile], section: str) -> list[list[str]]:
 
 
 def coverage_families(files: Sequence[ResultFile]) -> list[list[str]]:
-    """A line per family of open_clip's configs, and one for all: how many of those that fit are covered."""
-    [file] = files
-    families = sorted({row["family"] for row in file.rows}, key=str.lower)
-    table = [["family", "configs", "covered", "failed", "more memory than the limit", "not run yet"]]
+    """A line per family of open_clip's configs, and one for all: how many of those that fit are covered.
+
+    Args:
+        files: of whole configs; where there is a second one, of those with few blocks a tower.
+    """
+    outcomes = ["covered", "failed", "more memory than the limit", "not run yet"]
+    head = [*outcomes, *(f"few blocks: {outcome}" for outcome in outcomes)][: len(outcomes) * len(files)]
+    table = [["family", "configs", *head]]
+    families = sorted({row["family"] for row in files[0].rows}, key=str.lower)
     for family in (*families, "all"):
-        rows = [row for row in file.rows if family in (row["family"], "all")]
-        counts = [sum(row["status"] == status for row in rows) for status in _OUTCOMES]
-        table.append([family, *(str(count) for count in (len(rows), *counts))])
+        chosen = [[row for row in file.rows if family in (row["family"], "all")] for file in files]
+        counts = [sum(row["status"] == status for row in rows) for rows in chosen for status in _OUTCOMES]
+        table.append([family, *(str(count) for count in (len(chosen[0]), *counts))])
     return table
 
 
 def coverage(files: Sequence[ResultFile]) -> list[list[str]]:
     """A line per config that was tried: what was measured of it, or why it is not covered."""
     [file] = files
-    head = ["config", "M weights", "difference to torch", "short texts", "least cosine, w8a8 and w4a8"]
-    table = [[*head, "times smaller", "int8 products, w8a8 and w4a8", "seconds", "peak GB", "outcome"]]
-    for row in sorted(file.rows, key=lambda row: row.get("millions") or 0):
-        if row["status"] == "not run":
-            continue
-        both = [row[bits] for bits in ("w8a8", "w4a8") if "cosine" in row.get(bits, ())]
+    tried = [row for row in file.rows if row["status"] != "not run"]
+    widths = [bits for bits in ("w8a8", "w4a8") if any(bits in row for row in tried)]
+    of = " and ".join(widths)
+    head = ["config", "M weights", "difference to torch", "short texts", f"least cosine, {of}"]
+    table = [[*head, "times smaller", f"int8 products, {of}", "seconds", "peak GB", "outcome"]]
+    for row in sorted(tried, key=lambda row: row.get("millions") or 0):
+        both = [row[bits] for bits in widths if "cosine" in row.get(bits, ())]
         steps = row.get("steps", {}).values()
         parity = f"{max(row['parity'].values()):.0e}" if "parity" in row else ""
         lengths = {True: "any length", False: "padded"}.get(row.get("dynamic"), "")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from few_blocks import text_tower_of, with_few_blocks
 
 from d4c_onnx.models.model_options import ModelOptions
 
@@ -77,15 +78,21 @@ TEXT_TOWERS: dict[str, dict[str, Any]] = {
 """The hub's repositories that open_clip's configs name as text towers, and their `config.json`."""
 
 
-def options_of(name: str, folder: Path) -> ModelOptions:
+def options_of(name: str, folder: Path, blocks: int | None = None) -> ModelOptions:
     """How an architecture is to be taken where the hub is not asked: its stand-ins lie in `folder` afterwards.
 
     Pixels and GELU are those of its first published tag, where it has one.
+
+    Args:
+        name: open_clip's.
+        folder: for what is made.
+        blocks: the most that a tower has; None: as published.
 
     Raises:
         KeyError: a text tower or a tokenizer that no stand-in is known of.
     """
     config = open_clip.get_model_config(name)
+    config = config if blocks is None else with_few_blocks(config, blocks)
     text = config["text_cfg"]
     tags = open_clip.list_pretrained_tags_by_model(name)
     like, tokenizer, file = f"{name}:{tags[0]}" if tags else None, None, None
@@ -96,9 +103,14 @@ def options_of(name: str, folder: Path) -> ModelOptions:
     if tower := text.get("hf_model_name"):
         inner = folder / "towers" / _plain(tower)
         inner.mkdir(parents=True, exist_ok=True)
-        (inner / "config.json").write_text(json.dumps(TEXT_TOWERS[tower]))
+        described = TEXT_TOWERS[tower]
+        (inner / "config.json").write_text(
+            json.dumps(described if blocks is None else text_tower_of(described, blocks))
+        )
+        config = {**config, "text_cfg": {**text, "hf_model_name": str(inner)}}
+    if tower or blocks is not None:
         file = folder / f"{name}.json"
-        file.write_text(json.dumps({**config, "text_cfg": {**text, "hf_model_name": str(inner)}}))
+        file.write_text(json.dumps(config))
     return ModelOptions(like=like, tokenizer=tokenizer, config=file)
 
 

@@ -1,5 +1,6 @@
 """benchmarks/coverage.py: a config in a process of its own, results that a rerun goes on from, and their tables."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -95,6 +96,34 @@ def test_a_config_that_takes_too_long_is_stopped(run: Callable[..., Any]) -> Non
     assert (row["status"], row["reason"]) == ("failed", "start: stopped after 0.001 minutes")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ViT-B-32",
+        "RN50",
+        "coca_ViT-B-32",
+        "convnext_tiny",
+        "swin_base_patch4_window7_224",
+        "EVA02-B-16",
+        "MobileCLIP-B",
+        "MobileCLIP-S1",
+        "MobileCLIP2-S3",
+        "vit_relpos_medium_patch16_cls_224",
+        "ViT-B-16-SigLIP",
+        "ViTamin-S",
+        "roberta-ViT-B-32",
+        "mt5-base-ViT-B-32",
+        "nllb-clip-base",
+    ],
+)
+def test_few_blocks_are_of_the_same_widths(benchmark: ModuleType, tmp_path: Path, name: str) -> None:
+    """Of every parameter that is left, the shape is as published; and most blocks are gone."""
+    whole, few = (benchmark.shapes_of(name, tmp_path / str(blocks), blocks) for blocks in (None, 2))
+    assert len(few) < 0.8 * len(whole)
+    assert {key: whole.get(key) for key in few} == few
+
+
 def test_what_a_process_wrote_down_becomes_an_outcome(benchmark: ModuleType) -> None:
     covered = benchmark.outcome(COVERED)
     assert (covered["status"], covered["reason"]) == ("covered", "")
@@ -133,6 +162,11 @@ def test_the_tables_say_what_was_covered(benchmark: ModuleType) -> None:
         ["ViT", "2", "1", "0", "1", "0"],
         ["all", "4", "1", "1", "1", "1"],
     ]
+    few = dataclasses.replace(file, rows=[row | {"status": "covered"} for row in rows])
+    assert tables.coverage_families([file, few])[-1] == ["all", "4", "1", "1", "1", "1", "4", "0", "0", "0"]
+    assert len(tables.coverage_families([file, few])[0]) == 10
+    one_width = [{key: value for key, value in rows[0].items() if key != "w8a8"}]
+    assert "least cosine, w4a8" in tables.coverage([dataclasses.replace(file, rows=one_width)])[0]
     nothing = [""] * 7
     assert tables.coverage([file])[1:] == [
         ["C", "9", *nothing, "export: a \\| b"],

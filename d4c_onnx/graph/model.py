@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass, RemoveUnusedNodesPass
 
 from d4c_onnx.errors import GraphError
+from d4c_onnx.graph.one_file import write_one_file
 from d4c_onnx.graph.values import STANDARD
 from d4c_onnx.manifest import Signature, TensorInfo
 from d4c_onnx.untrusted_json import quoted, short
@@ -142,10 +143,26 @@ def save_model(
             place = {"external_data": path.name + EXTERNAL_SUFFIX, "alignment": _ALIGN_BYTES, "align_threshold": 0}
             ir.save(model, path, size_threshold_bytes=_EXTERNAL_FROM_BYTES - 1, **place)  # type: ignore[arg-type]
         else:
-            path.write_bytes(to_proto(model).SerializeToString())
+            _write_one_file(model, path)
     finally:
         for value, (tensor, kind, shape) in own.items():
             value.const_value, value.type, value.shape = tensor, kind, shape
+
+
+def _write_one_file(model: ir.Model, path: Path) -> None:
+    """Large weights come from where they are, one at a time."""
+    with path.open("wb") as file:
+        write_one_file(model, {name: tensor for name, tensor in _tensors(model) if _is_plain(tensor)}, file)
+
+
+def _tensors(model: ir.Model) -> Iterator[tuple[str, Any]]:
+    return ((name, value.const_value) for name, value in model.graph.initializers.items() if value.const_value)
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a file holds it as the bytes of its values: no strings, nor what came as a list of numbers."""
+    listed = isinstance(tensor, ir.serde.TensorProtoTensor) and not tensor.raw.HasField("raw_data")
+    return tensor.dtype != ir.DataType.STRING and tensor.nbytes >= _EXTERNAL_FROM_BYTES and not listed
 
 
 def _later(name: str, like: Any, make: Callable[[], np.ndarray]) -> ir.LazyTensor:

@@ -39,6 +39,7 @@ from d4c_onnx.models.loaded import hash_weights, uses_quick_gelu
 from d4c_onnx.models.model_options import LOCAL, ModelOptions, is_local
 from d4c_onnx.models.preprocessing import (
     BESIDE,
+    BY_CONFIG,
     Settings,
     Source,
     default_settings,
@@ -169,7 +170,7 @@ def _load_config(asked: _Asked) -> LoadedModel:
         raise ModelError(f"{name}: which weights? Add --pretrained FILE, or random, beside --config {file}.")
     config, said = config_of(file)
     tokenizer = asked.options.tokenizer or tokenizer_beside(file.parent, config)
-    return _load_weights(asked, Architecture(name, config, tokenizer), [(f"{file.name}, by --config", said)])
+    return _load_weights(asked, Architecture(name, config, tokenizer), [(f"{file.name}, {BY_CONFIG}", said)])
 
 
 def _load_weights(

@@ -29,7 +29,7 @@ _SETTINGS = (*_OPTIONS, "fill_color")
 _SHOWN = {"resize_mode": "resize mode", "quick_gelu": "GELU"}
 _NAMED = 4  # tags of a kind that a question lists
 
-BESIDE, WITHIN = "beside the weights", "in the checkpoint"  # how those sources end
+BESIDE, WITHIN, BY_CONFIG = "beside the weights", "in the checkpoint", "by --config"  # how those sources end
 
 Source = tuple[str, Mapping[str, Any]]  # who, and what they say of each setting
 
@@ -174,8 +174,8 @@ def contradictions(options: ModelOptions, preprocess: Preprocess, model: ModelIn
     known = asdict(preprocess) | {"quick_gelu": model.quick_gelu}
     asked = {setting: value for setting, (_, value) in options.settings().items()}
     for _, values in _liked(model.name, options):
-        # a config beside the weights goes before --like, and so do they themselves: what they said is no contradiction
-        open_to_it = (name for name in values if not model.sources.get(name, "").endswith((BESIDE, WITHIN)))
+        # a config goes before --like, and so do the weights themselves: what they said is no contradiction
+        open_to_it = (name for name in values if not model.sources.get(name, "").endswith((BESIDE, WITHIN, BY_CONFIG)))
         asked = {name: values[name] for name in open_to_it} | asked
     return [f"{name} {known[name]}, not {value}" for name, value in asked.items() if known[name] != value]
 

@@ -85,6 +85,7 @@ def quantize_file(
     ranges: Mapping[str, QuantParams],
     reader: CalibrationDataReader,
     target: Target,
+    rows: int | None = None,
 ) -> ir.Model:
     """The QDQ graph: int8 weights (4-bit ones still stored as int8), uint8 activations (int8 where they are symmetric).
 
@@ -92,16 +93,16 @@ def quantize_file(
         source: what `save_placed` wrote; files beside it come and go.
         plan: what is quantised.
         weights: per initialiser.
-        ranges: per activation.
-        reader: onnxruntime insists on a calibration pass of its own; one sample will do, its results are overridden.
+        ranges: per activation; they override what onnxruntime finds in the pass that it insists on.
+        reader: one sample will do for that.
         target: symmetric activations or not, integer biases or not.
+        rows: of a token table that was shortened; None: it was not.
 
     Raises:
         GraphError: onnxruntime refused, or stored other integers than it was given.
     """
     overrides = {layer.weight: _weight_override(weights[layer.weight], layer.channel_axis) for layer in plan.layers}
-    for name, params in ranges.items():
-        overrides[name] = [_activation_override(params, target.symmetric)]
+    overrides |= {name: [_activation_override(params, target.symmetric)] for name, params in ranges.items()}
     written = source.with_name("qdq.onnx")
     large = source.with_name(source.name + EXTERNAL_SUFFIX).stat().st_size > PROTOBUF_LIMIT_BYTES
     try:
@@ -109,7 +110,7 @@ def quantize_file(
             quantize_static(
                 str(source),
                 str(written),
-                _one_sample(reader),
+                _one_sample(reader, rows),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(plan.op_types),
                 nodes_to_quantize=list(plan.nodes),
@@ -139,12 +140,13 @@ def quantize_file(
     return quantized
 
 
-def _one_sample(reader: CalibrationDataReader) -> CalibrationDataReader:
+def _one_sample(reader: CalibrationDataReader, rows: int | None) -> CalibrationDataReader:
+    """Token ids below `rows`: others than the sample's own, which only says that the graph runs."""
     reader.rewind()
     feed = reader.get_next()
     assert feed is not None
     [(name, batch)] = feed.items()
-    return OneBatchReader(batch[:1], name)
+    return OneBatchReader(batch[:1] if rows is None else batch[:1] % rows, name)
 
 
 def _drop_idle_pairs(model: ir.Model) -> None:

@@ -11,10 +11,9 @@ from d4c_onnx.calibration.readers import first_batches
 from d4c_onnx.graph.model import clear_notes
 from d4c_onnx.graph.values import set_constant
 from d4c_onnx.manifest import RewriteRecord
-from d4c_onnx.memory import release_freed
 from d4c_onnx.quantization.encoder_task import EncoderTask
+from d4c_onnx.quantization.placed import quantize_placed
 from d4c_onnx.quantization.plan import Plan
-from d4c_onnx.quantization.qdq import quantize_file, room_for, save_placed
 from d4c_onnx.quantization.rewrites import apply_all, in_float16, same_answers
 from d4c_onnx.quantization.rounding import RoundedWeights
 from d4c_onnx.quantization.storage import (
@@ -40,13 +39,7 @@ def to_qdq(
     """The QDQ graph as it is served; `model` must not be used afterwards."""
     weights = rounded.weights
     _place_biases(model, rounded)
-    with room_for(model) as folder:
-        placed = folder / "float.onnx"
-        save_placed(model, plan, weights, placed)
-        for value in model.graph.initializers.values():
-            value.const_value = None  # quantize_static loads the file several times: a large encoder needs the room
-        release_freed()
-        quantized = quantize_file(placed, plan, weights, ranges, task.reader, task.target)
+    quantized = quantize_placed(model, plan, weights, ranges, task.reader, task.target)
     clear_notes(quantized)
     # known by themselves from here on: rewrites give products other names
     stored = stored_of(quantized, {layer.node for layer in plan.layers})

@@ -269,3 +269,17 @@ def test_a_bundle_is_not_taken_for_another_preprocessing(tmp_path: Path, tags: s
     assert made.pixel_values[0].shape == (3, 32, 32)
     with pytest.raises(BundleError, match=r"was exported with mean .*quick_gelu True, not False.*--overwrite"):
         pipeline.synthesize_calibration_set(tags, recipe, options=ModelOptions(like="plain"), **given)
+
+
+@pytest.mark.slow
+def test_a_config_goes_before_the_tag_and_its_bundle_is_found_again(tmp_path: Path, tags: str) -> None:
+    """The config says nothing of pixels, and plain GELU; the tag says otherwise pixels, and QuickGELU."""
+    config = tmp_path / "own.json"
+    config.write_text(json.dumps(open_clip.get_model_config(tags)))
+    recipe = load_recipe(None, [f"synthesis.{key}" for key in ("images=2", "held_out=1", "method=noise")])
+    options = ModelOptions(config=config, like=f"{tags}:quick")
+    given = {"output": tmp_path / "out", "pretrained": "random", "options": options}
+    folder, _ = pipeline.synthesize_calibration_set("own", recipe, **given)
+    manifest = open_bundle(tmp_path / "out" / "own").manifest
+    assert (manifest.preprocess.mean, manifest.model.quick_gelu) == ((0.5, 0.4, 0.3), False)
+    assert pipeline.synthesize_calibration_set("own", recipe, **given)[0] == folder

@@ -1,6 +1,7 @@
 """The text encoder's table: its rows are stored in half a byte a value, and looked up one by one."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +11,7 @@ from graphs import check, parse, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from onnxruntime.quantization import quantize_static
 
 from d4c_onnx.quantization.rounding.base import WeightGrid
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
@@ -69,3 +71,20 @@ def test_token_table_rows_are_dequantised_one_by_one(
     ids = np.array(dataset.input_ids[0], np.int64)[None]
     got, expected = EncoderSession(tmp_path / "q.onnx").run(ids), EncoderSession(bundle.text_encoder).run(ids)
     assert float((got * expected).sum()) > (0.98 if width == 4 else 0.999)
+
+
+def test_quantize_static_never_holds_the_whole_table(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes several copies of what it is given, and does nothing to the table."""
+    given: list[int] = []
+
+    def watched(source: str, *more: Any, **options: Any) -> None:
+        given.append(sum(path.stat().st_size for path in Path(source).parent.iterdir()))
+        quantize_static(source, *more, **options)
+
+    monkeypatch.setattr("d4c_onnx.quantization.qdq.quantize_static", watched)
+    bundle, dataset = material(request, "vit")
+    quantize(bundle.text_encoder, dataset, tmp_path / "q.onnx", "bits=w8a8", "rounding=nearest")
+    assert bundle.text_encoder.stat().st_size > 49408 * 64 * 4
+    assert [size < 49408 * 64 for size in given] == [True]
