@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d4c_onnx.calibration.key import CalibrationKey
 from d4c_onnx.errors import BundleError
 from d4c_onnx.synthesis.process_group import ProcessGroup
 from d4c_onnx.synthesis.units import UnitStore, divide, open_unit_store
@@ -32,7 +33,8 @@ def test_every_unit_has_one_process(size: int, count: int) -> None:
 
 
 def _filled(target: Path, key: str = "a", **compute: str) -> UnitStore:
-    return open_unit_store(target, {"id": key}, COMPUTE | compute)
+    asked = CalibrationKey(1, "0" * 64, 0, {}, None, {}, (), id=key)
+    return open_unit_store(target, asked, COMPUTE | compute)
 
 
 def test_a_finished_unit_is_read_back_and_needs_no_checkpoint(tmp_path: Path) -> None:

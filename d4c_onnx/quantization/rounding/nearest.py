@@ -46,7 +46,11 @@ def round_to_grid(weight: np.ndarray, scale: np.ndarray, grid: WeightGrid) -> np
     Args:
         scale: float32 [channels].
     """
-    rounded = np.clip(np.rint(weight / scale[:, None]), *grid_limits(grid.num_bits)).astype(np.int8)
+    rounded = np.empty(weight.shape, np.int8)
+    rows = max(1, _CHUNK // max(1, weight.shape[1]))  # a token table's floats would take gigabytes
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows] / scale[start : start + rows, None]
+        rounded[start : start + rows] = np.clip(np.rint(part), *grid_limits(grid.num_bits))
     if grid.partners is not None:
         fit_pairs(rounded, grid.partners)
     return rounded

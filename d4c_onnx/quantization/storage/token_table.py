@@ -52,7 +52,7 @@ def store_token_table(model: ir.Model, num_bits: int, form: TokenTable) -> int |
     table = gather.inputs[0]
     if table.dtype == ir.DataType.FLOAT16:  # what unpacks looked-up rows gives float32
         form = TokenTable.FOLDED
-    rows = constant(table).astype(np.float32)
+    rows = constant(table).astype(np.float32, copy=False)
     bits = num_bits if form is TokenTable.FOLDED or rows.shape[1] % 2 == 0 else 8
     rounded = NearestRounding().round(rows, WeightGrid(bits))
     if form is TokenTable.FOLDED:
