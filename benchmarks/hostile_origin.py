@@ -49,7 +49,7 @@ def make(origin: Path) -> None:
     imported = _import(origin)
     _set_of(imported, origin / "imported-set")
     _weights(origin / "weights")
-    _images(origin / "images")
+    write_images(origin / "images")
     (origin / "texts.txt").write_text("\n".join((*_WORDS, "crème brûlée", "🐕")) + "\n")
     _parquet(origin / "images", origin / "labelled.parquet")
 
@@ -85,7 +85,8 @@ def _weights(folder: Path) -> None:
     (folder / "tiny.json").write_text(json.dumps(CONFIG))
 
 
-def _images(folder: Path) -> None:
+def write_images(folder: Path) -> None:
+    """A small image in each of several formats."""
     folder.mkdir()
     pixels = np.random.default_rng(1).integers(0, 256, (24, 40, 3), np.uint8)
     for name in ("rgb.jpg", "rgb.png", "rgb.webp", "rgb.gif", "rgb.bmp"):
