@@ -1,5 +1,6 @@
 """From a source to a file of vectors: what cannot be read is left out and listed, and interrupted work is kept."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -102,6 +103,8 @@ def _refuse(output: Path, overwrite: bool) -> None:
     for path in _written(output):
         if path.is_dir():
             raise BundleError(f"{path}: is a folder, and no file can take its place. Choose another --output.")
+        if path.exists() and not os.access(path, os.W_OK):  # said before the work, not after it
+            raise BundleError(f"{path}: may not be written here, so it is not replaced. Choose another --output.")
 
 
 def _ask(bundle: Bundle, source: Source) -> dict[str, Any]:
