@@ -31,6 +31,12 @@ def tokenizer_of(path: Path, refuse: Refuse) -> Tokenizer:
     """A tokenizer.json, which somebody else may have written; `refuse` makes the error of a damaged one."""
     with no_panic(refuse):
         try:
-            return Tokenizer.from_file(str(path))
+            made = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises this very class
             raise refuse(short(error)) from error
+    cut = made.truncation
+    if cut is not None:  # the library panics at the first text that is too long, and speaks on stderr
+        room = cut["max_length"] - made.num_special_tokens_to_add(False)
+        if room < 0 or cut["stride"] >= max(room, 1):
+            raise refuse(f"it cuts texts to {cut['max_length']} tokens in steps of {cut['stride']}, and adds its own")
+    return made

@@ -185,3 +185,14 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "tokenizer.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
     assert json.loads(done.stdout) == clip()(["a “cat”"])[:, :6].tolist()
+
+
+@pytest.mark.parametrize("cut", [{"max_length": 5, "stride": 3}, {"max_length": 1, "stride": 0}])
+def test_a_file_that_cuts_where_the_library_panics_is_refused(tmp_path: Path, cut: dict[str, int]) -> None:
+    info = write_tokenizer(clip(), CONTEXT, tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    assert content["truncation"]["stride"] == 0
+    content["truncation"] |= cut
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=f"cuts texts to {cut['max_length']} tokens"):
+        TextTokenizer(tmp_path / "tokenizer.json", info)
