@@ -19,7 +19,7 @@ from d4c_onnx.errors import DatasetError
 from d4c_onnx.evaluation.encoded import Encoded, Files, Rows, open_rows, reading
 from d4c_onnx.files import sha256
 from d4c_onnx.runtime.images import IMAGE_SUFFIXES, read_image
-from d4c_onnx.untrusted_json import short
+from d4c_onnx.untrusted_json import check_readable, short
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EMBEDDED = ("cifar10",)
@@ -155,6 +155,7 @@ def _rows(count: int) -> list[str]:
 def _class_names(path: Path) -> tuple[str, ...]:
     beside = path.with_name(path.name + ".classes.txt")
     if beside.is_file():
+        check_readable(beside, DatasetError)
         try:
             lines = beside.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from d4c_onnx.errors import DatasetError
-from d4c_onnx.untrusted_json import short
+from d4c_onnx.untrusted_json import check_readable, short
 
 ImageLike = str | Path | bytes | np.ndarray | Image.Image
 
@@ -37,6 +37,8 @@ def read_image(source: ImageLike, most_pixels: int = MOST_PIXELS) -> Image.Image
         return source
     if isinstance(source, np.ndarray):
         return _of_array(source, most_pixels)
+    if isinstance(source, str | Path):
+        check_readable(source, DatasetError)
     try:
         if isinstance(source, bytes):
             return _decode(io.BytesIO(source), most_pixels)
