@@ -1,8 +1,8 @@
 """kill -9 at every write: does a rerun always end with the files of an uninterrupted run?
 
-    python benchmarks/kill_sweep.py --most 20
+    python benchmarks/kill_sweep.py --results docs/results/kills.json
+    python benchmarks/kill_sweep.py --model mini-vit --most 20
     python benchmarks/kill_sweep.py --random 12
-    python benchmarks/kill_sweep.py --most 20 --results docs/results/kills.json
 
 Each command runs to its end once; then it is killed at each of its writes, renames and removals (or at `--most` of
 them), and run again. The output folder must hold the same bytes, and nothing else; what was finished before must be
@@ -43,7 +43,7 @@ _COLUMNS = {"events": "writes, renames, removals", "kills": "killed at", "wrong"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mini-vit")
+    parser.add_argument("--model", help="one that is known by name, such as mini-vit; else one of a layer a tower")
     parser.add_argument("--most", type=int, help="kills a command; all by default")
     parser.add_argument("--random", type=int, metavar="KILLS", help="instead: so many kills at random moments")
     parser.add_argument("--seed", type=int, default=0)
@@ -63,8 +63,11 @@ def _sweep(place: Path, args: argparse.Namespace) -> bool:
         shutil.copytree(before, output)
 
     output.mkdir()
+    hostile_origin.write_images(place / "images")
+    if args.model is None:
+        hostile_origin.write_weights(place / "weights", place / "small")
     rows: list[dict[str, object]] = []
-    for name, command in _commands(args.model, output, place / "images").items():
+    for name, command in _commands(args.model or str(place / "small"), output, place / "images").items():
         shutil.rmtree(before, ignore_errors=True)
         shutil.copytree(output, before)
         found = dict(kill_points.sweep(_done_or_there(command), output, restore, args.most))
@@ -97,7 +100,6 @@ def _commands(model: str, output: Path, images: Path) -> dict[str, Callable[[], 
     from d4c_onnx.synthesis import loop
 
     loop.CHECKPOINT_STEPS = embedding._PART = 2
-    hostile_origin.write_images(images)
     recipe, machine = load_recipe(None, [*TINY, *REST]), measure.Machine("cpu", "cpu", 1)
     folder = pipeline.bundle_folder(output, model)
 
