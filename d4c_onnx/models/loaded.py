@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import Preprocess, Resampled
 from d4c_onnx.models.catalogue import EmbeddedModel
 from d4c_onnx.models.plain_attention import replace_attention, replace_hugging_face
 from d4c_onnx.models.towers import CausalTextTower, ImageTower, MaskedTextTower, TextTower, text_tower, tower_state
+from d4c_onnx.runtime.panics import no_panic
+from d4c_onnx.untrusted_json import short
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,23 @@ class LoadedModel:
         return min(int(length) for length in lengths if length)
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
-        """int64 [len(texts), context_length]."""
-        return self.tokenizer(texts, context_length=self.context_length).numpy().astype(np.int64)
+        """int64 [len(texts), context_length].
+
+        Raises:
+            ModelError: the tokenizer opens, and fails on texts.
+        """
+        with no_panic(self._fails_on_texts):
+            try:
+                ids: np.ndarray = self.tokenizer(texts, context_length=self.context_length).numpy().astype(np.int64)
+            except Exception as error:  # it comes with the model, and raises what it likes
+                raise self._fails_on_texts(short(error)) from error
+        return ids
+
+    def _fails_on_texts(self, why: str) -> ModelError:
+        return ModelError(
+            f"{self.name}: its tokenizer fails on texts ({why}). Put the tokenizer files that belong to the weights "
+            "there, or into any folder: --tokenizer FOLDER."
+        )
 
     def normalization(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the input space, float32 [3, 1, 1] each."""

@@ -213,6 +213,16 @@ def test_what_is_not_converted_is_named(tmp_path: Path, form: str) -> None:
         load_model(str(folder))
 
 
+def test_a_tokenizer_that_opens_and_fails_is_named(tmp_path: Path) -> None:
+    folder = _published(_clip(), tmp_path / "theirs")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["unk_token"] = "<nowhere>"
+    del content["model"]["vocab"]["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"its tokenizer fails on texts .*--tokenizer FOLDER"):
+        load_model(str(folder)).tokenize(["a cat"])
+
+
 def test_a_tokenizer_comes_from_another_folder(tmp_path: Path) -> None:
     folder, other = _published(_clip(), tmp_path / "theirs"), tmp_path / "other"
     other.mkdir()
