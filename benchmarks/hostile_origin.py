@@ -13,6 +13,7 @@ labelled.parquet, labelled.parquet.classes.txt  what `evaluate` reads
 import json
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def write_weights(folder: Path, beside: Path) -> None:
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "tiny.safetensors")
     torch.save({"state_dict": state, "epoch": 1}, folder / "tiny.pt")
-    torch.jit.save(torch.jit.script(_holder(state)), folder / "script.pt")
+    with warnings.catch_warnings(action="ignore"):  # torch's own, about archives
+        torch.jit.save(torch.jit.script(_holder(state)), folder / "script.pt")
     (folder / "tiny.json").write_text(json.dumps(CONFIG))
     beside.mkdir()
     pixels = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
