@@ -39,6 +39,8 @@ def read_image(source: ImageLike, most_pixels: int = MOST_PIXELS) -> Image.Image
         return _of_array(source, most_pixels)
     if isinstance(source, str | Path):
         check_readable(source, DatasetError)
+        if not Path(source).is_file():  # a pipe would be waited for
+            raise DatasetError(f"{source}: no such file, or a folder, a pipe or a device.")
     try:
         if isinstance(source, bytes):
             return _decode(io.BytesIO(source), most_pixels)
