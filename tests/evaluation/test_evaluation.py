@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +165,17 @@ def test_a_folder_of_images_holds_files_only(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"deeper/broken\.png: not an image"):
         list(next(images.select([1]).batches(2)))
     assert len(content_sha256(tmp_path)) == 64
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"\xff.png")]
+    for name in names:
+        try:
+            Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
+        except OSError:  # macOS
+            pytest.skip("the file system has no such names")
+    found = open_images(tmp_path)
+    assert len([image for batch in found.batches(1) for image in batch]) == 2
+    before = content_sha256(tmp_path)
+    (tmp_path / names[0]).rename(tmp_path / "caf.png")
+    assert content_sha256(tmp_path) != before
