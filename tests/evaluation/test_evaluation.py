@@ -124,6 +124,17 @@ def test_user_parquet(tmp_path: Path) -> None:
     assert (len(dataset), dataset.classes) == (3, ("cat", "dog"))
 
 
+def test_class_names_have_a_length(tmp_path: Path) -> None:
+    """A tokenizer is at a word of a megabyte for minutes."""
+    path = _write(tmp_path / "own.parquet", [0, 1])
+    told = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["cat", "x" * 10**6]}}}})}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(told), path)
+    for _ in range(2):
+        with pytest.raises(DatasetError, match="a class name has 1,000,000 characters"):
+            open_dataset(str(path))
+        (tmp_path / "own.parquet.classes.txt").write_text("cat\n" + "x" * 10**6)
+
+
 @pytest.mark.parametrize(("name", "content"), [("x.parquet", b"no"), ("x.csv", b"a,b")])
 def test_other_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
