@@ -1,6 +1,6 @@
 """A long campaign of spoilt inputs: each must end in an answer or in one message.
 
-    python benchmarks/hostile.py --cases 3000 --minutes 20 --keep failures/ --results docs/results/hostile.json
+    python benchmarks/hostile.py --cases 3000 --minutes 60 --keep failures/ --results docs/results/hostile.json
 
 Every case is a whole command on a spoilt copy (`spoils`). A child runs one after the other, and is replaced when one
 ends it. A failure is a traceback, an exit code beyond 0, 1 and 2, more than 60 seconds or 2 GB, exit code 0 on what

@@ -107,8 +107,10 @@ def _remove_strangers(path: Path, folder: Path) -> None:
     Raises:
         BundleError: that run is alive, or its file is its owner's to remove, as in a folder that all may write.
     """
+    # neither a link nor a pipe that was planted there is followed or waited for
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        with path.open("rb") as file:
+        with os.fdopen(os.open(path, flags), "rb") as file:
             try:
                 portalocker.lock(file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
             except portalocker.exceptions.AlreadyLocked as error:

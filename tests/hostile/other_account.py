@@ -4,6 +4,7 @@ Prints a JSON object: what was tried -> the error's class and its message, None 
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -133,6 +134,8 @@ def locks(place: Path) -> Told:
         told["alive"] = _try(claim)
         process.kill()
     told["killed"] = _try(claim)
+    os.mkfifo(place / ".lock-mini-vit", 0o444)
+    told["a pipe"] = _try(claim)
     (place / ".lock-mini-vit").touch(0o444)
     (place / ".lock-mini-vit").chmod(0)
     told["silent"] = _try(claim)
