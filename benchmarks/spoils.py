@@ -4,6 +4,7 @@ A kind spoils a copy of its parts (`hostile_origin`) and gives a command line. W
 with exit code 0, is said so.
 """
 
+import copy
 import io
 import json
 import pickle
@@ -121,7 +122,7 @@ def _replace(content: Any, draw: random.Random) -> None:
         elif how < 0.3:
             part[key] = [part[key], part[key]]
         else:
-            part[key] = draw.choice(ODD)
+            part[key] = copy.deepcopy(draw.choice(ODD))  # the next change may go into it
         return
 
 
