@@ -57,14 +57,25 @@ class LoadedModel:
         """int64 [len(texts), context_length].
 
         Raises:
-            ModelError: the tokenizer opens, and fails on texts.
+            ModelError: the tokenizer opens, and fails on texts, or gives ids that the text tower does not know.
         """
         with no_panic(self._fails_on_texts):
             try:
                 ids: np.ndarray = self.tokenizer(texts, context_length=self.context_length).numpy().astype(np.int64)
             except Exception as error:  # it comes with the model, and raises what it likes
                 raise self._fails_on_texts(short(error)) from error
+        known = self._known_ids()
+        if known is not None and ids.size and not 0 <= ids.min() <= ids.max() < known:
+            raise self._fails_on_texts(f"it gives ids from {ids.min()} to {ids.max()}, the text tower knows {known:,}")
         return ids
+
+    def _known_ids(self) -> int | None:
+        """Rows of the token table; None where it is not found."""
+        text = getattr(self.model, "text", self.model)
+        table = getattr(text, "token_embedding", None)
+        if table is None and hasattr(getattr(text, "transformer", None), "get_input_embeddings"):
+            table = text.transformer.get_input_embeddings()
+        return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
     def _fails_on_texts(self, why: str) -> ModelError:
         return ModelError(
