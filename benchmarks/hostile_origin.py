@@ -3,14 +3,19 @@
 toy, toy-set           a bundle of two graphs of a few nodes, and a calibration set of it
 foreign                the ONNX files of a CLIP that another exporter wrote, with its configs
 imported, imported-set the bundle that they become, and a calibration set of it
-weights                a checkpoint in two formats, and the config of its architecture
-images, texts.txt      what `embed` reads
-labelled.parquet       what `evaluate` reads
+weights                a checkpoint in three formats, and the config of its architecture
+folder, published      the same as a folder of open_clip's, and a model as a folder of transformers'
+images, images.tar, texts.txt  what `embed` reads
+nouns.txt              what `synthesize` reads
+labelled.parquet, labelled.parquet.classes.txt  what `evaluate` reads
 """
 
 import json
 import sys
+import tarfile
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,8 +53,13 @@ def make(origin: Path) -> None:
     (origin / "foreign").mkdir()
     imported = _import(origin)
     _set_of(imported, origin / "imported-set")
-    _weights(origin / "weights")
-    _images(origin / "images")
+    write_weights(origin / "weights", origin / "folder")
+    _published(origin / "published")
+    write_images(origin / "images")
+    with tarfile.open(origin / "images.tar", "w") as tar:
+        tar.add(origin / "images", "images")
+    (origin / "nouns.txt").write_text("cat\ndog\nred boat\n")
+    (origin / "labelled.parquet.classes.txt").write_text("cat\ndog\n")
     (origin / "texts.txt").write_text("\n".join((*_WORDS, "crème brûlée", "🐕")) + "\n")
     _parquet(origin / "images", origin / "labelled.parquet")
 
@@ -71,7 +81,8 @@ def _import(origin: Path) -> Bundle:
     return pipeline.import_bundle(ForeignFiles(made.image, made.text), origin, load_recipe(), name="imported")
 
 
-def _weights(folder: Path) -> None:
+def write_weights(folder: Path, beside: Path) -> None:
+    """A CLIP of one layer a tower: checkpoints and a config in one folder, and all of it as open_clip saves a model."""
     import torch
     from open_clip.model import CLIP
     from safetensors.torch import save_file
@@ -82,10 +93,57 @@ def _weights(folder: Path) -> None:
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "tiny.safetensors")
     torch.save({"state_dict": state, "epoch": 1}, folder / "tiny.pt")
+    with warnings.catch_warnings(action="ignore"):  # torch's own, about archives
+        torch.jit.save(torch.jit.script(_holder(state)), folder / "script.pt")
     (folder / "tiny.json").write_text(json.dumps(CONFIG))
+    beside.mkdir()
+    pixels = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    told = {"model_cfg": {**CONFIG, "quick_gelu": False}, "preprocess_cfg": pixels}
+    (beside / "open_clip_config.json").write_text(json.dumps(told))
+    save_file(state, beside / "open_clip_model.safetensors")
 
 
-def _images(folder: Path) -> None:
+def _holder(state: dict[str, Any]) -> Any:
+    """A module that does nothing and has these weights, as TorchScript archives of a CLIP have them."""
+    from torch import nn
+
+    top = nn.Identity()
+    for name, value in state.items():
+        *above, last = name.split(".")
+        place: nn.Module = top
+        for part in above:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Identity())
+            place = getattr(place, part)
+        place.register_buffer(last, value.clone())
+    return top
+
+
+def _published(folder: Path) -> None:
+    """A CLIP as transformers saves it, with a tokenizer of letters."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    letters = ["<pad>", "<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(letters), "max_position_embeddings": 16, "bos_token_id": 2, "eos_token_id": 3}
+    vision = {**size, "image_size": 32, "patch_size": 16}
+    config = transformers.CLIPConfig(text_config={**size, **text, "pad_token_id": 0}, vision_config=vision)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    pixels = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+    pixels |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5], "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    made = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=16
+    )
+    fast.save_pretrained(folder)
+
+
+def write_images(folder: Path) -> None:
+    """A small image in each of several formats."""
     folder.mkdir()
     pixels = np.random.default_rng(1).integers(0, 256, (24, 40, 3), np.uint8)
     for name in ("rgb.jpg", "rgb.png", "rgb.webp", "rgb.gif", "rgb.bmp"):

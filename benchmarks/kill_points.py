@@ -58,22 +58,29 @@ def sweep(
 ) -> Iterator[tuple[int, str]]:
     """Kill a run at each of its events, or at `most` of them, and run it again: each event, and what was wrong then.
 
+    After the kill alone, the files that the run does not change are there, under whatever name.
+
     Args:
         prepare: makes the folder as it is before the run.
         most: how many events are tried, evenly spread.
     """
     prepare()
+    before = set(content(folder).values())
     whole = run(work, folder)
     expected = content(folder)
+    finished = before & set(expected.values()) - {""}
     if whole.code:
         raise RuntimeError(f"the run fails without being killed (exit code {whole.code})")
     step = 1 if most is None else max(1, whole.events / most)
     for number in sorted({int(index * step) for index in range(int(whole.events / step))}):
         prepare()
-        killed, again = run(work, folder, number), run(work, folder)
+        killed = run(work, folder, number)
+        kept, again = set(content(folder).values()), run(work, folder)
         found = content(folder)
         if killed.code != KILLED:
             yield number, f"was not killed, exit code {killed.code}"
+        elif not finished <= kept:
+            yield number, f"{len(finished - kept)} finished files are lost"
         elif again.code:
             yield number, f"the rerun fails, exit code {again.code}"
         else:

@@ -1,12 +1,13 @@
 """kill -9 at every write: does a rerun always end with the files of an uninterrupted run?
 
-    python benchmarks/kill_sweep.py --most 20
+    python benchmarks/kill_sweep.py --results docs/results/kills.json
+    python benchmarks/kill_sweep.py --model mini-vit --most 20
     python benchmarks/kill_sweep.py --random 12
-    python benchmarks/kill_sweep.py --most 20 --results docs/results/kills.json
 
 Each command runs to its end once; then it is killed at each of its writes, renames and removals (or at `--most` of
-them), and run again. The bundle's folder must hold the same bytes, and nothing else. `--random` kills one synthesis
-with a real kill -9, again and again, at moments that nobody chose. Exit code 1 when something differs.
+them), and run again. The output folder must hold the same bytes, and nothing else; what was finished before must be
+there after the kill alone. `--random` kills one synthesis with a real kill -9, again and again, at moments that nobody
+chose. Exit code 1 when something differs.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 # one thread: what forks must not have any other
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
+import hostile_origin
 import kill_points
 import results
 
@@ -41,7 +43,7 @@ _COLUMNS = {"events": "writes, renames, removals", "kills": "killed at", "wrong"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mini-vit")
+    parser.add_argument("--model", help="one that is known by name, such as mini-vit; else one of a layer a tower")
     parser.add_argument("--most", type=int, help="kills a command; all by default")
     parser.add_argument("--random", type=int, metavar="KILLS", help="instead: so many kills at random moments")
     parser.add_argument("--seed", type=int, default=0)
@@ -54,40 +56,18 @@ def main() -> None:
 
 def _sweep(place: Path, args: argparse.Namespace) -> bool:
     """Every command in its turn, each from what the one before left."""
-    from d4c_onnx import measure, pipeline
-    from d4c_onnx.recipe import load_recipe
-    from d4c_onnx.synthesis import loop
-
-    loop.CHECKPOINT_STEPS = 2
     output, before = place / "out", place / "before"
-    recipe, machine = load_recipe(None, [*TINY, *REST]), measure.Machine("cpu", "cpu", 1)
-    folder = pipeline.bundle_folder(output, args.model)
-
-    def quantize(overwrite: bool) -> object:
-        return pipeline.quantize_bundle(args.model, recipe, output=output, overwrite=overwrite, machine=machine)
-
-    def evaluate() -> object:
-        [made] = folder.glob("calibration-*/")
-        return measure.evaluate_bundles([folder, folder / "w4a8"], recipe, calibration=made, machine=machine)
-
-    commands: dict[str, Callable[[], object]] = {
-        "export": lambda: pipeline.export_bundle(args.model, output, recipe, machine=machine),
-        "synthesize": lambda: pipeline.synthesize_calibration_set(args.model, recipe, output=output, machine=machine),
-        "quantize": lambda: quantize(overwrite=False),
-        "quantize --overwrite": lambda: quantize(overwrite=True),
-        "evaluate": evaluate,
-        "export --overwrite": lambda: pipeline.export_bundle(
-            args.model, output, recipe, overwrite=True, machine=machine
-        ),
-    }
 
     def restore() -> None:
         shutil.rmtree(output, ignore_errors=True)
         shutil.copytree(before, output)
 
     output.mkdir()
+    hostile_origin.write_images(place / "images")
+    if args.model is None:
+        hostile_origin.write_weights(place / "weights", place / "small")
     rows: list[dict[str, object]] = []
-    for name, command in commands.items():
+    for name, command in _commands(args.model or str(place / "small"), output, place / "images").items():
         shutil.rmtree(before, ignore_errors=True)
         shutil.copytree(output, before)
         found = dict(kill_points.sweep(_done_or_there(command), output, restore, args.most))
@@ -109,6 +89,48 @@ def _sweep(place: Path, args: argparse.Namespace) -> bool:
             columns = [("command", "command", ""), *((key, title, "d") for key, title in _COLUMNS.items())]
             results.measured_here(rows, threads=1, columns=columns).write(args.results)
     return any(row["wrong"] for row in rows)
+
+
+def _commands(model: str, output: Path, images: Path) -> dict[str, Callable[[], object]]:
+    """What is killed, in this order. Checkpoints and parts are made small, so that there are several."""
+    from d4c_onnx import measure, pipeline
+    from d4c_onnx.embedding import run as embedding
+    from d4c_onnx.packaging import package_bundle
+    from d4c_onnx.recipe import load_recipe
+    from d4c_onnx.synthesis import loop
+
+    loop.CHECKPOINT_STEPS = embedding._PART = 2
+    recipe, machine = load_recipe(None, [*TINY, *REST]), measure.Machine("cpu", "cpu", 1)
+    folder = pipeline.bundle_folder(output, model)
+
+    def export(overwrite: bool) -> object:
+        return pipeline.export_bundle(model, output, recipe, overwrite=overwrite, machine=machine)
+
+    def quantize(overwrite: bool) -> object:
+        return pipeline.quantize_bundle(model, recipe, output=output, overwrite=overwrite, machine=machine)
+
+    def evaluate() -> object:
+        [made] = folder.glob("calibration-*/")
+        return measure.evaluate_bundles([folder, folder / "w4a8"], recipe, calibration=made, machine=machine)
+
+    def embed(overwrite: bool) -> object:
+        return embedding.embed_source(folder / "w4a8", images, output / "v.npy", threads=1, overwrite=overwrite)
+
+    def package(overwrite: bool) -> object:
+        return package_bundle(folder / "w4a8", "onnxruntime", output / "package", overwrite=overwrite)
+
+    return {
+        "export": lambda: export(overwrite=False),
+        "synthesize": lambda: pipeline.synthesize_calibration_set(model, recipe, output=output, machine=machine),
+        "quantize": lambda: quantize(overwrite=False),
+        "quantize --overwrite": lambda: quantize(overwrite=True),
+        "evaluate": evaluate,
+        "embed": lambda: embed(overwrite=False),
+        "embed --overwrite": lambda: embed(overwrite=True),
+        "package": lambda: package(overwrite=False),
+        "package --overwrite": lambda: package(overwrite=True),
+        "export --overwrite": lambda: export(overwrite=True),
+    }
 
 
 def _done_or_there(command: Callable[[], object]) -> Callable[[], None]:

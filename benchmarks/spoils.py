@@ -4,6 +4,7 @@ A kind spoils a copy of its parts (`hostile_origin`) and gives a command line. W
 with exit code 0, is said so.
 """
 
+import copy
 import io
 import json
 import pickle
@@ -72,6 +73,7 @@ VERIFY = ["verify", "{place}/toy"]
 FIDELITY = ["evaluate", "{place}/toy", "--dataset", "fidelity", "--calibration", "{place}/toy-set"]
 LABELLED = ["evaluate", "{place}/toy", "--dataset", "{place}/labelled.parquet"]
 IMAGES = ["embed", "{place}/toy", "{place}/images", "-o", "{out}/v.npy"]
+TAR = ["embed", "{place}/toy", "{place}/images.tar", "-o", "{out}/v.npy"]
 TEXTS = ["embed", "{place}/toy", "{place}/texts.txt", "-o", "{out}/v.parquet"]
 PACKAGE = ["package", "{place}/toy", "--target", "onnxruntime", "-o", "{out}/package"]
 QUANTIZE = ["quantize", "{place}/imported", "--calibration", "{place}/imported-set", "-o", "{out}"]
@@ -80,8 +82,13 @@ IMPORT = ["import", "--image", "{place}/foreign/visual.onnx", "--text", "{place}
 EXPORT = ["export", "tiny", "--config", "{place}/weights/tiny.json", "-o", "{out}", "--mean", "0.5", "--std", "0.5"]
 EXPORT += ["--interpolation", "bicubic", "--resize-mode", "shortest", "--no-quick-gelu"]
 EXPORT += ["--pretrained", "{place}/weights/tiny.safetensors"]
+SCRIPT = [*EXPORT[:-1], "{place}/weights/script.pt"]
+MODEL_FOLDER = ["export", "{place}/folder", "-o", "{out}"]
+PUBLISHED = ["export", "{place}/published", "-o", "{out}"]
+NOUNS = ["synthesize", "{place}/imported", "--prompts", "{place}/nouns.txt", "-o", "{out}"]
+NOUNS += ["--images", "2", "--method", "noise", "--set", "synthesis.held_out=1", "--set", "text.prompts=2"]
 RUNNING = (VERIFY, FIDELITY, IMAGES, TEXTS, PACKAGE)
-COMMANDS = (*RUNNING, INSPECT, LABELLED, QUANTIZE, IMPORT, EXPORT)
+COMMANDS = (*RUNNING, INSPECT, LABELLED, QUANTIZE, IMPORT, EXPORT, SCRIPT, TAR, MODEL_FOLDER, PUBLISHED, NOUNS)
 
 
 def _json(file: str, *commands: list[str]) -> Callable[[Path, random.Random], Spoilt]:
@@ -115,7 +122,7 @@ def _replace(content: Any, draw: random.Random) -> None:
         elif how < 0.3:
             part[key] = [part[key], part[key]]
         else:
-            part[key] = draw.choice(ODD)
+            part[key] = copy.deepcopy(draw.choice(ODD))  # the next change may go into it
         return
 
 
@@ -246,6 +253,7 @@ def _parquet(place: Path, draw: random.Random) -> Spoilt:
     if change == 4:
         told = draw.choice((b"[" * 3000, b"\xff", b"{}", b'{"info": {"features": {"label": {"names": [1]}}}}', b"5"))
         metadata[b"huggingface"] = told
+    (place / "labelled.parquet.classes.txt").unlink(missing_ok=True)
     columns = {"image": images, "label": labels}
     if change == 5:
         columns.pop(draw.choice(("image", "label")))
@@ -255,7 +263,7 @@ def _parquet(place: Path, draw: random.Random) -> Spoilt:
 
 def _checkpoint(place: Path, draw: random.Random) -> Spoilt:
     """A header of safetensors with other values, a pickle that runs code, bytes."""
-    file = place / "weights" / draw.choice(("tiny.safetensors", "tiny.pt"))
+    file = place / "weights" / draw.choice(("tiny.safetensors", "tiny.pt", "script.pt"))
     how = draw.random()
     if file.suffix == ".safetensors" and how < 0.6:
         content = file.read_bytes()
@@ -303,6 +311,46 @@ def _text_file(place: Path, draw: random.Random) -> Spoilt:
     return Spoilt(TEXTS)
 
 
+def _lines(file: str, command: list[str]) -> Callable[[Path, random.Random], Spoilt]:
+    """A text file of one entry a line."""
+
+    def spoil(place: Path, draw: random.Random) -> Spoilt:
+        odd = (
+            b"\n\n",
+            b"\xff\n",
+            b"\x00\n",
+            b"x" * 10**6,
+            b"cat\n" * 3000,
+            b"\x1b[2J\n",
+            b"{}\n",
+            b"\xef\xbb\xbf",
+            b"#\n",
+        )
+        before = (place / file).read_bytes()
+        content = spoilt_bytes(before, draw) if draw.random() < 0.5 else draw.choice((b"", before)) + draw.choice(odd)
+        (place / file).write_bytes(content)
+        return Spoilt(command)
+
+    return spoil
+
+
+def _of_a_folder(folder: str, weights: str, command: list[str]) -> Callable[[Path, random.Random], Spoilt]:
+    """Configs, tokenizers or weights of a model that is a folder; now and then one of them is not there."""
+
+    def spoil(place: Path, draw: random.Random) -> Spoilt:
+        told = sorted(path.name for path in (place / folder).glob("*.json"))
+        how = draw.random()
+        if how < 0.1:
+            (place / folder / draw.choice((*told, weights))).unlink()
+        elif how < 0.3:
+            return _bytes((f"{folder}/{weights}",), command, head=3000)(place, draw)
+        else:
+            return _json(f"{folder}/{draw.choice(told)}", command)(place, draw)
+        return Spoilt(command)
+
+    return spoil
+
+
 TOY, SET = ("toy",), ("toy", "toy-set")
 ALL = ("toy", "toy-set", "images", "texts.txt")
 ENCODERS, FOREIGN = ("image_encoder.onnx", "text_encoder.onnx"), ("visual.onnx", "textual.onnx")
@@ -330,15 +378,22 @@ KINDS: dict[str, Kind] = {
     "arrays": Kind(SET, _array),
     "recipes": Kind(SET, _recipe),
     "parquet": Kind(("toy", "labelled.parquet"), _parquet),
+    "class names": Kind(
+        ("toy", "labelled.parquet", "labelled.parquet.classes.txt"), _lines("labelled.parquet.classes.txt", LABELLED)
+    ),
+    "tar": Kind(("toy", "images.tar"), _bytes(("images.tar",), TAR)),
     "images": Kind(("toy", "images"), _picture),
     "texts": Kind(("toy", "texts.txt"), _text_file),
     "foreign graph": Kind(("foreign",), _graph("foreign", FOREIGN, IMPORT)),
     "foreign graph's bytes": Kind(("foreign",), _bytes(tuple(f"foreign/{name}" for name in FOREIGN), IMPORT)),
     "configs": Kind(("foreign", "weights"), _config),
     "checkpoints": Kind(("weights",), _checkpoint),
+    "open_clip's folder": Kind(("folder",), _of_a_folder("folder", "open_clip_model.safetensors", MODEL_FOLDER)),
+    "transformers' folder": Kind(("published",), _of_a_folder("published", "model.safetensors", PUBLISHED)),
+    "nouns": Kind(("imported", "nouns.txt"), _lines("nouns.txt", NOUNS)),
 }
 SLOW = ("quantize: graph", "quantize: manifest", "quantize: set", "foreign graph", "foreign graph's bytes", "configs")
-SLOW += ("checkpoints",)
+SLOW += ("checkpoints", "open_clip's folder", "transformers' folder", "nouns")
 
 
 def order(seed: int) -> Iterator[tuple[str, random.Random]]:

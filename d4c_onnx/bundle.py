@@ -17,7 +17,7 @@ from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 from d4c_onnx.manifest import IMPORTED, FileRecord, Manifest
 from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST, read_manifest
-from d4c_onnx.untrusted_json import short
+from d4c_onnx.untrusted_json import check_readable, short
 
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
@@ -92,6 +92,7 @@ def open_bundle(path: str | Path, verify: bool = True) -> Bundle:
             out of the folder.
     """
     path = Path(path)
+    check_readable(path / MANIFEST)
     if not (path / MANIFEST).is_file():
         raise BundleError(f"{path}: not a bundle (no {MANIFEST}). Make one with d4c-onnx export.")
     check_inside(path, MANIFEST)
@@ -139,6 +140,7 @@ def _check_contract(file: Path, manifest: Manifest) -> None:
 def _check_file(folder: Path, name: str, record: FileRecord, verify: bool) -> None:
     check_inside(folder, name)
     file = folder / name
+    check_readable(file)
     if not file.is_file():
         raise BundleError(f"{file}: is missing. Export or quantise the bundle again.")
     if verify and sha256(file) != record.sha256:

@@ -73,6 +73,11 @@ def _acquire(path: Path, folder: Path) -> BinaryIO:
         except FileNotFoundError:  # a run that was refused has just removed the folder above, which it had made
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
+        except PermissionError:
+            if not os.path.lexists(path):
+                raise
+            _remove_strangers(path, folder)
+            continue
         try:
             portalocker.lock(file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
             if _is_at(file, path):
@@ -82,12 +87,9 @@ def _acquire(path: Path, folder: Path) -> BinaryIO:
                 return file
             file.close()  # whoever held it has removed it in between
         except portalocker.exceptions.AlreadyLocked as error:
-            other = _other(file)
+            refused = _held_by_another(file, folder)
             file.close()
-            raise BundleError(
-                f"{folder}: another run is writing there ({other}). Wait until it has ended, or choose another "
-                "--output."
-            ) from error
+            raise refused from error
         except portalocker.exceptions.LockException as error:
             file.close()
             raise BundleError(
@@ -97,6 +99,37 @@ def _acquire(path: Path, folder: Path) -> BinaryIO:
         except BaseException:
             file.close()
             raise
+
+
+def _remove_strangers(path: Path, folder: Path) -> None:
+    """Take away the lock of another account's killed run, which this one may not write.
+
+    Raises:
+        BundleError: that run is alive, or its file is its owner's to remove, as in a folder that all may write.
+    """
+    # neither a link nor a pipe that was planted there is followed or waited for
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        with os.fdopen(os.open(path, flags), "rb") as file:
+            try:
+                portalocker.lock(file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+            except portalocker.exceptions.AlreadyLocked as error:
+                raise _held_by_another(file, folder) from error
+            if _is_at(file, path):
+                path.unlink()
+    except FileNotFoundError:  # it has ended meanwhile
+        return
+    except (OSError, portalocker.exceptions.LockException) as error:
+        raise BundleError(
+            f"{folder}: {path} belongs to a run of another account. If that has ended, ask its owner to remove the "
+            "file, or choose another --output."
+        ) from error
+
+
+def _held_by_another(file: BinaryIO, folder: Path) -> BundleError:
+    return BundleError(
+        f"{folder}: another run is writing there ({_other(file)}). Wait until it has ended, or choose another --output."
+    )
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

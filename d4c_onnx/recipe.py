@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from d4c_onnx.choices import ROUNDINGS, TARGET_CLAUSES, in_words
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.untrusted_json import QUOTED, quoted, short
+from d4c_onnx.untrusted_json import QUOTED, check_readable, quoted, short
 
 WEIGHT_BITS = (4, 6, 8)
 ACTIVATION_BITS = (4, 6, 8, 16)
@@ -382,6 +382,7 @@ def _read(name: str) -> tuple[str, str]:
         raise RecipeError(
             f"--recipe {short(name)}: no such recipe or file. Shipped recipes: {', '.join(recipe_names())}."
         )
+    check_readable(path, RecipeError)
     try:
         if path.stat().st_size > _LARGEST:
             raise RecipeError(f"{path}: has {path.stat().st_size:,} bytes, which no recipe has.")

@@ -6,6 +6,7 @@ that nobody asks for are neither looked at nor kept.
 
 import json
 import math
+import os
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -106,6 +107,7 @@ def read_json(
     Raises:
         BundleError: or `error`: the file cannot be read, is too large, no UTF-8, no JSON, or nested too deeply.
     """
+    check_readable(file, error)
     try:
         size = file.stat().st_size
         if size > _LARGEST:
@@ -113,6 +115,24 @@ def read_json(
         return Node(json.loads(file.read_bytes().decode("utf-8")), file, error=error, mend=mend)
     except (OSError, ValueError, RecursionError) as cause:
         raise error(f"{file}: cannot be read ({short(cause)}). {mend}") from cause
+
+
+def check_readable(file: str | Path, error: type[D4CError] = BundleError) -> None:
+    """Refuse a file that this account may not read: it is not damaged, and to make it again is no help.
+
+    Raises:
+        BundleError: or `error`: it is there, or in a folder that cannot be looked into.
+    """
+    try:
+        os.stat(file)
+    except PermissionError:
+        pass
+    except (OSError, ValueError):  # not there, or no name of a file: another message's business
+        return
+    else:
+        if os.access(file, os.R_OK):
+            return
+    raise error(f"{file}: this account may not read it. Change its permissions, or ask whoever owns it for a copy.")
 
 
 def text(node: Node) -> str:

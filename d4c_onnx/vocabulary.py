@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from d4c_onnx.errors import RecipeError
+from d4c_onnx.untrusted_json import check_readable
 
 _LARGEST = 16 * 2**20  # bytes of a user's file; 768 prompts are 30 thousand
 _LONGEST = 10_000  # characters of a line; towers cut a text behind 77 ids, the longest ones behind a few hundred
@@ -89,6 +90,7 @@ def _lines(option: str, path: str | Path) -> list[str]:
     Raises:
         RecipeError: it cannot be read, is too large, is not UTF-8, or holds what no text has.
     """
+    check_readable(path, RecipeError)
     try:
         if Path(path).stat().st_size > _LARGEST:
             raise RecipeError(

@@ -12,6 +12,7 @@ from d4c_onnx.errors import CalibrationError
 from d4c_onnx.manifest import LARGEST_SIDE, LONGEST_CONTEXT
 from d4c_onnx.untrusted_json import (
     Node,
+    check_readable,
     integer,
     mapping,
     measured_number,
@@ -76,6 +77,7 @@ def read_set_json(file: Path, read: Callable[[Node], T]) -> T:
 
 def check_regular(file: Path) -> None:
     """Refuse what is no file: a pipe would be waited for, and a device may have no end."""
+    check_readable(file, CalibrationError)
     if not file.is_file():
         raise CalibrationError(f"{file.parent}: not a complete calibration set (no file {file.name}). {MEND}")
 

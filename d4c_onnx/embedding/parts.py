@@ -36,6 +36,22 @@ def names_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.names.jsonl")
 
 
+def clear_finished(output: Path) -> None:
+    """Remove the parts of a run that was killed behind its last rename: the output is younger than all of them.
+
+    Args:
+        output: whose parts are held by this run (`files.claimed`).
+    """
+    folder = parts_of(output)
+    with contextlib.suppress(OSError):
+        own = [entry for entry in folder.iterdir() if _is_own(entry)]
+        made = output.stat().st_mtime_ns
+        if all(entry.stat().st_mtime_ns <= made for entry in own):
+            for entry in own:
+                entry.unlink()
+            folder.rmdir()
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """So many items of the source.

@@ -1,5 +1,6 @@
 """From a source to a file of vectors: what cannot be read is left out and listed, and interrupted work is kept."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -9,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from d4c_onnx.bundle import Bundle, open_bundle
-from d4c_onnx.embedding.parts import Part, Parts, names_of, parts_of, write_lines, write_npy, write_parquet
+from d4c_onnx.embedding.parts import (
+    Part,
+    Parts,
+    clear_finished,
+    names_of,
+    parts_of,
+    write_lines,
+    write_npy,
+    write_parquet,
+)
 from d4c_onnx.embedding.sources import Item, Source, open_source
 from d4c_onnx.errors import BundleError, DatasetError
 from d4c_onnx.files import claimed
@@ -75,10 +85,11 @@ def embed_source(
     source, output = Path(source), Path(output)
     if output.suffix not in (".npy", ".parquet"):
         raise BundleError(f"{output}: takes a name that ends in .npy or .parquet.")
-    _refuse(output, overwrite)
     found = open_source(source)
     with claimed(parts_of(output), *(path.name for path in _written(output))):
-        _refuse(output, overwrite)  # another run may have ended meanwhile
+        if not overwrite:
+            clear_finished(output)
+        _refuse(output, overwrite)
         session = ClipSession(open_bundle(bundle), provider=provider, threads=threads, batch=batch)
         parts = Parts(output, _ask(session.bundle, found))
         resumed = sum(counts.vectors + counts.broken for counts in parts.finished)
@@ -102,6 +113,8 @@ def _refuse(output: Path, overwrite: bool) -> None:
     for path in _written(output):
         if path.is_dir():
             raise BundleError(f"{path}: is a folder, and no file can take its place. Choose another --output.")
+        if path.exists() and not os.access(path, os.W_OK):  # said before the work, not after it
+            raise BundleError(f"{path}: may not be written here, so it is not replaced. Choose another --output.")
 
 
 def _ask(bundle: Bundle, source: Source) -> dict[str, Any]:

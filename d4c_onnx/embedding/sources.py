@@ -9,7 +9,7 @@ from typing import Literal
 
 from d4c_onnx.errors import DatasetError
 from d4c_onnx.runtime.images import IMAGE_SUFFIXES
-from d4c_onnx.untrusted_json import short
+from d4c_onnx.untrusted_json import check_readable, short
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _LARGEST = 2**28  # bytes of one encoded image
@@ -62,6 +62,7 @@ def open_source(path: Path) -> Source:
     Raises:
         DatasetError: nothing is there, or a folder holds no image.
     """
+    check_readable(path, DatasetError)
     if path.is_dir():
         total = sum(1 for _ in _files(path))
         if not total:

@@ -19,10 +19,11 @@ from d4c_onnx.errors import DatasetError
 from d4c_onnx.evaluation.encoded import Encoded, Files, Rows, open_rows, reading
 from d4c_onnx.files import sha256
 from d4c_onnx.runtime.images import IMAGE_SUFFIXES, read_image
-from d4c_onnx.untrusted_json import short
+from d4c_onnx.untrusted_json import check_readable, short
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EMBEDDED = ("cifar10",)
+_LONGEST = 1000  # characters of a class name
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +156,26 @@ def _rows(count: int) -> list[str]:
 def _class_names(path: Path) -> tuple[str, ...]:
     beside = path.with_name(path.name + ".classes.txt")
     if beside.is_file():
+        check_readable(beside, DatasetError)
         try:
             lines = beside.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{beside}: cannot be read as UTF-8 text ({error}).") from error
-        return tuple(line.strip() for line in lines if line.strip())
+        return _not_too_long(beside, [line.strip() for line in lines if line.strip()])
     with reading(str(path)):
         stored = (pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}")
     try:
         names = json.loads(stored)["info"]["features"]["label"]["names"]
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-            return tuple(names)
+            return _not_too_long(path, names)
     except (KeyError, ValueError, TypeError, RecursionError):
         pass
     raise DatasetError(f"{path}: no class names. Write them, one a line, to {beside.name} beside it.")
+
+
+def _not_too_long(file: Path, names: list[str]) -> tuple[str, ...]:
+    """Class names, which a prompt each is made of: a megabyte of one takes a tokenizer minutes."""
+    longest = max(map(len, names), default=0)
+    if longest > _LONGEST:
+        raise DatasetError(f"{file}: a class name has {longest:,} characters. Write them one a line.")
+    return tuple(names)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d4c_onnx.errors import DatasetError
-from d4c_onnx.untrusted_json import short
+from d4c_onnx.untrusted_json import check_readable, short
 
 _ROWS = 16  # that are in memory together
 _BUFFER = 2**20  # bytes of a column that are read ahead; without a buffer a whole row group's are
@@ -56,6 +56,7 @@ class Files:
     def __iter__(self) -> Iterator[bytes]:
         """Raises DatasetError: a file cannot be read."""
         for path in self.paths:
+            check_readable(path, DatasetError)
             try:
                 yield path.read_bytes()
             except OSError as error:
@@ -105,6 +106,8 @@ def open_rows(name: str, source: Any) -> Rows:
     Raises:
         DatasetError: the file has another layout, or no row.
     """
+    if isinstance(source, Path):
+        check_readable(source, DatasetError)
     with reading(name), pq.ParquetFile(source) as file:
         schema, count = file.schema_arrow, file.metadata.num_rows
     if "image" not in schema.names:

@@ -19,7 +19,7 @@ from d4c_onnx.models.beside import configs_beside
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.models.preprocessing import BESIDE, architecture_settings, first_said, liked_tag, said_by, tag_settings
 from d4c_onnx.runtime.panics import tokenizer_of
-from d4c_onnx.untrusted_json import Node, integer, nullable, read_json, text
+from d4c_onnx.untrusted_json import Node, check_readable, integer, nullable, read_json, text
 
 _ASKED = {
     "mean": "--mean",
@@ -91,6 +91,7 @@ def read_tokenizer(file: Path, given: Path | None) -> tuple[Tokenizer, Path]:
             + ("no such file." if given else "no tokenizer.json lies beside it. Put its own there, or name one with ")
             + ("" if given else "--tokenizer FILE: with another one, texts get wrong ids.")
         )
+    check_readable(found, ModelError)
     if found.stat().st_size > _LARGEST_TOKENIZER:
         raise ModelError(f"{found}: has {found.stat().st_size:,} bytes, which no tokenizer has. Name another one.")
     refuse = partial(_no_tokenizer, found)

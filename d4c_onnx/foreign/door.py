@@ -19,7 +19,7 @@ from d4c_onnx.errors import ModelError
 from d4c_onnx.foreign.contrib import expand_contrib, is_expanded
 from d4c_onnx.graph.model import PROTOBUF_LIMIT_BYTES, clear_notes, drop_unused, load_model, opset_of, raise_opset
 from d4c_onnx.graph.values import STANDARD, attribute, set_constant
-from d4c_onnx.untrusted_json import quoted, short
+from d4c_onnx.untrusted_json import check_readable, quoted, short
 
 _OLDEST, _NEWEST = 13, 23
 # From here on Gelu is an operator, and reductions take their axes as an input.
@@ -63,6 +63,7 @@ def let_in(path: Path) -> ir.Model:
 
 
 def _check_size(path: Path) -> None:
+    check_readable(path, ModelError)
     if not path.is_file():
         raise ModelError(f"{path}: no such file.")
     if path.stat().st_size > PROTOBUF_LIMIT_BYTES:

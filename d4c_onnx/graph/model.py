@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ def load_model(path: Path) -> ir.Model:
         raise GraphError(f"{path}: no such file.") from error
     except Exception as error:  # protobuf's DecodeError has no stable public name
         raise GraphError(f"{path}: not an ONNX model ({short(error)}).") from error
+    odd = next((text for text in _texts(model) if isinstance(text, bytes)), None)
+    if odd is not None:  # protobuf hands it over so, and refuses it only when the model is written
+        raise GraphError(f"{path}: breaks ONNX's rules ({quoted(odd)} is no UTF-8 text). Export it again.")
     _check_external(model, path.parent)
     for node in model.graph.all_nodes():
         for value in node.inputs:
@@ -54,6 +58,21 @@ def load_model(path: Path) -> ir.Model:
                 why = f"{quoted(value.name)} is read, and nothing makes it"
                 raise GraphError(f"{path}: breaks ONNX's rules ({why}). Export it again.")
     return model
+
+
+def _texts(model: ir.Model) -> Iterator[object]:
+    """Every name, and what is noted beside them."""
+    yield from (model.producer_name, model.producer_version, model.domain, model.doc_string)
+    yield from chain.from_iterable(model.metadata_props.items())
+    for graph in model.graphs():
+        yield from (graph.name, graph.doc_string, *chain.from_iterable(graph.metadata_props.items()))
+        yield from (value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()))
+    inside = (node for function in model.functions.values() for node in function.all_nodes())
+    for node in chain(model.graph.all_nodes(), inside):
+        yield from (node.name, node.op_type, node.domain, node.overload, node.doc_string)
+        yield from (*node.attributes, *chain.from_iterable(node.metadata_props.items()))
+        for value in node.outputs:
+            yield from (value.name, value.doc_string, *chain.from_iterable(value.metadata_props.items()))
 
 
 @contextlib.contextmanager

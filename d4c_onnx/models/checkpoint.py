@@ -22,7 +22,7 @@ from d4c_onnx.models.misfit import differences, misfit
 from d4c_onnx.models.preprocessing import WITHIN, Source, default_settings
 from d4c_onnx.models.torchscript import is_torchscript, read_torchscript
 from d4c_onnx.models.wrappers import peel
-from d4c_onnx.untrusted_json import quoted, short
+from d4c_onnx.untrusted_json import check_readable, quoted, short
 
 # Numbers that OpenAI's published state dicts carry beside the weights, and nobody else's do
 _OPENAI = ("input_resolution", "context_length", "vocab_size")
@@ -56,6 +56,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
 
 def _content(file: Path) -> Any:
     """What a file holds."""
+    check_readable(file, ModelError)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import Preprocess, Resampled
 from d4c_onnx.models.catalogue import EmbeddedModel
 from d4c_onnx.models.plain_attention import replace_attention, replace_hugging_face
 from d4c_onnx.models.towers import CausalTextTower, ImageTower, MaskedTextTower, TextTower, text_tower, tower_state
+from d4c_onnx.runtime.panics import no_panic
+from d4c_onnx.untrusted_json import short
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,34 @@ class LoadedModel:
         return min(int(length) for length in lengths if length)
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
-        """int64 [len(texts), context_length]."""
-        return self.tokenizer(texts, context_length=self.context_length).numpy().astype(np.int64)
+        """int64 [len(texts), context_length].
+
+        Raises:
+            ModelError: the tokenizer opens, and fails on texts, or gives ids that the text tower does not know.
+        """
+        with no_panic(self._fails_on_texts):
+            try:
+                ids: np.ndarray = self.tokenizer(texts, context_length=self.context_length).numpy().astype(np.int64)
+            except Exception as error:  # it comes with the model, and raises what it likes
+                raise self._fails_on_texts(short(error)) from error
+        known = self._known_ids()
+        if known is not None and ids.size and not 0 <= ids.min() <= ids.max() < known:
+            raise self._fails_on_texts(f"it gives ids from {ids.min()} to {ids.max()}, the text tower knows {known:,}")
+        return ids
+
+    def _known_ids(self) -> int | None:
+        """Rows of the token table; None where it is not found."""
+        text = getattr(self.model, "text", self.model)
+        table = getattr(text, "token_embedding", None)
+        if table is None and hasattr(getattr(text, "transformer", None), "get_input_embeddings"):
+            table = text.transformer.get_input_embeddings()
+        return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+    def _fails_on_texts(self, why: str) -> ModelError:
+        return ModelError(
+            f"{self.name}: its tokenizer fails on texts ({why}). Put the tokenizer files that belong to the weights "
+            "there, or into any folder: --tokenizer FOLDER."
+        )
 
     def normalization(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the input space, float32 [3, 1, 1] each."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from d4c_onnx.bundle import GOLDEN, Bundle, open_bundle
 from d4c_onnx.errors import BundleError
-from d4c_onnx.files import refuse_existing, sha256, staged_folder, write_json
+from d4c_onnx.files import claimed, refuse_existing, sha256, staged_folder, write_json
 from d4c_onnx.graph.door import check_graph
 from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST
 from d4c_onnx.packaging.job import Job
@@ -83,7 +83,8 @@ def package_bundle(
     own = Path(bundle).resolve()
     if folder.resolve() in (own / GOLDEN_FOLDER, own, *own.parents):
         raise BundleError(f"{folder}: is the bundle, or holds it, and would be replaced. Choose another --output.")
-    refuse_existing(folder, overwrite)
+    with claimed(folder):  # what a killed run left goes, also where this one is refused
+        refuse_existing(folder, overwrite)
     source = open_bundle(bundle)
     for file in source.encoders.values():
         check_graph(file, source.manifest.io[file.name])

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from d4c_onnx.errors import DatasetError
-from d4c_onnx.untrusted_json import short
+from d4c_onnx.untrusted_json import check_readable, short
 
 ImageLike = str | Path | bytes | np.ndarray | Image.Image
 
@@ -37,6 +37,10 @@ def read_image(source: ImageLike, most_pixels: int = MOST_PIXELS) -> Image.Image
         return source
     if isinstance(source, np.ndarray):
         return _of_array(source, most_pixels)
+    if isinstance(source, str | Path):
+        check_readable(source, DatasetError)
+        if not Path(source).is_file():  # a pipe would be waited for
+            raise DatasetError(f"{source}: no such file, or a folder, a pipe or a device.")
     try:
         if isinstance(source, bytes):
             return _decode(io.BytesIO(source), most_pixels)

@@ -1,13 +1,15 @@
 """The tokenizers library panics on some damaged files: what it raises then is no Exception."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from d4c_onnx.errors import D4CError
-from d4c_onnx.untrusted_json import short
+from d4c_onnx.untrusted_json import quoted, short
 
 Refuse = Callable[[str], D4CError]
 
@@ -31,6 +33,25 @@ def tokenizer_of(path: Path, refuse: Refuse) -> Tokenizer:
     """A tokenizer.json, which somebody else may have written; `refuse` makes the error of a damaged one."""
     with no_panic(refuse):
         try:
-            return Tokenizer.from_file(str(path))
+            made = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises this very class
             raise refuse(short(error)) from error
+    cut = made.truncation
+    if cut is not None:  # the library panics at the first text that is too long, and speaks on stderr
+        room = cut["max_length"] - made.num_special_tokens_to_add(False)
+        if room < 0 or cut["stride"] >= max(room, 1):
+            raise refuse(f"it cuts texts to {cut['max_length']} tokens in steps of {cut['stride']}, and adds its own")
+    if made.post_processor is not None:
+        unknown = next(_unknown_tokens(json.loads(made.post_processor.__getstate__())), None)
+        if unknown is not None:
+            raise refuse(f"its template names the token {quoted(unknown)}, whose id it does not tell")
+    return made
+
+
+def _unknown_tokens(processor: Any) -> Iterator[str]:
+    """Special tokens that a template, or one of a sequence, names without an id: a text would be a panic."""
+    for part in processor.get("processors", ()):
+        yield from _unknown_tokens(part)
+    pieces = (*processor.get("single", ()), *processor.get("pair", ()))
+    named = (piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece)
+    yield from (name for name in named if name not in processor.get("special_tokens", {}))

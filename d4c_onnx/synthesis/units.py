@@ -4,18 +4,20 @@ A unit is what one Adam makes: a batch, or all calibration images where the meth
 is a folder beside the set: unit-0003.npz is a finished unit, unit-0003.pt the last checkpoint of one under way.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from d4c_onnx.calibration.dataset import work_folder
 from d4c_onnx.calibration.key import CalibrationKey
+from d4c_onnx.errors import BundleError
 from d4c_onnx.files import translate_os_error, write_file, write_json
 from d4c_onnx.manifest_file import versions
+from d4c_onnx.untrusted_json import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def open_unit_store(target: Path, key: CalibrationKey, compute: dict[str, str]) 
 
     Args:
         target: the set's folder.
-        key: everything that was asked for.
+        key: everything that was asked for, as JSON holds it.
         compute: device and precision.
 
     Raises:
@@ -106,11 +108,34 @@ def open_unit_store(target: Path, key: CalibrationKey, compute: dict[str, str]) 
     note = folder / "key.json"
     # torch and thread count decide the last bits of every sum, so they belong to the state of a half-done run
     state = {"key": key.id, "versions": versions(), "threads": torch.get_num_threads(), **compute}
-    if not note.exists() or json.loads(note.read_text("utf-8")) != state:
+    if not _says(note, state):
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             raise translate_os_error(error, target) from error
         write_json(note, state)
+    for file in folder.glob("unit-*"):
+        if not _is_whole(file):
+            file.unlink(missing_ok=True)
     return UnitStore(folder)
+
+
+def _says(note: Path, state: dict[str, Any]) -> bool:
+    try:
+        return note.is_file() and bool(read_json(note).value == state)
+    except BundleError:
+        return False
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a unit, or a checkpoint of one, is as it was written: what is not is made again."""
+    try:
+        if file.suffix == ".pt":
+            return isinstance(torch.load(file, weights_only=True, map_location="cpu"), dict)
+        with file.open("rb") as opened, np.load(opened) as content:
+            images, names, losses = (content[name] for name in ("images", "names", "losses"))
+    except Exception:  # both libraries raise what the file makes them raise
+        return False
+    sound = images.dtype == np.float32 and images.ndim == 4 and len(names) == len(losses)
+    return sound and bool(np.isfinite(images).all())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import threading
 from pathlib import Path
@@ -135,6 +136,31 @@ def test_parts_that_are_not_whole_are_embedded_again(
     report = embed_source(vit_bundle.path, folder, tmp_path / "out.npy")
     assert (report.vectors, report.broken, report.resumed) == (7, 2, resumed)
     assert len(np.load(tmp_path / "out.npy")) == len(_lines(tmp_path / "out.npy.names.jsonl")) == 7
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes that have names")
+def test_pipes_and_devices_are_listed_and_not_waited_for(vit_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    report = embed_source(vit_bundle.path, folder, tmp_path / "out.npy")
+    assert (report.vectors, report.broken) == (7, 4)
+    told = {entry["name"]: entry["reason"] for entry in _lines(tmp_path / "out.npy.broken.jsonl")}  # type: ignore[index]
+    assert all("a pipe or a device" in told[name] for name in ("pipe.png", "device.png"))
+
+
+def test_parts_of_a_finished_output_are_cleared_and_others_kept(
+    vit_bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.npy"
+    parts = _interrupted(vit_bundle, folder, output, monkeypatch)
+    newest = max(entry.stat().st_mtime_ns for entry in parts.iterdir())
+    output.write_bytes(b"finished")
+    for made, kept in ((newest - 1, True), (newest, False)):  # an old output that was to be replaced, and the new one
+        os.utime(output, ns=(made, made))
+        with pytest.raises(BundleError, match="already exists"):
+            embed_source(vit_bundle.path, folder, output)
+        assert parts.exists() == kept
+    assert output.read_bytes() == b"finished"
 
 
 def test_two_runs_do_not_share_parts(

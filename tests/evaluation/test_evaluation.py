@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,17 @@ def test_user_parquet(tmp_path: Path) -> None:
     assert (len(dataset), dataset.classes) == (3, ("cat", "dog"))
 
 
+def test_class_names_have_a_length(tmp_path: Path) -> None:
+    """A tokenizer is at a word of a megabyte for minutes."""
+    path = _write(tmp_path / "own.parquet", [0, 1])
+    told = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["cat", "x" * 10**6]}}}})}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(told), path)
+    for _ in range(2):
+        with pytest.raises(DatasetError, match="a class name has 1,000,000 characters"):
+            open_dataset(str(path))
+        (tmp_path / "own.parquet.classes.txt").write_text("cat\n" + "x" * 10**6)
+
+
 @pytest.mark.parametrize(("name", "content"), [("x.parquet", b"no"), ("x.csv", b"a,b")])
 def test_other_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
@@ -164,3 +176,17 @@ def test_a_folder_of_images_holds_files_only(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"deeper/broken\.png: not an image"):
         list(next(images.select([1]).batches(2)))
     assert len(content_sha256(tmp_path)) == 64
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"\xff.png")]
+    for name in names:
+        try:
+            Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
+        except OSError:  # macOS
+            pytest.skip("the file system has no such names")
+    found = open_images(tmp_path)
+    assert len([image for batch in found.batches(1) for image in batch]) == 2
+    before = content_sha256(tmp_path)
+    (tmp_path / names[0]).rename(tmp_path / "caf.png")
+    assert content_sha256(tmp_path) != before

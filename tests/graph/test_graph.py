@@ -8,6 +8,7 @@ import pytest
 from graphs import check, ops, parse, run, run_all, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import GraphError
@@ -170,6 +171,26 @@ def test_not_onnx_is_a_clear_error(tmp_path: Path) -> None:
         load_model(tmp_path / "x.onnx")
     with pytest.raises(GraphError, match="no such file"):
         load_model(tmp_path / "y.onnx")
+
+
+@pytest.mark.parametrize(
+    "place", ["node", "value", "input", "constant", "note", "detail", "graph", "producer", "key", "metadata"]
+)
+def test_text_that_is_no_utf8_is_refused_when_read(tmp_path: Path, place: str) -> None:
+    """protobuf hands it over as bytes, and fails when the model is written."""
+    constant = helper.make_tensor("constant_", TensorProto.FLOAT, [1], [0.5])
+    add = helper.make_node("Add", ["input_", "constant_"], ["value_"], "node_", "note_")
+    last = helper.make_node("Relu", ["value_"], ["y"], detail_=1)
+    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("input_", "y"))
+    model = helper.make_model(helper.make_graph([add, last], "graph_", [given], [made], [constant]))
+    model.producer_name = "producer_"
+    helper.set_model_props(model, {"key_": "metadata_"})
+    content = model.SerializeToString()
+    (tmp_path / "whole.onnx").write_bytes(content)
+    load_model(tmp_path / "whole.onnx")
+    (tmp_path / "spoilt.onnx").write_bytes(content.replace(f"{place}_".encode(), f"{place}".encode() + b"\xb6"))
+    with pytest.raises(GraphError, match=r"no UTF-8 text|not an ONNX model"):
+        load_model(tmp_path / "spoilt.onnx")
 
 
 def test_signatures_name_free_axes() -> None:

@@ -213,6 +213,28 @@ def test_what_is_not_converted_is_named(tmp_path: Path, form: str) -> None:
         load_model(str(folder))
 
 
+def test_a_tokenizer_that_opens_and_fails_is_named(tmp_path: Path) -> None:
+    folder = _published(_clip(), tmp_path / "theirs")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["unk_token"] = "<nowhere>"
+    del content["model"]["vocab"]["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"its tokenizer fails on texts .*--tokenizer FOLDER"):
+        load_model(str(folder)).tokenize(["a cat"])
+
+
+@pytest.mark.parametrize("kind", ["clip, GELU", "chinese_clip"])
+def test_ids_that_the_text_tower_does_not_know_are_named(tmp_path: Path, kind: str) -> None:
+    folder = _published(MODELS[kind](), tmp_path / "theirs")
+    tokens = len(LETTERS)
+    assert load_model(str(folder)).tokenize(["a cat"]).max() < tokens
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = tokens + 5
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=rf"to {tokens + 5}, the text tower knows {tokens}"):
+        load_model(str(folder)).tokenize(["a cat"])
+
+
 def test_a_tokenizer_comes_from_another_folder(tmp_path: Path) -> None:
     folder, other = _published(_clip(), tmp_path / "theirs"), tmp_path / "other"
     other.mkdir()

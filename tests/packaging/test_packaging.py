@@ -14,6 +14,7 @@ from PIL import Image
 from toys import MERGES, PAD, Toy, bundle_of, changed, json_of, right, tokens
 
 from d4c_onnx.bundle import Bundle
+from d4c_onnx.errors import BundleError
 from d4c_onnx.files import sha256
 from d4c_onnx.graph.model import load_model
 from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, verify_package
@@ -372,3 +373,12 @@ def test_towers_of_a_fixed_length_take_what_stacks_feed(target: str, tmp_path: P
         embeds = found["last_hidden_state" if target == "vespa" else "text_embeds"].reshape(len(given), -1)
         whole = right(np.pad(given, ((0, 0), (0, 8)), constant_values=PAD), TOY.context)
         np.testing.assert_allclose(embeds, EncoderSession(bundle.text_encoder).run(whole), atol=1e-6)
+
+
+def test_a_refused_run_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    source = bundle_of(tmp_path / "toy", Toy()).path
+    package_bundle(source, "onnxruntime", tmp_path / "package")
+    (tmp_path / ".lock-package").touch()  # killed at its very last step
+    with pytest.raises(BundleError, match="already exists"):
+        package_bundle(source, "onnxruntime", tmp_path / "package")
+    assert {path.name for path in tmp_path.iterdir()} == {"toy", "package"}

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SigLipTokenizer, get_clean_fn
 from tokenizer_kinds import AWKWARD, CONTEXT, KINDS, any_text, bert, clip
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from d4c_onnx.errors import BundleError
 from d4c_onnx.manifest import CLEANINGS, TokenizerInfo
@@ -185,3 +185,29 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "tokenizer.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
     assert json.loads(done.stdout) == clip()(["a “cat”"])[:, :6].tolist()
+
+
+@pytest.mark.parametrize("cut", [{"max_length": 5, "stride": 3}, {"max_length": 1, "stride": 0}])
+def test_a_file_that_cuts_where_the_library_panics_is_refused(tmp_path: Path, cut: dict[str, int]) -> None:
+    info = write_tokenizer(clip(), CONTEXT, tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    assert content["truncation"]["stride"] == 0
+    content["truncation"] |= cut
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=f"cuts texts to {cut['max_length']} tokens"):
+        TextTokenizer(tmp_path / "tokenizer.json", info)
+
+
+def test_a_template_that_names_an_unknown_token_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    made = bert(tmp_path / "source").tokenizer.backend_tokenizer
+    end = [("[SEP]", 1)]
+    made.post_processor = processors.Sequence([processors.TemplateProcessing(single="$A [SEP]", special_tokens=end)])
+    made.save(str(path))
+    assert TextTokenizer(path, TokenizerInfo("tokenizer.json", 1, cleaning="none"))(["a"]).size
+    content = json.loads(path.read_text("utf-8"))
+    [template] = content["post_processor"]["processors"]
+    template["special_tokens"]["[CLS]"] = template["special_tokens"].pop("[SEP]")
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=r"names the token '\[SEP\]', whose id"):
+        TextTokenizer(path, TokenizerInfo("tokenizer.json", 1, cleaning="none"))

@@ -63,6 +63,22 @@ def test_only_the_same_work_is_resumed(tmp_path: Path, key: str, compute: dict[s
     assert not _filled(tmp_path / "set").finished(unit)  # and what was there is gone
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"[" * 5000, b"\x80\x04cos\nsystem\n."])
+@pytest.mark.parametrize("name", ["unit-0000.npz", "unit-0001.pt", "key.json"])
+def test_what_is_damaged_is_made_again(tmp_path: Path, name: str, content: bytes) -> None:
+    first, second = divide(2, 0, 1)
+    store = _filled(tmp_path / "set")
+    store.save(first, np.zeros((1, 3, 2, 2), np.float32), {"loss": [1.0]})
+    torch.save({"step": 1}, store.checkpoint(second))
+    again = _filled(tmp_path / "set")
+    assert again.finished(first)
+    assert again.checkpoint(second).exists()
+    (store.folder / name).write_bytes(content)
+    again = _filled(tmp_path / "set")
+    assert again.finished(first) == (name == "unit-0001.pt")
+    assert again.checkpoint(second).exists() == (name == "unit-0000.npz")
+
+
 def test_another_number_of_threads_is_other_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [unit] = divide(1, 0, 1)
     _filled(tmp_path / "set").save(unit, np.zeros((1, 3, 2, 2), np.float32), {"loss": [1.0]})
