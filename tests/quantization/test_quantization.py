@@ -134,7 +134,7 @@ def test_six_bit_activations_never_leave_their_grid(request: pytest.FixtureReque
     ("extra", "entries"),
     [
         pytest.param((), {}, marks=pytest.mark.slow, id="reduced"),
-        pytest.param((FULL_RANGE,), EXACT_PRODUCTS, id="full"),
+        pytest.param((FULL_RANGE,), EXACT_PRODUCTS, marks=pytest.mark.slow, id="full"),
     ],
 )
 def test_full_range_names_the_session_it_needs(
