@@ -229,12 +229,13 @@ class _Trellis:
         high = add("Cast", [add("BitwiseOr", [path, bits], "e")], "f", to=ir.DataType.INT32)
         low = add("Cast", [add("Reshape", [stored, blocks], "g")], "h", to=ir.DataType.INT32)
         rows = add("Add", [low, add("Mul", [high, told("r", [256], np.int32)], "i")], "j")
-        pairs = add("Gather", [_level_table(graph), rows], "k", axis=0)
+        table = _level_table(graph)
+        pairs = add("Gather", [table, rows], "k", axis=0)
         if last:
             pairs = add("Transpose", [pairs], "l", perm=[0, 1, 3, 2])
         nodes.append(node("Reshape", [pairs, _shape(graph, values.shape)], name))
         prepend(graph, nodes)
-        _to_the_front(graph, _level_table(graph))
+        _to_the_front(graph, table)
         return nodes[-1].outputs[0]
 
     def _parts(self, integers: ir.Value) -> tuple[ir.Value, ir.Value, bool] | None:
@@ -346,7 +347,7 @@ def _pairs() -> np.ndarray:
 
 
 def _level_table(graph: ir.Graph) -> ir.Value:
-    """`level_pairs`, made when the file is loaded: 32 KB would be a fiftieth of a small model.
+    """The two levels of every row, int8 [64 * 256, 2], made when the file is loaded: 32 KB are much to a small model.
 
     Gather of levels, by their numbers (Cast), for each multiplier -> Reshape -> Transpose into the order of a row
     number's bits -> Reshape.
@@ -394,5 +395,5 @@ def _unused_prefix(graph: ir.Graph) -> str:
 
 
 def _places() -> np.ndarray:
-    """Of every byte, the bits of its two multipliers in the number of a row of `level_pairs`, uint8 [256, 2]."""
+    """Of every byte, the bits of its two multipliers in the number of a row of the table, uint8 [256, 2]."""
     return multiplier_bits(unpack_uint4(np.arange(256, dtype=np.uint8).tobytes(), (256, 2)))

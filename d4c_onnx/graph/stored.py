@@ -127,7 +127,7 @@ def convert_stored(graph: ir.Graph, stored: StoredWeight, form: Form) -> None:
         return
     integers, name = stored.unpack(), name_of(value)
     narrow = form.num_bits == 4 and bool(integers.size) and (integers.min() < -8 or integers.max() > 7)
-    if narrow or UINT8 in (stored.form, form):
+    if narrow or form is TRELLIS or UINT8 in (stored.form, form):
         raise GraphError(
             f"{name}: its values, {integers.dtype} up to {integers.max()}, do not fit the form {form.name}."
         )

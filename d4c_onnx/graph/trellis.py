@@ -59,18 +59,11 @@ def level_numbers() -> np.ndarray:
     return np.stack(np.broadcast_arrays(first, second), -1).reshape(-1, 2).astype(np.uint8)
 
 
-# From [multiplier, path, byte, nibble] to the order of bits in a row's number: the multiplier's highest bit, the newer
-# one of the path, the multiplier's others, the older one.
+# In the table that files look levels up in a row is the byte and 256 times the bits of the multiplier and of the path
+# in the byte before: the highest bit of the multiplier, the newer one of the path, the other three, the older one. The
+# levels of `level_numbers`, by [multiplier, path, byte, nibble], come into that order so.
 BY_BITS = (2, 8, 2, 2, 256, 2)
 BITS_ORDER = (0, 2, 1, 3, 4, 5)
-
-
-def level_pairs() -> np.ndarray:
-    """The levels of a byte's two nibbles, low one first, int8 [64 * 256, 2].
-
-    A row's number is the byte, and 256 times the bits of the multiplier and of the path in the byte before.
-    """
-    return LEVELS[:, level_numbers()].reshape(BY_BITS).transpose(BITS_ORDER).reshape(-1, 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,27 +9,9 @@ import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams
-from d4c_onnx.graph.trellis import levels_of
+from d4c_onnx.graph.trellis import Coded
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.plan import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class WeightPath:
-    """How a weight on 4 bits is stored where inputs share multipliers, see `graph.trellis`.
-
-    Attributes:
-        codes: uint8 [channels, inputs], nibbles.
-        multipliers: uint8 [channels, groups], 0 to 15, of as many inputs each.
-    """
-
-    codes: np.ndarray
-    multipliers: np.ndarray
-
-    @property
-    def levels(self) -> np.ndarray:
-        """int8 [channels, inputs]."""
-        return levels_of(self.codes, self.multipliers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +23,18 @@ class QuantizedWeight:
             [-2**(num_bits-1), 2**(num_bits-1) - 1].
         scale: float32 [channels], positive; real = integer * scale.
         num_bits: width of the grid; 4 bits are stored in 4, wider grids in 8.
-        path: what is stored where groups share multipliers; its levels are the integers.
+        path: what is stored where groups share multipliers, channels first; its levels are the integers.
     """
 
     integers: np.ndarray
     scale: np.ndarray
     num_bits: int
-    path: WeightPath | None = None
+    path: Coded | None = None
 
     @classmethod
     def on_path(cls, codes: np.ndarray, multipliers: np.ndarray, scale: np.ndarray) -> "QuantizedWeight":
         """A weight on 4 bits in groups."""
-        path = WeightPath(codes, multipliers)
+        path = Coded(codes, multipliers, axis=0)
         return cls(path.levels, scale, 4, path)
 
     def dequantize(self) -> np.ndarray:
@@ -61,18 +43,18 @@ class QuantizedWeight:
 
     def taken(self, order: np.ndarray) -> "QuantizedWeight":
         """Its channels in another order."""
-        path = None if self.path is None else WeightPath(self.path.codes[order], self.path.multipliers[order])
+        path = None if self.path is None else Coded(self.path.codes[order], self.path.multipliers[order], axis=0)
         return QuantizedWeight(self.integers[order], self.scale[order], self.num_bits, path)
 
 
 def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Channels of several weights of one grid and one kind of groups, as one weight."""
     integers, scale = np.concatenate([part.integers for part in parts]), np.concatenate([part.scale for part in parts])
-    own = [part.path for part in parts if part.path is not None]
-    if not own:
-        return QuantizedWeight(integers, scale, parts[0].num_bits)
-    codes, multipliers = ([getattr(path, name) for path in own] for name in ("codes", "multipliers"))
-    path = WeightPath(np.concatenate(codes), np.concatenate(multipliers))
+    paths = [part.path for part in parts if part.path is not None]
+    path = None
+    if paths:
+        codes, multipliers = [own.codes for own in paths], [own.multipliers for own in paths]
+        path = Coded(np.concatenate(codes), np.concatenate(multipliers), axis=0)
     return QuantizedWeight(integers, scale, parts[0].num_bits, path)
 
 

@@ -70,9 +70,7 @@ def with_room(
         integers[raised] = round_to_grid(weight[raised], scale[raised], grid)
         return replace(rounded, integers=integers, scale=scale)
     codes, multipliers = path.codes.copy(), path.multipliers.copy()
-    near = np.ceil(multipliers[raised] * (rounded.scale / scale)[raised, None]).astype(
-        np.uint8
-    )  # steps as wide as before
     if raised.any():
-        codes[raised], multipliers[raised] = trace_nearest(weight[raised], scale[raised], near)
+        near = np.ceil(multipliers[raised] * (rounded.scale / scale)[raised, None])  # steps as wide as before
+        codes[raised], multipliers[raised] = trace_nearest(weight[raised], scale[raised], near.astype(np.uint8))
     return QuantizedWeight.on_path(codes, multipliers, scale)

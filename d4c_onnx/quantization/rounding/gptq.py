@@ -14,7 +14,8 @@ Source: GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1, act-order); the asy
 arXiv 2504.02692), here in closed form before the rounding instead of column by column.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -97,7 +98,7 @@ GPTQ: Rounding = Layerwise(GptqRounding)
 GPTAQ: Rounding = Layerwise(GptaqRounding)
 
 
-@dataclass(slots=True)
+@dataclass
 class Solved:
     """What all weights that read one input share: C G^-1, diag(G), 1 / diag(G^-1), act-order, G^-1."""
 
@@ -106,22 +107,18 @@ class Solved:
     pivots: np.ndarray
     order: np.ndarray
     inverse: np.ndarray
-    _factors: dict[bool, np.ndarray] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def factor(self) -> np.ndarray:
         """Upper triangular factor of G^-1 in act-order."""
-        return self._factor_in(self.order, True)
+        factor: np.ndarray = np.linalg.cholesky(self.inverse[np.ix_(self.order, self.order)]).T
+        return factor
 
-    @property
+    @cached_property
     def natural_factor(self) -> np.ndarray:
         """The same in the inputs' own order."""
-        return self._factor_in(np.arange(len(self.order)), False)
-
-    def _factor_in(self, order: np.ndarray, sorted_: bool) -> np.ndarray:
-        if sorted_ not in self._factors:
-            self._factors[sorted_] = np.linalg.cholesky(self.inverse[np.ix_(order, order)]).T
-        return self._factors[sorted_]
+        factor: np.ndarray = np.linalg.cholesky(self.inverse).T
+        return factor
 
 
 def _solve(moments: InputMoments, dampening: float) -> Solved:

@@ -19,12 +19,13 @@ _ROWS = 128  # of channels at once
 _COSET = COSETS.astype(np.float64)[..., None]
 
 
-def trace(target: np.ndarray, factor: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def trace(target: np.ndarray, factor: np.ndarray | None, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes and multipliers of least repaired error.
 
     Args:
         target: float64 [channels, inputs], in units of the int8 grid.
-        factor: float64 [inputs, inputs], upper Cholesky factor of the inverse Gram, in the inputs' own order.
+        factor: float64 [inputs, inputs], upper Cholesky factor of the inverse Gram, in the inputs' own order; None: no
+            input repairs another.
         near: uint8 [channels, groups], multipliers to try, with their neighbours.
 
     Returns:
@@ -46,10 +47,10 @@ def trace_nearest(weight: np.ndarray, scale: np.ndarray, near: np.ndarray) -> tu
         scale: float32 [channels].
         near: uint8 [channels, groups].
     """
-    return trace(weight.astype(np.float64) / scale[:, None], np.eye(weight.shape[1]), near)
+    return trace(weight.astype(np.float64) / scale[:, None], None, near)
 
 
-def _trace(target: np.ndarray, factor: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _trace(target: np.ndarray, factor: np.ndarray | None, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, inputs = target.shape
     size = inputs // near.shape[1]
     open_ = np.ascontiguousarray(target.T)  # [inputs, channels]
@@ -58,16 +59,17 @@ def _trace(target: np.ndarray, factor: np.ndarray, near: np.ndarray) -> tuple[np
     width = max(size, _BLOCK // size * size)
     for start in range(0, inputs, width):
         stop = min(start + width, inputs)
-        own = factor[start:stop, start:stop]
+        own = None if factor is None else factor[start:stop, start:stop]
         found, errors, chosen = _block(open_[start:stop], own, near[:, start // size : stop // size], state)
         codes[start:stop], multipliers[start // size : stop // size] = found, chosen
         state = np.stack([found[-2] & 1, found[-1] & 1]).astype(np.intp)
-        open_[stop:] -= factor[start:stop, stop:].T @ errors
+        if factor is not None:
+            open_[stop:] -= factor[start:stop, stop:].T @ errors
     return np.ascontiguousarray(codes.T), np.ascontiguousarray(multipliers.T)
 
 
 def _block(
-    target: np.ndarray, factor: np.ndarray, near: np.ndarray, state: np.ndarray
+    target: np.ndarray, factor: np.ndarray | None, near: np.ndarray, state: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes [inputs, channels], errors over pivots [inputs, channels], multipliers [groups, channels]."""
     inputs, rows = target.shape
@@ -82,14 +84,14 @@ def _block(
     for group in range(near.shape[1]):
         start, stop = group * size, (group + 1) * size
         tried = np.stack([np.clip(near[:, group].astype(np.int64) + step, 0, LARGEST) for step in _TRIES])
-        ends, origin, found, lost, best = _group(open_[start:stop], factor[start:stop, start:stop], cost, tried)
-        cost = ends
+        own = None if factor is None else factor[start:stop, start:stop]
+        cost, origin, found, lost, best = _group(open_[start:stop], own, cost, tried)
         older, newer = origin >> 1, origin & 1
         for kept in (open_, codes, errors, multipliers):
             kept[:] = kept[:, older, newer, each]
         codes[start:stop], errors[start:stop] = found, lost
         multipliers[group] = tried[best, each]
-        if stop < inputs:
+        if factor is not None and stop < inputs:
             repair = factor[start:stop, stop:].T @ lost.reshape(size, -1)
             open_[stop:] -= repair.reshape(-1, 2, 2, rows)
     older, newer = np.divmod(cost.reshape(4, rows).argmin(0), 2)
@@ -97,7 +99,7 @@ def _block(
 
 
 def _group(
-    target: np.ndarray, factor: np.ndarray, cost: np.ndarray, tried: np.ndarray
+    target: np.ndarray, factor: np.ndarray | None, cost: np.ndarray, tried: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One group, all multipliers that are tried.
 
@@ -121,7 +123,9 @@ def _group(
         level += base
         level *= steps
         np.rint(level, out=level)
-        error = (wanted - level) * (1 / factor[column, column])
+        error = wanted - level
+        if factor is not None:
+            error *= 1 / factor[column, column]
         reached = error * error
         reached += total
         second = reached[:, 1] < reached[:, 0]  # [bit, newer, ...]: the older bit was 1
@@ -134,7 +138,8 @@ def _group(
         if column + 1 < size:
             rest = pending[column + 1 :]
             rest = np.where(second, rest[:, 1][:, :, None], rest[:, 0][:, :, None])
-            rest -= factor[column, column + 1 :, None, None, None] * error
+            if factor is not None:
+                rest -= factor[column, column + 1 :, None, None, None] * error
             pending[column + 1 :] = rest
     total = total.reshape(2, 2, tries, rows)
     best = total.argmin(2)

@@ -1,6 +1,7 @@
 """Weights of a finished graph into the form that its target wants (`graph.forms` has them)."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -10,9 +11,8 @@ from d4c_onnx.graph.forms import INT8, TRELLIS, Form
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.model import opset_of, raise_opset
 from d4c_onnx.graph.stored import convert_stored, store_coded, stored_weight
-from d4c_onnx.graph.trellis import Coded
 from d4c_onnx.graph.values import array, dims, maker, name_of, node, prepend, set_constant
-from d4c_onnx.quantization.rounding.base import QuantizedWeight, WeightPath
+from d4c_onnx.quantization.rounding.base import QuantizedWeight
 
 _FROM_INT4 = 21  # the opset that brought the type
 
@@ -43,7 +43,7 @@ def store_narrow(model: ir.Model, held: Mapping[ir.Value, tuple[QuantizedWeight,
         if weight is None or weight.num_bits == 4:
             narrow[stored.initializer] = (
                 stored,
-                None if weight is None or weight.path is None else _coded(weight.path, axis),
+                None if weight is None or weight.path is None else replace(weight.path, axis=axis),
             )
     # what unpacks a weight is put in front of everything: the last one first, so that they come in graph order
     for stored, coded in reversed(narrow.values()):
@@ -76,11 +76,6 @@ def store_float16(model: ir.Model, names: Collection[str]) -> None:
         prepend(graph, [cast])
 
 
-def _coded(path: WeightPath, axis: int) -> Coded:
-    """The weight as its form stores it."""
-    return Coded(path.codes, path.multipliers, axis)
-
-
 def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, int]]) -> None:
     """Store float initialisers as integers that are unpacked when the file is loaded, in place.
 
@@ -101,7 +96,7 @@ def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, i
             packed = integers.astype(ml_dtypes.int4) if weight.num_bits == 4 else integers
             stored = set_constant(graph, f"{name}_quantized", packed)
         else:
-            stored = TRELLIS.store_coded(graph, f"{name}_quantized", _coded(weight.path, axis))
+            stored = TRELLIS.store_coded(graph, f"{name}_quantized", replace(weight.path, axis=axis))
         line = [-1 if position == axis else 1 for position in range(len(shape))]
         scale = set_constant(graph, f"{name}_scale", weight.scale.reshape(line).astype(np.float32))
         nodes = [node("Cast", [stored], f"{name}_integers", attributes={"to": ir.DataType.FLOAT})]
