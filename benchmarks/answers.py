@@ -20,7 +20,7 @@ from results import VERSUS_FP32, measured_here
 from d4c_onnx import measure, pipeline
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.measure.accuracy import check_dataset_name
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 
 COLUMNS = (
     ("model", "model", ""),

@@ -32,7 +32,8 @@ from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
 from d4c_onnx.quantization.sensitivity import RESERVE, LayerCost, measure_costs, spend
 from d4c_onnx.quantization.targets import target_of
-from d4c_onnx.recipe import QuantizationSection, load_recipe
+from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime import ClipSession
 from d4c_onnx.vocabulary import templates
 

@@ -62,6 +62,7 @@ FAMILIES = {
     "ViT (OpenAI, LAION, DFN, MetaCLIP)": r"ViT-",
 }
 """A family's name and what its configs are called; the first that fits."""
+_BITS, _ROUNDING = "w8a8,w4a8", "nearest"  # as --bits and --rounding take them
 
 
 def main() -> None:
@@ -75,8 +76,8 @@ def main() -> None:
     parser.add_argument("--configs", type=Path, help="a folder of further open_clip configs")
     parser.add_argument("--work", type=Path, help="where bundles lie meanwhile (default: a temporary folder)")
     parser.add_argument("--blocks", type=int, metavar="N", help="the most that a tower has (default: as published)")
-    parser.add_argument("--bits", default="w8a8,w4a8", help="the widths, by commas")
-    parser.add_argument("--rounding", default="nearest", help="the recipe's")
+    parser.add_argument("--bits", default=_BITS, help="the widths, by commas")
+    parser.add_argument("--rounding", default=_ROUNDING, help="the recipe's")
     parser.add_argument("--results", type=Path, help="default: coverage.json, or with --blocks coverage-blocks.json")
     args = parser.parse_args()
     args.results = args.results or FOLDER / ("coverage-blocks.json" if args.blocks else "coverage.json")
@@ -98,8 +99,9 @@ def main() -> None:
 
 
 def _command(args: argparse.Namespace) -> str:
-    few = f" --blocks {args.blocks} --bits {args.bits}" if args.blocks else ""
-    return f"python benchmarks/coverage.py{few}"
+    usual = {"blocks": None, "bits": _BITS, "rounding": _ROUNDING}
+    asked = (f" --{key} {getattr(args, key)}" for key, value in usual.items() if getattr(args, key) != value)
+    return f"python benchmarks/coverage.py{''.join(asked)}"
 
 
 def family(name: str) -> str:

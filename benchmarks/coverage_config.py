@@ -26,7 +26,7 @@ from d4c_onnx.errors import D4CError
 from d4c_onnx.files import write_json
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.quantize_report import QuantizeReport
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.preprocess import preprocess_image
 from d4c_onnx.runtime.session import EncoderSession

@@ -12,17 +12,14 @@ import timm
 from timm.models import register_model
 
 _DEPTH = ("vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "eva", "vitamin")
-_STAGES = {  # by the file of timm's that holds a model: the argument with the blocks of each stage, and their number
-    "convnext": ("depths", 4),
-    "swin_transformer": ("depths", 4),
-    "fastvit": ("layers", 4),
-}
+# by the file of timm's that holds a model: the argument with the blocks of each stage
+_STAGES = {"convnext": "depths", "swin_transformer": "depths", "fastvit": "layers"}
 _FIVE_STAGES = ("fastvit_mci3", "fastvit_mci4")
 _OF_TEXT_TOWERS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers")
 
 
 def with_few_blocks(config: dict[str, Any], blocks: int) -> dict[str, Any]:
-    """A config whose towers have at most so many blocks; a timm tower of that size is registered.
+    """A config whose towers have at most so many blocks; a timm tower of just so many is registered.
 
     Raises:
         KeyError: a timm tower that nothing is known of.
@@ -53,8 +50,7 @@ def _registered(tower: str, blocks: int) -> str:
     if family in _DEPTH:
         fewer: dict[str, Any] = {"depth": blocks}
     else:
-        argument, stages = _STAGES[family]
-        fewer = {argument: (blocks,) * (5 if tower in _FIVE_STAGES else stages)}
+        fewer = {_STAGES[family]: (blocks,) * (5 if tower in _FIVE_STAGES else 4)}
 
     @functools.wraps(make)
     def shortened(pretrained: bool = False, **options: Any) -> Any:

@@ -25,7 +25,7 @@ from d4c_onnx.bundle import open_bundle
 from d4c_onnx.calibration.dataset import open_calibration_set
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.quantization.rewrites.stress import stress_bundle
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 
 MODELS = ("mini-vit", "mini-rn")
 # bits, calibration source, stress factor, overrides of the quantization section

@@ -18,7 +18,7 @@ from tables import plain
 from d4c_onnx import pipeline
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.pipeline.quantize_report import QuantizeReport
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.kernels import count_kernels
 
 COLUMNS = [

@@ -24,7 +24,7 @@ from d4c_onnx.quantization.rewrites.gelu import SEPARATE_GELU
 from d4c_onnx.quantization.rewrites.pooled_row import COMPUTE_POOLED_ROW
 from d4c_onnx.quantization.rewrites.rewrite import Rewrite, apply_all
 from d4c_onnx.quantization.targets import TARGETS
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 
 VARIANTS: dict[str, tuple[Rewrite, ...]] = {
     "as quantised (all rows)": (),

@@ -29,7 +29,7 @@ from d4c_onnx.calibration.dataset import save_calibration_set
 from d4c_onnx.calibration.key import calibration_key
 from d4c_onnx.calibration.set_file import SetManifest
 from d4c_onnx.foreign import ForeignFiles
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.tokenizer import TextTokenizer
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"

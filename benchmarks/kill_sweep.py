@@ -96,7 +96,7 @@ def _commands(model: str, output: Path, images: Path) -> dict[str, Callable[[], 
     from d4c_onnx import measure, pipeline
     from d4c_onnx.embedding import run as embedding
     from d4c_onnx.packaging import package_bundle
-    from d4c_onnx.recipe import load_recipe
+    from d4c_onnx.recipe_file import load_recipe
     from d4c_onnx.synthesis import loop
 
     loop.CHECKPOINT_STEPS = embedding._PART = 2

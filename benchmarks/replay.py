@@ -124,7 +124,7 @@ def one(args: argparse.Namespace) -> None:
     import open_clip
 
     from d4c_onnx import pipeline
-    from d4c_onnx.recipe import load_recipe
+    from d4c_onnx.recipe_file import load_recipe
 
     _add_tiny(args.folder / "configs")
     pretrained: str | None = "random"

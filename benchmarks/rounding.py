@@ -30,7 +30,7 @@ from d4c_onnx.quantization.rounding.base import InputMoments, WeightGrid
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding, GptqRounding
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
 from d4c_onnx.quantization.rounding.schedule import PUBLISHED, SHORT
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 
 METHODS = {"nearest": NearestRounding(), "gptq": GptqRounding(), "gptaq": GptaqRounding()}
 

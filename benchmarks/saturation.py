@@ -17,7 +17,7 @@ from d4c_onnx.manifest import Session
 from d4c_onnx.measure import Machine
 from d4c_onnx.measure.accuracy import evaluate
 from d4c_onnx.quantization import quantize_bundle_files
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 
 
 def main() -> None:

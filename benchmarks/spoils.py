@@ -4,7 +4,6 @@ A kind spoils a copy of its parts (`hostile_origin`) and gives a command line. W
 with exit code 0, is said so.
 """
 
-import copy
 import io
 import json
 import pickle
@@ -18,15 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import spoilt_graphs
+from spoilt_values import dumped, rehash, replace_value, spoilt_bytes
 
-from d4c_onnx.files import sha256
-
-DEEP = "@deep@"  # stands for brackets in brackets, which json cannot write
-ODD: list[Any] = [
-    *(None, True, 0, -1, 2**31, 2**63, 10**30, 0.5, float("nan"), float("inf"), 1e308, DEEP),
-    *("", "x", "../..", "/etc/passwd", "[/x]", "\x1b", "\ud800", "é" * 5000, "{0.__class__}"),
-    *([], {}, [[]], [None], {"": None}),
-]
 SCALARS = (
     *("2024-13-45", "0b_", "9" * 5000, "[" * 3000, ".inf", ".nan", "&a [*a]", "{a: 1", "\x00", "-1", "1e999", "null"),
     *("true", "''", "[]", "{}", "!!python/name:os.system", "é", "0x_", "1_0", "~"),
@@ -98,32 +90,12 @@ def _json(file: str, *commands: list[str]) -> Callable[[Path, random.Random], Sp
         path = place / file
         content = json.loads(path.read_bytes())
         for _ in range(draw.randint(1, 3)):
-            _replace(content, draw)
-        path.write_text(json.dumps(content).replace(json.dumps(DEEP), "[" * 3000 + "]" * 3000))
+            replace_value(content, draw)
+        path.write_text(dumped(content))
         rehash(place / Path(file).parts[0])
         return Spoilt(draw.choice(commands))
 
     return spoil
-
-
-def _replace(content: Any, draw: random.Random) -> None:
-    part = content
-    while True:
-        keys = list(part) if isinstance(part, dict) else list(range(len(part)))
-        if not keys:
-            return
-        key = draw.choice(keys)
-        if isinstance(part[key], dict | list) and part[key] and draw.random() < 0.8:
-            part = part[key]
-            continue
-        how = draw.random()
-        if how < 0.2:
-            del part[key]
-        elif how < 0.3:
-            part[key] = [part[key], part[key]]
-        else:
-            part[key] = copy.deepcopy(draw.choice(ODD))  # the next change may go into it
-        return
 
 
 def _bytes(
@@ -141,21 +113,6 @@ def _bytes(
         return Spoilt(draw.choice(commands), wrong=not right_hashes and content != before)
 
     return spoil
-
-
-def spoilt_bytes(before: bytes, draw: random.Random, head: int | None = None) -> bytes:
-    """Bytes with a few changes, most of them in so many at the beginning."""
-    content = bytearray(before)
-    for _ in range(draw.randint(1, 8)):
-        within = len(content) if head is None or draw.random() < 0.2 else min(head, len(content))
-        at, how = draw.randrange(max(1, within)), draw.random()
-        if how < 0.7 and at < len(content):
-            content[at] ^= 1 << draw.randrange(8)
-        elif how < 0.85:
-            del content[at:]
-        else:
-            content[at:at] = content[:at][-1000:]
-    return bytes(content)
 
 
 def _graph(folder: str, files: tuple[str, str], *commands: list[str]) -> Callable[[Path, random.Random], Spoilt]:
@@ -185,18 +142,6 @@ def _must_be_refused(how: str, command: list[str], spoilt: str) -> bool:
         return command in (INSPECT, QUANTIZE, PACKAGE)
     unread = "text" if command == IMAGES else "image" if command == TEXTS else ""
     return how == "swapped" or not (unread and spoilt.startswith(unread))
-
-
-def rehash(folder: Path) -> None:
-    """Right hashes in a manifest, as far as it can be read."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        for name, record in manifest["files"].items():
-            digest = sha256(folder / name)
-            manifest["files"][name] = {**record, "sha256": digest} if isinstance(record, dict) else digest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def _array(place: Path, draw: random.Random) -> Spoilt:
@@ -269,8 +214,8 @@ def _checkpoint(place: Path, draw: random.Random) -> Spoilt:
         content = file.read_bytes()
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])
-        _replace(header, draw)
-        told = json.dumps(header).replace(json.dumps(DEEP), "[" * 3000 + "]" * 3000).encode()
+        replace_value(header, draw)
+        told = dumped(header).encode()
         file.write_bytes(len(told).to_bytes(8, "little") + told + content[8 + length :])
     elif file.suffix == ".pt" and how < 0.3:
         file.write_bytes(pickle.dumps(_Runs(place / "ran")))

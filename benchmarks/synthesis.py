@@ -30,7 +30,8 @@ from d4c_onnx.calibration.method import METHODS, Method
 from d4c_onnx.models.catalogue import embedded_models
 from d4c_onnx.models.load import load_model
 from d4c_onnx.quantization import quantize_bundle_files
-from d4c_onnx.recipe import Recipe, load_recipe
+from d4c_onnx.recipe import Recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.synthesis import synthesize
 
 MODELS = ("mini-vit", "mini-rn")

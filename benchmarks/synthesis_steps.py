@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from d4c_onnx.calibration.method import METHODS
 from d4c_onnx.models.load import LoadedModel, load_model
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.synthesis.compute import resolve_precision
 from d4c_onnx.synthesis.guide import build_guide, embed_prompts
 from d4c_onnx.synthesis.loop import optimize_step

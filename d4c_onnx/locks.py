@@ -79,17 +79,13 @@ def _acquire(path: Path, folder: Path) -> BinaryIO:
             _remove_strangers(path, folder)
             continue
         try:
-            portalocker.lock(file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+            _lock(file, folder)
             if _is_at(file, path):
                 file.truncate()
                 file.write(json.dumps(_myself()).encode())
                 file.flush()
                 return file
             file.close()  # whoever held it has removed it in between
-        except portalocker.exceptions.AlreadyLocked as error:
-            refused = _held_by_another(file, folder)
-            file.close()
-            raise refused from error
         except portalocker.exceptions.LockException as error:
             file.close()
             raise BundleError(
@@ -111,10 +107,7 @@ def _remove_strangers(path: Path, folder: Path) -> None:
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         with os.fdopen(os.open(path, flags), "rb") as file:
-            try:
-                portalocker.lock(file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
-            except portalocker.exceptions.AlreadyLocked as error:
-                raise _held_by_another(file, folder) from error
+            _lock(file, folder)
             if _is_at(file, path):
                 path.unlink()
     except FileNotFoundError:  # it has ended meanwhile
@@ -126,10 +119,15 @@ def _remove_strangers(path: Path, folder: Path) -> None:
         ) from error
 
 
-def _held_by_another(file: BinaryIO, folder: Path) -> BundleError:
-    return BundleError(
-        f"{folder}: another run is writing there ({_other(file)}). Wait until it has ended, or choose another --output."
-    )
+def _lock(file: BinaryIO, folder: Path) -> None:
+    """Raises BundleError: another run holds it."""
+    try:
+        portalocker.lock(file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+    except portalocker.exceptions.AlreadyLocked as error:
+        raise BundleError(
+            f"{folder}: another run is writing there ({_other(file)}). Wait until it has ended, or choose another "
+            "--output."
+        ) from error
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

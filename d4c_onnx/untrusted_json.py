@@ -117,6 +117,14 @@ def read_json(
         raise error(f"{file}: cannot be read ({short(cause)}). {mend}") from cause
 
 
+def holds(file: Path, value: object) -> bool:
+    """Whether a JSON file says just that; a missing or damaged one does not."""
+    try:
+        return bool(read_json(file).value == json.loads(json.dumps(value)))
+    except BundleError:
+        return False
+
+
 def check_readable(file: str | Path, error: type[D4CError] = BundleError) -> None:
     """Refuse a file that this account may not read: it is not damaged, and to make it again is no help.
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet
-from d4c_onnx.recipe import Recipe, load_recipe
+from d4c_onnx.recipe import Recipe
+from d4c_onnx.recipe_file import load_recipe
 
 # Before torch is loaded, here and in the processes that tests start: threads that wait for each other in a loop took up
 # to thirty times as long where something else wanted the processor, too.

@@ -22,7 +22,8 @@ from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rounding import METHODS
 from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
 from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
-from d4c_onnx.recipe import QuantizationSection, load_recipe
+from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe_file import load_recipe
 
 SOT, EOT = 49406, 49407
 NOISE = (

@@ -7,7 +7,7 @@ import pytest
 from d4c_onnx import pipeline
 from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.quantization.rewrites.stress import stress_bundle
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 
 pytestmark = pytest.mark.slow
 

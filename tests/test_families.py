@@ -15,7 +15,7 @@ from d4c_onnx.bundle import open_bundle
 from d4c_onnx.calibration import open_calibration_set
 from d4c_onnx.models.load import load_model
 from d4c_onnx.quantization.rewrites.fused_attention import FUSE_ATTENTION
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.session import EncoderSession, optimized_graph
 from d4c_onnx.runtime.tokenizer import TextTokenizer

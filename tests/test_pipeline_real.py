@@ -17,7 +17,7 @@ from d4c_onnx.errors import DatasetError, RecipeError
 from d4c_onnx.evaluation.datasets import open_dataset
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.measure import inspect_bundle
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime import ClipSession
 from d4c_onnx.runtime.preprocess import preprocess_image
 

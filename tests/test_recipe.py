@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from d4c_onnx.calibration.method import D4C, METHODS
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.recipe import QuantizationSection, SynthesisSection, load_recipe, parse_bits, recipe_names
+from d4c_onnx.recipe import QuantizationSection, SynthesisSection, parse_bits
+from d4c_onnx.recipe_file import load_recipe, recipe_names
 from d4c_onnx.recipe_keys import recipe_keys
 from d4c_onnx.vocabulary import generic_nouns, read_nouns, templates
 

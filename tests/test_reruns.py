@@ -14,7 +14,8 @@ from d4c_onnx.errors import BundleError, CalibrationError, CheckFailed, ModelErr
 from d4c_onnx.manifest import Manifest
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.measure.accuracy import check_limits
-from d4c_onnx.recipe import Recipe, load_recipe
+from d4c_onnx.recipe import Recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Versus
 
 

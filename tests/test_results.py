@@ -18,7 +18,7 @@ from d4c_onnx.measure.accuracy import check_limits
 from d4c_onnx.measure.content import BundleInspection
 from d4c_onnx.pipeline import BeforeAfter, QuantizeReport
 from d4c_onnx.pipeline.quantize_report import CalibratedWith
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Versus
 from d4c_onnx.runtime.inspection import InspectedLayer, Inspection
 

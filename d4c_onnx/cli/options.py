@@ -314,7 +314,7 @@ def resolve_recipe(
     preset: dict[str, object] | None = None,
 ) -> Any:
     """The recipe of a command line; options win over --set, --set over a preset, that over the file."""
-    from d4c_onnx.recipe import load_recipe
+    from d4c_onnx.recipe_file import load_recipe
 
     return load_recipe(name, [*_words(preset or {}), *overrides, *_words({"seed": seed, **(extra or {})})])
 

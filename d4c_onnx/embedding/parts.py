@@ -20,7 +20,7 @@ import numpy as np
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import translate_os_error, write_file, write_json
 from d4c_onnx.ownership import staged_for
-from d4c_onnx.untrusted_json import Node, quoted, read_json, sequence
+from d4c_onnx.untrusted_json import Node, holds, quoted, read_json, sequence
 
 _ASK = "ask.json"
 _OWN = re.compile(rf"{re.escape(_ASK)}|\d{{5,}}\.(?:json|npy)")
@@ -44,12 +44,9 @@ def clear_finished(output: Path) -> None:
     """
     folder = parts_of(output)
     with contextlib.suppress(OSError):
-        own = [entry for entry in folder.iterdir() if _is_own(entry)]
         made = output.stat().st_mtime_ns
-        if all(entry.stat().st_mtime_ns <= made for entry in own):
-            for entry in own:
-                entry.unlink()
-            folder.rmdir()
+        if all(entry.stat().st_mtime_ns <= made for entry in folder.iterdir() if _is_own(entry)):
+            _remove(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +91,14 @@ class Parts:
                     f"{self.folder}: holds {quoted(odd)}, which d4c-onnx did not write there, and would be removed. "
                     "Move that away, or choose another --output."
                 )
-            if not self._is_asked(ask):
-                self._clear()
+            if not holds(self.folder / _ASK, ask):
+                _clear(self.folder)
                 write_json(self.folder / _ASK, ask)
         except OSError as error:
             raise translate_os_error(error, self.folder) from error
         self.finished: list[Counts] = []
         while (counts := self._found(len(self.finished))) is not None:
             self.finished.append(counts)
-
-    def _is_asked(self, ask: dict[str, Any]) -> bool:
-        try:
-            return bool(read_json(self.folder / _ASK).value == json.loads(json.dumps(ask)))
-        except BundleError:
-            return False
 
     def _found(self, number: int) -> Counts | None:
         """Of a part that another run left; None: it is not there, or not whole, and is embedded again."""
@@ -144,16 +135,21 @@ class Parts:
     def remove(self) -> None:
         """Nothing of it is needed any more."""
         with contextlib.suppress(OSError):
-            self._clear()
-            self.folder.rmdir()
-
-    def _clear(self) -> None:
-        for entry in self.folder.iterdir():
-            if _is_own(entry):
-                entry.unlink()
+            _remove(self.folder)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if _is_own(entry):
+            entry.unlink()
+
+
+def _remove(folder: Path) -> None:
+    _clear(folder)
+    folder.rmdir()
 
 
 def _is_own(entry: Path) -> bool:

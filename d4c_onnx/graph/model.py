@@ -67,12 +67,18 @@ def _texts(model: ir.Model) -> Iterator[object]:
     for graph in model.graphs():
         yield from (graph.name, graph.doc_string, *chain.from_iterable(graph.metadata_props.items()))
         yield from (value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()))
-    inside = (node for function in model.functions.values() for node in function.all_nodes())
-    for node in chain(model.graph.all_nodes(), inside):
+    for node in _every_node(model):
         yield from (node.name, node.op_type, node.domain, node.overload, node.doc_string)
         yield from (*node.attributes, *chain.from_iterable(node.metadata_props.items()))
         for value in node.outputs:
             yield from (value.name, value.doc_string, *chain.from_iterable(value.metadata_props.items()))
+
+
+def _every_node(model: ir.Model) -> Iterator[ir.Node]:
+    """Of the graph, of graphs inside it, and of functions."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
 
 
 @contextlib.contextmanager
@@ -95,14 +101,9 @@ def _check_external(model: ir.Model, folder: Path) -> None:
     Raises:
         GraphError: a file is missing, or lies elsewhere.
     """
-    nodes = [
-        *model.graph.all_nodes(),
-        *(node for function in model.functions.values() for node in function.all_nodes()),
-    ]
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
-    tensors += [
-        entry.value for node in nodes for entry in node.attributes.values() if entry.type == ir.AttributeType.TENSOR
-    ]
+    attributes = (entry for node in _every_node(model) for entry in node.attributes.values())
+    tensors += [entry.value for entry in attributes if entry.type == ir.AttributeType.TENSOR]
     for location in {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}:
         if not location.resolve().is_relative_to(folder.resolve()):
             raise GraphError(f"{location}: the graph looks for weights outside its folder {folder}. Do not use it.")
@@ -131,7 +132,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 
 def weight_bytes(model: ir.Model) -> int:
     """What a model's initialisers take."""
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    return sum(tensor.nbytes for _, tensor in _tensors(model))
 
 
 def save_model(
@@ -179,7 +180,12 @@ def _tensors(model: ir.Model) -> Iterator[tuple[str, Any]]:
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether a file holds it as the bytes of its values: no strings, nor what came as a list of numbers."""
+    """Whether a file holds it as the bytes of its values: no strings, nor what came as a list of numbers.
+
+    All that lies beside the graph does: left in the model, it would be written as a reference to another file.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        return True
     listed = isinstance(tensor, ir.serde.TensorProtoTensor) and not tensor.raw.HasField("raw_data")
     return tensor.dtype != ir.DataType.STRING and tensor.nbytes >= _EXTERNAL_FROM_BYTES and not listed
 

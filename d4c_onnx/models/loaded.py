@@ -15,8 +15,7 @@ from d4c_onnx.manifest import Preprocess, Resampled
 from d4c_onnx.models.catalogue import EmbeddedModel
 from d4c_onnx.models.plain_attention import replace_attention, replace_hugging_face
 from d4c_onnx.models.towers import CausalTextTower, ImageTower, MaskedTextTower, TextTower, text_tower, tower_state
-from d4c_onnx.runtime.panics import no_panic
-from d4c_onnx.untrusted_json import short
+from d4c_onnx.runtime.panics import refusing
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +58,8 @@ class LoadedModel:
         Raises:
             ModelError: the tokenizer opens, and fails on texts, or gives ids that the text tower does not know.
         """
-        with no_panic(self._fails_on_texts):
-            try:
-                ids: np.ndarray = self.tokenizer(texts, context_length=self.context_length).numpy().astype(np.int64)
-            except Exception as error:  # it comes with the model, and raises what it likes
-                raise self._fails_on_texts(short(error)) from error
+        with refusing(self._fails_on_texts):  # it comes with the model, and raises what it likes
+            ids: np.ndarray = self.tokenizer(texts, context_length=self.context_length).numpy().astype(np.int64)
         known = self._known_ids()
         if known is not None and ids.size and not 0 <= ids.min() <= ids.max() < known:
             raise self._fails_on_texts(f"it gives ids from {ids.min()} to {ids.max()}, the text tower knows {known:,}")

@@ -111,7 +111,7 @@ class AsSequence:
 
 @dataclass(frozen=True, slots=True)
 class LooseLayout:
-    """4-bit weights as nibbles, which standard operators of old runtimes unpack, and the opset as low as it goes.
+    """4-bit weights without the type INT4, which old runtimes do not know, and the opset as low as it goes.
 
     The type INT4 needs opset 21, its Cast onnxruntime 1.23 and a kernel that the WebGPU builds of onnxruntime lack.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from d4c_onnx.errors import BundleError
+from d4c_onnx.errors import BundleError, D4CError
 from d4c_onnx.files import sha256
 from d4c_onnx.manifest_file import GOLDEN_FOLDER
 from d4c_onnx.packaging.feeds import PackagedSession
@@ -62,7 +62,7 @@ def verify_package(
         for tower in _TOWERS:
             checks += _tower(tower, golden, subject, pixels, sessions, likeliest, changed)
         checks += _configs(folder, manifest, golden, subject, likeliest)
-    except Exception as error:  # onnxruntime raises types of its own; nothing more can be looked at
+    except D4CError as error:  # nothing more can be looked at
         return Verification(str(folder), (*checks, not_running(error)), likeliest)
     checks += judge_client(subject, golden, answers or Answers(), likeliest)
     return Verification(str(folder), tuple(checks), likeliest)
@@ -147,7 +147,7 @@ def _tower(
         check = check_embeddings(golden, tower, f"{tower} embeddings of {file}", found)
         if not check.ok:
             another = f"{file} is another file than the one that was packaged" if file in changed else None
-            likeliest[tower] = likeliest_mistake(own, golden, tower) or another
+            likeliest[tower] = likeliest_mistake(own, golden, tower, own=found) or another
         yield check
 
 

@@ -64,8 +64,6 @@ def run(task: QuantizeTask, clock: Clock) -> MadeBundles:
     gc.collect()  # its modules refer to each other in circles
     release_freed()
     check_set_fits(dataset, fp32)
-    for file in fp32.encoders.values():
-        check_source(file, fp32.manifest.io[file.name])
     clock.lap("synthesize")
     made = MadeBundles(fp32, quantized_files(task, fp32, dataset), _fp16(task, fp32, dataset), dataset)
     clock.lap("quantize")
@@ -80,6 +78,9 @@ def _calibrated(task: QuantizeTask, clock: Clock) -> tuple[Bundle, CalibrationSe
     model = open_or_export(task.source, task.folder, recipe, task.pretrained, task.on_step, task.options)
     planned = (recipe.synthesis.held_out, recipe.text.held_out) if given is None else held_out_counts(given)
     check_measurable(recipe, model.bundle, planned)
+    if task.resumed is None or (task.wants_fp16 and task.fp16 is None):
+        for file in model.bundle.encoders.values():
+            check_source(file, model.bundle.manifest.io[file.name])
     clock.lap("export")
     if given is not None:
         return model.bundle, given

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams
+from d4c_onnx.calibration.readers import OneBatchReader
 from d4c_onnx.graph.values import constant, dims, name_of
 from d4c_onnx.memory import release_freed
 from d4c_onnx.quantization.plan import Plan
@@ -35,18 +36,27 @@ def quantize_placed(
     Raises:
         GraphError: onnxruntime refused, or stored other integers than it was given.
     """
+    table = _shortened_table(model.graph)
     with room_for(model) as folder:
         placed = folder / "float.onnx"
-        table = _shortened_table(model.graph)
         save_placed(model, plan, weights, placed)
         for value in model.graph.initializers.values():
             value.const_value = None  # a large encoder needs the room
         release_freed()
-        quantized = quantize_file(placed, plan, weights, ranges, reader, target, None if table is None else _ROWS)
+        quantized = quantize_file(placed, plan, weights, ranges, _one_sample(reader, table is not None), target)
     if table is not None:
         value = quantized.graph.initializers[str(table.name)]
         value.const_value, value.shape = table, ir.Shape(table.shape.numpy())
     return quantized
+
+
+def _one_sample(reader: CalibrationDataReader, shortened: bool) -> CalibrationDataReader:
+    """The first one; ids beyond a shortened table are others, for it only says that the graph runs."""
+    reader.rewind()
+    feed = reader.get_next()
+    assert feed is not None
+    [(name, batch)] = feed.items()
+    return OneBatchReader(batch[:1] % _ROWS if shortened else batch[:1], name)
 
 
 def _shortened_table(graph: ir.Graph) -> ir.Tensor | None:

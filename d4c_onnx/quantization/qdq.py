@@ -16,7 +16,6 @@ import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from d4c_onnx.calibration.observers import QuantParams
-from d4c_onnx.calibration.readers import OneBatchReader
 from d4c_onnx.errors import GraphError
 from d4c_onnx.files import temporary_folder
 from d4c_onnx.graph.forms import INT8
@@ -83,9 +82,8 @@ def quantize_file(
     plan: Plan,
     weights: Mapping[str, QuantizedWeight],
     ranges: Mapping[str, QuantParams],
-    reader: CalibrationDataReader,
+    sample: CalibrationDataReader,
     target: Target,
-    rows: int | None = None,
 ) -> ir.Model:
     """The QDQ graph: int8 weights (4-bit ones still stored as int8), uint8 activations (int8 where they are symmetric).
 
@@ -94,9 +92,8 @@ def quantize_file(
         plan: what is quantised.
         weights: per initialiser.
         ranges: per activation; they override what onnxruntime finds in the pass that it insists on.
-        reader: one sample will do for that.
+        sample: one will do for that.
         target: symmetric activations or not, integer biases or not.
-        rows: of a token table that was shortened; None: it was not.
 
     Raises:
         GraphError: onnxruntime refused, or stored other integers than it was given.
@@ -110,7 +107,7 @@ def quantize_file(
             quantize_static(
                 str(source),
                 str(written),
-                _one_sample(reader, rows),
+                sample,
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(plan.op_types),
                 nodes_to_quantize=list(plan.nodes),
@@ -138,15 +135,6 @@ def quantize_file(
     _keep_float(quantized, plan)
     _check_integers(quantized.graph, weights, plan)
     return quantized
-
-
-def _one_sample(reader: CalibrationDataReader, rows: int | None) -> CalibrationDataReader:
-    """Token ids below `rows`: others than the sample's own, which only says that the graph runs."""
-    reader.rewind()
-    feed = reader.get_next()
-    assert feed is not None
-    [(name, batch)] = feed.items()
-    return OneBatchReader(batch[:1] if rows is None else batch[:1] % rows, name)
 
 
 def _drop_idle_pairs(model: ir.Model) -> None:

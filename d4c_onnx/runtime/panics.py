@@ -29,13 +29,20 @@ def no_panic(refuse: Refuse) -> Iterator[None]:
         raise refuse(short(error)) from error
 
 
-def tokenizer_of(path: Path, refuse: Refuse) -> Tokenizer:
-    """A tokenizer.json, which somebody else may have written; `refuse` makes the error of a damaged one."""
+@contextlib.contextmanager
+def refusing(refuse: Refuse) -> Iterator[None]:
+    """Whatever a library raises, panics included, as an error of ours; see `no_panic`."""
     with no_panic(refuse):
         try:
-            made = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises this very class
+            yield
+        except Exception as error:  # the tokenizers library raises this very class
             raise refuse(short(error)) from error
+
+
+def tokenizer_of(path: Path, refuse: Refuse) -> Tokenizer:
+    """A tokenizer.json, which somebody else may have written; `refuse` makes the error of a damaged one."""
+    with refusing(refuse):
+        made = Tokenizer.from_file(str(path))
     cut = made.truncation
     if cut is not None:  # the library panics at the first text that is too long, and speaks on stderr
         room = cut["max_length"] - made.num_special_tokens_to_add(False)

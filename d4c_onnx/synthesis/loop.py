@@ -137,11 +137,17 @@ def _save(
 def _resume(
     path: Path, values: torch.Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> tuple[int, dict[str, list[float]]]:
-    if not path.exists():
+    """The step that a checkpoint was written at, and the losses until then; what it is not, or damaged, begins anew."""
+    fresh = optimizer.state_dict(), generator.get_state()
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        kept, step, history = state["values"], int(state["step"]), state["history"]
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        with torch.no_grad():
+            values.copy_(kept)
+    except Exception:  # torch raises what the file makes it raise
+        optimizer.load_state_dict(fresh[0])
+        generator.set_state(fresh[1])
         return 0, {}
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    with torch.no_grad():
-        values.copy_(state["values"])
-    optimizer.load_state_dict(state["optimizer"])
-    generator.set_state(state["generator"])
-    return int(state["step"]), state["history"]
+    return step, history

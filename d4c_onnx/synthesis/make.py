@@ -69,17 +69,18 @@ class _Maker:
     on_step: OnStep
 
     def make(self, unit: Unit, skipped: int = 0) -> MadeUnit:
-        """Make a unit, unless that has been done; read it back.
+        """Make a unit, or read it back where that has been done.
 
         Args:
             skipped: images that need not be made, for the progress.
         """
-        if not self.store.finished(unit):
-            start, labels, generator = self._begin(unit)
-            checkpoint, report = self.store.checkpoint(unit), self._reporter(unit, skipped)
-            images, losses = optimize_unit(start, labels, self.guide, self.plan.section, generator, checkpoint, report)
-            self.store.save(unit, images.numpy(), losses)
-        return self.store.load(unit)
+        if (made := self.store.load(unit)) is not None:
+            return made
+        start, labels, generator = self._begin(unit)
+        checkpoint, report = self.store.checkpoint(unit), self._reporter(unit, skipped)
+        images, losses = optimize_unit(start, labels, self.guide, self.plan.section, generator, checkpoint, report)
+        self.store.save(unit, images.numpy(), losses)
+        return MadeUnit(unit, images.numpy(), losses)
 
     def ahead(self, processes: int) -> Ahead:
         """What is left to do, by a step of the first batch of it."""

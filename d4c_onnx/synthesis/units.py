@@ -7,17 +7,15 @@ is a folder beside the set: unit-0003.npz is a finished unit, unit-0003.pt the l
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from d4c_onnx.calibration.dataset import work_folder
 from d4c_onnx.calibration.key import CalibrationKey
-from d4c_onnx.errors import BundleError
 from d4c_onnx.files import translate_os_error, write_file, write_json
 from d4c_onnx.manifest_file import versions
-from d4c_onnx.untrusted_json import read_json
+from d4c_onnx.untrusted_json import holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +77,17 @@ class UnitStore:
         write_file(self._file(unit), lambda file: np.savez(file, images=images, names=names, losses=values))
         self.checkpoint(unit).unlink(missing_ok=True)
 
-    def load(self, unit: Unit) -> MadeUnit:
-        """A finished unit, read back."""
-        with np.load(self._file(unit)) as content:
-            losses = dict(zip(content["names"].tolist(), content["losses"].tolist(), strict=True))
-            return MadeUnit(unit, content["images"], losses)
+    def load(self, unit: Unit) -> MadeUnit | None:
+        """A finished unit, read back; None where it is not there, or not as it was written."""
+        try:
+            with self._file(unit).open("rb") as file, np.load(file) as content:
+                images, names, values = (content[name] for name in ("images", "names", "losses"))
+        except Exception:  # numpy raises what the file makes it raise
+            return None
+        sound = images.dtype == np.float32 and images.ndim == 4 and len(images) == len(unit)
+        if not sound or len(names) != len(values) or not np.isfinite(images).all():
+            return None
+        return MadeUnit(unit, images, dict(zip(names.tolist(), values.tolist(), strict=True)))
 
     def remove(self) -> None:
         """The set is whole: nothing here is needed any more."""
@@ -98,7 +102,7 @@ def open_unit_store(target: Path, key: CalibrationKey, compute: dict[str, str]) 
 
     Args:
         target: the set's folder.
-        key: everything that was asked for, as JSON holds it.
+        key: everything that was asked for.
         compute: device and precision.
 
     Raises:
@@ -108,34 +112,11 @@ def open_unit_store(target: Path, key: CalibrationKey, compute: dict[str, str]) 
     note = folder / "key.json"
     # torch and thread count decide the last bits of every sum, so they belong to the state of a half-done run
     state = {"key": key.id, "versions": versions(), "threads": torch.get_num_threads(), **compute}
-    if not _says(note, state):
+    if not holds(note, state):
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             raise translate_os_error(error, target) from error
         write_json(note, state)
-    for file in folder.glob("unit-*"):
-        if not _is_whole(file):
-            file.unlink(missing_ok=True)
     return UnitStore(folder)
-
-
-def _says(note: Path, state: dict[str, Any]) -> bool:
-    try:
-        return note.is_file() and bool(read_json(note).value == state)
-    except BundleError:
-        return False
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a unit, or a checkpoint of one, is as it was written: what is not is made again."""
-    try:
-        if file.suffix == ".pt":
-            return isinstance(torch.load(file, weights_only=True, map_location="cpu"), dict)
-        with file.open("rb") as opened, np.load(opened) as content:
-            images, names, losses = (content[name] for name in ("images", "names", "losses"))
-    except Exception:  # both libraries raise what the file makes them raise
-        return False
-    sound = images.dtype == np.float32 and images.ndim == 4 and len(names) == len(losses)
-    return sound and bool(np.isfinite(images).all())

@@ -16,7 +16,7 @@ from d4c_onnx.foreign import ForeignFiles
 from d4c_onnx.foreign.contrib import expand_contrib
 from d4c_onnx.graph.attention import find_attentions
 from d4c_onnx.graph.model import load_model, save_model
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.session import EncoderSession
 
 X = "float[b, s, 8] x"

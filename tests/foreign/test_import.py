@@ -18,7 +18,7 @@ from d4c_onnx.graph.attention import find_attentions, is_causal
 from d4c_onnx.graph.layers import linear_source
 from d4c_onnx.graph.model import load_model
 from d4c_onnx.graph.values import is_constant
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.tokenizer import TextTokenizer

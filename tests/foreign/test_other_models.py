@@ -17,7 +17,7 @@ from d4c_onnx.foreign import ForeignFiles
 from d4c_onnx.graph.attention import find_attentions, is_causal
 from d4c_onnx.graph.model import load_model
 from d4c_onnx.graph.values import attribute, nodes_of
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.session import EncoderSession
 
 IDS = torch.tensor([[START, 3, 4, 5, END, END, END], [START, 6, 7, 8, 9, 10, END]])

@@ -18,7 +18,7 @@ from d4c_onnx.errors import D4CError, GraphError, ModelError, RecipeError
 from d4c_onnx.foreign import ForeignFiles
 from d4c_onnx.graph.model import load_model, save_model
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.tokenizer import TextTokenizer
 

@@ -94,3 +94,17 @@ def test_weights_are_not_copied_as_a_whole(tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx").stat().st_size > size
     assert not (tmp_path / "model.onnx.data").exists()
     assert peak < size / 4
+
+
+def test_small_weights_beside_the_graph_come_into_the_one_file(tmp_path: Path) -> None:
+    """As onnx_ir's own writer, and torch's exporter, put them there: from 256 bytes on."""
+    ir.save(_model(ir.Tensor(np.arange(100, dtype=np.float32))), tmp_path / "beside.onnx", external_data="w.data")
+    model = load_model(tmp_path / "beside.onnx")
+    assert isinstance(model.graph.initializers["weight"].const_value, ir.ExternalTensor)
+    (tmp_path / "to").mkdir()
+    save_model(model, tmp_path / "to" / "model.onnx")
+    written = onnx.load(tmp_path / "to" / "model.onnx")
+    assert not any(entry.external_data for entry in written.graph.initializer)
+    read = load_model(tmp_path / "to" / "model.onnx").graph.initializers["weight"].const_value
+    assert read is not None
+    assert np.array_equal(read.numpy(), np.arange(100, dtype=np.float32))

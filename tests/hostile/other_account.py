@@ -35,14 +35,13 @@ def reads(place: Path) -> Told:
     from d4c_onnx.foreign import ForeignFiles
     from d4c_onnx.models.checkpoint import read_checkpoint
     from d4c_onnx.packaging import package_bundle
-    from d4c_onnx.recipe import load_recipe
+    from d4c_onnx.recipe_file import load_recipe
     from d4c_onnx.vocabulary import read_nouns
 
     origin = place / "origin"
     hostile_origin.make(origin)
     toy, toy_set, foreign = origin / "toy", origin / "toy-set", origin / "foreign"
     (origin / "recipe.yaml").write_text("seed: 1\n")
-    (origin / "nouns.txt").write_text("cat\ndog\n")
 
     def fidelity() -> object:
         return measure.evaluate_bundles([toy], load_recipe(None, ["evaluation.dataset=fidelity"]), calibration=toy_set)

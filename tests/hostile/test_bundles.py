@@ -13,7 +13,7 @@ import spoilt_graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import spoilt_bytes, spoilt_json
-from spoils import rehash
+from spoilt_values import rehash
 from toys import Toy, bundle_of
 
 from d4c_onnx import measure, packaging

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from mutations import spoilt_bytes
 
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.recipe import Recipe, load_recipe
+from d4c_onnx.recipe import Recipe
+from d4c_onnx.recipe_file import load_recipe
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import spoilt_bytes, spoilt_json
-from spoils import rehash
+from spoilt_values import rehash
 
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.calibration.dataset import open_calibration_set, save_calibration_set
 from d4c_onnx.calibration.key import calibration_key
 from d4c_onnx.calibration.set_file import SetManifest
 from d4c_onnx.errors import CalibrationError
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 
 NAMES = ("manifest.json", "prompts.json", "losses.json", "pixel_values.npy", "held_out.npy")
 

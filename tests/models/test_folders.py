@@ -17,7 +17,7 @@ from d4c_onnx.cli.main import group
 from d4c_onnx.errors import D4CError, ModelError
 from d4c_onnx.models.load import STEPS, load_model
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 
 PIXELS = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "resize_mode": "squash"}
 

@@ -16,7 +16,7 @@ from d4c_onnx.models.misfit import fitting
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.pipeline.source import open_or_export
 from d4c_onnx.progress import silent
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 
 State = dict[str, torch.Tensor]
 

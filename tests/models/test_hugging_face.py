@@ -25,7 +25,7 @@ from d4c_onnx.graph.model import load_model as load_onnx
 from d4c_onnx.models.load import LoadedModel, load_model
 from d4c_onnx.models.random_phrases import random_phrases
 from d4c_onnx.quantization.rewrites.fused_attention import FUSE_ATTENTION
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.clip_session import ClipSession
 from d4c_onnx.runtime.golden import read_golden
 from d4c_onnx.runtime.session import EncoderSession

@@ -21,7 +21,7 @@ from d4c_onnx.graph.model import load_model as load_onnx
 from d4c_onnx.manifest import Preprocess, Resampled
 from d4c_onnx.models.load import LoadedModel, load_model
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.preprocess import preprocess_image
 from d4c_onnx.runtime.session import EncoderSession
 

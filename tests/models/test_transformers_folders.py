@@ -19,7 +19,7 @@ from d4c_onnx.errors import ModelError
 from d4c_onnx.models.load import load_model
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.models.transformers_folder import SIGLIP_TOWERS
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.tokenizer import TextTokenizer
 

@@ -11,14 +11,14 @@ from d4c_onnx import pipeline
 from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.errors import BundleError
 from d4c_onnx.packaging import STACKS, PackageReport, package_bundle, verify_package
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 
 # What these stacks say to a mini, whose images have 48 pixels and whose embeddings have their own length.
 REFUSING = {
     "immich": "is not on it",
     "librephotos": "makes images of 224 x 224 pixels",
     "rclip": "makes images of 256 x 256 pixels",
-    "frigate": "stores 768 numbers an embedding",
+    "frigate": "stores 768 numbers",
 }
 
 
@@ -81,7 +81,7 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.mark.parametrize("target", STACKS)
 def test_a_siglip_like_model_is_packaged(target: str, siglip: Bundle, tmp_path: Path) -> None:
     if target in REFUSING:
-        with pytest.raises(BundleError, match=REFUSING[target].replace("numbers an embedding", "numbers")):
+        with pytest.raises(BundleError, match=REFUSING[target]):
             package_bundle(siglip.path, target, tmp_path / "out")
         return
     _packaged(siglip, target, tmp_path / "out")

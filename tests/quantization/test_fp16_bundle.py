@@ -18,7 +18,7 @@ from d4c_onnx.graph.model import clear_notes, load_model
 from d4c_onnx.manifest import Session
 from d4c_onnx.quantization import find_fp16_bundle, write_fp16_bundle
 from d4c_onnx.quantization.rewrites.float16 import convert_to_float16
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.session import EncoderSession
 
 

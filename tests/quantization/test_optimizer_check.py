@@ -11,7 +11,7 @@ from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.errors import CheckFailed
 from d4c_onnx.quantization import quantize_bundle_files
 from d4c_onnx.quantization.optimizer_check import unseen_images
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime import optimizer
 from d4c_onnx.runtime.optimizer import OptimizerEffect, compare_answers
 

@@ -18,7 +18,8 @@ from d4c_onnx.files import write_json
 from d4c_onnx.quantization.ladder import rungs_of
 from d4c_onnx.quantization.promise import search
 from d4c_onnx.quantization.sensitivity import LayerCost
-from d4c_onnx.recipe import Recipe, load_recipe
+from d4c_onnx.recipe import Recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.results import Promise, PromiseTry
 
 COSTS = [

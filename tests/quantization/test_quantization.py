@@ -55,7 +55,7 @@ def test_w4a8_file(model: str, tower: str, tmp_path: Path, request: pytest.Fixtu
     assert opset_of(made) == (21 if casts else 18)
     assert report.minimum_onnxruntime == ("1.23" if casts else "1.20")
     # only the ends keep more bits, the last one 16, and channels that left the integers; every other weight has 4, and
-    # a 16th of a multiplier, and the levels of a channel's group are at most 16
+    # a 16th of a multiplier; a group's levels are those of its multiplier, and a channel has more than 16
     layers = layer_bits(made)
     assert sum(layer.bits == 8 for layer in layers) <= 2
     narrow = {layer.op: layer.bits for layer in layers if layer.bits < 8}

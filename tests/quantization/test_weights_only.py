@@ -21,7 +21,7 @@ from d4c_onnx.quantization.rounding import METHODS, QuantizedWeight
 from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
 from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
 from d4c_onnx.quantization.storage.weights import store_scaled
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.inspection import inspect_encoder
 from d4c_onnx.runtime.session import EncoderSession
 

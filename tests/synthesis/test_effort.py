@@ -13,7 +13,8 @@ from d4c_onnx.calibration import open_calibration_set
 from d4c_onnx.calibration.ahead import control_ahead
 from d4c_onnx.calibration.method import D4C
 from d4c_onnx.cli.main import group
-from d4c_onnx.recipe import EFFORTS, SynthesisSection, load_recipe
+from d4c_onnx.recipe import EFFORTS, SynthesisSection
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.synthesis.estimate import units_ahead
 from d4c_onnx.synthesis.guide import build_guide
 from d4c_onnx.synthesis.param import start_images

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d4c_onnx.calibration.prompts import draw_labels, draw_texts
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.synthesis import synthesize
 
 

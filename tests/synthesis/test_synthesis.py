@@ -17,7 +17,8 @@ from d4c_onnx.calibration.method import D4C, PUBLISHED, Method
 from d4c_onnx.dead_leaves import dead_leaves
 from d4c_onnx.errors import CalibrationError, RecipeError
 from d4c_onnx.files import sha256
-from d4c_onnx.recipe import Recipe, load_recipe
+from d4c_onnx.recipe import Recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.preprocess import denormalize
 from d4c_onnx.synthesis import ProcessGroup, synthesize
 
@@ -76,6 +77,42 @@ def test_interrupted_run_resumes_to_the_same_files(
     run("parts")
     assert _hashes(tmp_path / "whole") == _hashes(tmp_path / "parts")
     assert not list(tmp_path.glob(".*"))
+
+
+def _generator_of_another_kind(path: Path) -> None:
+    """All is sound but what comes last: nothing of it may be taken."""
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"generator": torch.zeros(3, dtype=torch.uint8)}, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("unit-*.pt", lambda path: path.write_bytes(b"PK\x03\x04")),
+        ("unit-*.pt", lambda path: torch.save({"step": 1}, path)),
+        ("unit-*.pt", _generator_of_another_kind),
+        ("unit-*.npz", lambda path: path.write_bytes(path.read_bytes()[:-50])),
+    ],
+    ids=["no state", "half a state", "other generator", "half a unit"],
+)
+def test_what_is_damaged_begins_anew(
+    tmp_path: Path, mini_vit, kind: str, damage: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d4c_onnx.synthesis.loop.CHECKPOINT_STEPS", 1)
+    keys = ("images=2", "held_out=1", "batch=1", "steps=3")
+    recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
+
+    def run(name: str, stop_at: int | None = None) -> None:
+        nouns, target = mini_vit.embedded.nouns, tmp_path / name
+        synthesize(mini_vit, target, recipe.synthesis, recipe.text, nouns, seed=1, on_step=_stop_at(stop_at))
+
+    run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", stop_at=6)  # in the second unit
+    [file] = (tmp_path / ".work-parts").glob(kind)
+    damage(file)
+    run("parts")
+    assert _hashes(tmp_path / "whole") == _hashes(tmp_path / "parts")
 
 
 @pytest.mark.parametrize("method", ["d4c", "d4c-published", "leaves"])

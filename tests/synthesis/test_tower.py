@@ -9,7 +9,7 @@ import torch
 
 from d4c_onnx.calibration.method import D4C, PUBLISHED, Method
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.recipe import load_recipe
+from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.synthesis import synthesize
 from d4c_onnx.synthesis.early_stop import InputStatistics
 from d4c_onnx.synthesis.hooks import norm_distance, patch_entropy

@@ -64,19 +64,18 @@ def test_only_the_same_work_is_resumed(tmp_path: Path, key: str, compute: dict[s
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"[" * 5000, b"\x80\x04cos\nsystem\n."])
-@pytest.mark.parametrize("name", ["unit-0000.npz", "unit-0001.pt", "key.json"])
-def test_what_is_damaged_is_made_again(tmp_path: Path, name: str, content: bytes) -> None:
-    first, second = divide(2, 0, 1)
+def test_a_damaged_unit_is_none_and_a_damaged_key_says_nothing(tmp_path: Path, content: bytes) -> None:
+    unit, other = divide(2, 0, 1)
     store = _filled(tmp_path / "set")
-    store.save(first, np.zeros((1, 3, 2, 2), np.float32), {"loss": [1.0]})
-    torch.save({"step": 1}, store.checkpoint(second))
-    again = _filled(tmp_path / "set")
-    assert again.finished(first)
-    assert again.checkpoint(second).exists()
-    (store.folder / name).write_bytes(content)
-    again = _filled(tmp_path / "set")
-    assert again.finished(first) == (name == "unit-0001.pt")
-    assert again.checkpoint(second).exists() == (name == "unit-0000.npz")
+    store.save(unit, np.zeros((1, 3, 2, 2), np.float32), {"loss": [1.0]})
+    assert store.load(unit) is not None
+    assert store.load(other) is None
+    (store.folder / "unit-0000.npz").write_bytes(content)
+    assert store.load(unit) is None
+    store.save(unit, np.zeros((2, 3, 2, 2), np.float32), {"loss": [1.0]})  # of as many images as it has not
+    assert store.load(unit) is None
+    (store.folder / "key.json").write_bytes(content)
+    assert not _filled(tmp_path / "set").finished(unit)
 
 
 def test_another_number_of_threads_is_other_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
