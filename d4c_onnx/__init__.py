@@ -18,7 +18,7 @@ _PUBLIC = {
     "Recipe": "d4c_onnx.recipe",
     "evaluate_bundles": "d4c_onnx.measure",
     "export_bundle": "d4c_onnx.pipeline",
-    "load_recipe": "d4c_onnx.recipe",
+    "load_recipe": "d4c_onnx.recipe_file",
     "package_bundle": "d4c_onnx.packaging",
     "quantize_bundle": "d4c_onnx.pipeline",
     "synthesize_calibration_set": "d4c_onnx.pipeline",
