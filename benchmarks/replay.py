@@ -113,7 +113,7 @@ def record(args: argparse.Namespace) -> None:
                 text=True,
                 check=False,
             )
-            failed = {"failed": done.stderr.strip()[-500:]}
+            failed = {"failed": f"{done.stderr.strip()[-500:]} (exit code {done.returncode})"}
             results[name] = failed if done.returncode else json.loads(done.stdout.splitlines()[-1])
             args.output.write_text(json.dumps(results, indent=1))
             print(name, results[name].get("seconds", "failed"), flush=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from d4c_onnx.choices import ROUNDINGS, TARGET_CLAUSES, in_words
+from d4c_onnx.choices import FLOAT16_TARGETS, ROUNDINGS, TARGETS, in_words
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.untrusted_json import quoted, short
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # words that a table holds are no Literal to mypy
     TargetName = str
     RoundingName = str
 else:
-    TargetName = Literal[*TARGET_CLAUSES]
+    TargetName = Literal[*TARGETS]
     RoundingName = Literal["auto", *ROUNDINGS]
 
 
@@ -111,16 +111,15 @@ class QuantizationSection(_Section):
     bits: str = Field(
         "w4a8",
         description="w<weight bits>a<activation bits>, such as w4a8 or w8a8; a16: weights only, activations in "
-        "float16, for target cuda",
+        f"float16, for target {FLOAT16_TARGETS}",
     )
     target: TargetName = Field(
-        "cpu", validate_default=True, description=f"where the files are served. {in_words(TARGET_CLAUSES)}"
+        "cpu", validate_default=True, description=f"where the files are served. {in_words(TARGETS)}"
     )
     rounding: RoundingName = Field(
         "auto",
         description="how weights meet their grid; auto: yaqa at w4a8, w8a8 and w4a16 (gptaq where torch is not "
-        "installed, or an operator has no gradient), else nearest; "
-        + in_words({name: choice.clause for name, choice in ROUNDINGS.items()}),
+        f"installed, or an operator has no gradient), else nearest; {in_words(ROUNDINGS)}",
     )
     smoothing: Literal["none", "layer_norm", "all"] = Field(
         "all",
@@ -164,11 +163,6 @@ class QuantizationSection(_Section):
         description="keep the sums of neighbouring 8-bit weights within 128: x86 processors without VNNI add their "
         "products in 16 bits and saturate. none: as the target has it",
     )
-    int4_layout: Literal["auto", "cast", "nibbles"] = Field(
-        "auto",
-        description="how 4-bit weights without groups lie in files for onnxruntime's CPU provider. cast: INT4 and a "
-        "Cast to int8, for 1.23 and newer; nibbles: two in a uint8, for older ones. auto: the target's",
-    )
     external_data: bool = Field(
         False,
         description="weights beside each graph, in <encoder>.onnx.data, which onnxruntime maps instead of copying. "
@@ -190,10 +184,10 @@ class QuantizationSection(_Section):
     @classmethod
     def _multiplies_float16(cls, target: str, info: ValidationInfo) -> str:
         bits = info.data.get("bits", "w8a8")
-        if bits.lower().endswith("a16") and target != "cuda":
+        if bits.lower().endswith("a16") and not TARGETS[target].float16:
             raise ValueError(
-                f"{bits} keeps activations in float16, which only --target cuda multiplies; this is {target}. "
-                f"Use {bits[:2]}a8 there."
+                f"{bits} keeps activations in float16, which only --target {FLOAT16_TARGETS} multiplies; this is "
+                f"{target}. Use {bits[:2]}a8 there."
             )
         return target
 
@@ -225,14 +219,6 @@ class QuantizationSection(_Section):
         if info.data.get("average_bits") is not None:
             raise ValueError("finds the bits that quantization.average_bits would set. Leave one of the two out.")
         return promised
-
-    @field_validator("int4_layout")
-    @classmethod
-    def _is_unpacked(cls, layout: str, info: ValidationInfo) -> str:
-        bits = info.data.get("bits", "w8a8")
-        if layout == "nibbles" and bits.lower().endswith("a16"):
-            raise ValueError(f"nibbles is not for {bits}, whose weights are unpacked by a Cast. Leave it out.")
-        return layout
 
     @property
     def weight_bits(self) -> int:

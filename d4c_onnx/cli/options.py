@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from d4c_onnx.choices import TARGET_CLAUSES, in_words
+from d4c_onnx.choices import TARGETS, in_words
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -246,7 +246,7 @@ def target_option(function: F) -> F:
     return click.option(
         "--target",
         metavar="NAME",
-        help=f"Where the files are served. {in_words(TARGET_CLAUSES)}.  [recipe: cpu]",
+        help=f"Where the files are served. {in_words(TARGETS)}.  [recipe: cpu]",
     )(function)
 
 

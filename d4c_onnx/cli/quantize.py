@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from d4c_onnx.choices import FLOAT16_TARGETS, TARGETS
 from d4c_onnx.cli import options, show
 from d4c_onnx.cli.effort import Effort, effort_option
 from d4c_onnx.models.model_options import ModelOptions
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--bits",
     metavar="wNaM",
-    help="Weight and activation bits: w4a8, w8a8, w6a6, ...; w4a16 for --target cuda.  [recipe: w4a8]",
+    help=f"Weight and activation bits: w4a8, w8a8, w6a6, ...; w4a16 for --target {FLOAT16_TARGETS}.  [recipe: w4a8]",
 )
 @click.option(
     "--average-bits",
@@ -145,7 +146,6 @@ def _print(report: QuantizeReport | Promise) -> None:
 def _print_made(report: QuantizeReport) -> None:
     from d4c_onnx.bundle import open_bundle
     from d4c_onnx.manifest import IMPORTED
-    from d4c_onnx.quantization.targets import TARGETS
 
     before, after = report.size_bytes.fp32, report.size_bytes.quantized
     names = ["FP32", report.bits.upper()]

@@ -98,7 +98,7 @@ def decide(
     words = read_words(prompts, texts)
     folder = source_folder(source, output)
     recipe = without_model(folder, recipe) if calibration is None else recipe
-    wants_fp16 = target_of(recipe.quantization).fp16_beside
+    wants_fp16 = target_of(recipe.quantization).float16
     resumed = None if overwrite else _unmeasured_bundle(folder, recipe, whole=calibration is None)
     if resumed is None:
         refuse_existing(quantized_folder(folder, recipe), overwrite)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from encoders import material, quantize
 
+from d4c_onnx.choices import TARGETS
 from d4c_onnx.graph.model import opset_of
 
 STORED = Path(__file__).with_name("census.json")
-TARGETS = ("cpu", "portable", "tensorrt", "openvino", "cuda")
 CASES = [
     pytest.param(
         model,

@@ -168,7 +168,7 @@ def _stored(model: ir.Model) -> list:
     [
         pytest.param("image", ("rounding=nearest",), marks=pytest.mark.slow),
         ("text", ("rounding=nearest", "target=portable")),
-        ("image", ("rounding=nearest", "int4_layout=nibbles")),
+        ("image", ("rounding=nearest", "target=portable")),
         pytest.param("image", ("rounding=gptq",), marks=pytest.mark.slow),
         pytest.param("text", ("rounding=gptaq", "correction=affine"), marks=pytest.mark.slow),
     ],

@@ -11,8 +11,7 @@ import pytest
 from encoders import count, inputs, material, prompts_of_one_length, quantize, reasons
 from graphs import ops, run, served
 
-from d4c_onnx.errors import RecipeError
-from d4c_onnx.graph.forms import CAST, FORMS, NATIVE, NIBBLES
+from d4c_onnx.graph.forms import CAST, FORMS, NATIVE
 from d4c_onnx.graph.model import load_model, opset_of
 from d4c_onnx.graph.stored import average_bits, layer_bits, stored_weight
 from d4c_onnx.graph.values import array, attribute, nodes_of
@@ -32,13 +31,6 @@ def _target(**keys: Any) -> Target:
     return target_of(QuantizationSection(**keys))
 
 
-def test_recipes_know_the_targets() -> None:
-    choices = QuantizationSection.model_json_schema()["properties"]["target"]["enum"]
-    assert set(choices) == set(TARGETS)
-    layouts = QuantizationSection.model_json_schema()["properties"]["int4_layout"]["enum"]
-    assert set(layouts) - {"auto"} <= set(FORMS)
-
-
 @pytest.mark.parametrize("name", TARGETS)
 def test_targets_are_made_of_rewrites_and_forms(name: str) -> None:
     target = TARGETS[name]
@@ -48,36 +40,16 @@ def test_targets_are_made_of_rewrites_and_forms(name: str) -> None:
     assert len(set(names)) == len(names)
     assert target.int4.num_bits == 4
     assert target.note
-    if name != "cuda":
-        assert not target.fp16_beside
+    assert target.float16 == (name == "cuda")
 
 
 def test_keys_overrule_the_target() -> None:
     assert _target() == TARGETS["cpu"]
-    for name, own in (("cpu", CAST), ("portable", NIBBLES)):
-        for form in (CAST, NIBBLES):  # what it does anyway may be said, too
-            assert _target(target=name, int4_layout=form.name) == replace(TARGETS[name], int4=form)
-        assert TARGETS[name].int4 is own
     for name, target in TARGETS.items():
         for chosen in (True, False):
             made = _target(target=name, bits="w8a8", reduce_range=chosen)
             assert made.reduce_range == chosen
             assert replace(made, reduce_range=target.reduce_range, note=target.note) == target
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"target": "tensorrt", "int4_layout": "cast"},
-        {"target": "tensorrt", "int4_layout": "nibbles"},
-        {"target": "openvino", "int4_layout": "nibbles"},
-        {"target": "cuda", "int4_layout": "nibbles"},
-    ],
-)
-def test_keys_that_contradict_the_target_are_refused(keys: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"quantization\.int4_layout.*Leave"):
-        _target(**keys)
-    _target(target=keys["target"])
 
 
 def test_notes_say_what_runs() -> None:
