@@ -60,7 +60,7 @@ class MadeImages:
 
 def assemble(
     subject: Subject,
-    target: Path,
+    output_path: Path,
     images: MadeImages,
     text: PromptSection,
     nouns: tuple[str, ...],
@@ -72,7 +72,7 @@ def assemble(
     """Write the set.
 
     Args:
-        target: its folder; an existing one is replaced.
+        output_path: its folder; an existing one is replaced.
         nouns: the vocabulary.
         key: everything that was asked for.
         own_texts: the user's own, in place of nouns in templates.
@@ -97,7 +97,7 @@ def assemble(
         manifest=SetManifest(subject.name, key, dict(images.compute), versions()),
     )
     preview = denormalize(np.concatenate([images.pixel_values, images.held_out]), subject.preprocess)
-    return save_calibration_set(target, content, preview)
+    return save_calibration_set(output_path, content, preview)
 
 
 def made_control(
@@ -116,7 +116,7 @@ def made_control(
 def make_control(
     subject: Subject,
     weights_sha256: str,
-    target: Path,
+    output_path: Path,
     section: SynthesisSection,
     text: PromptSection,
     nouns: tuple[str, ...],
@@ -131,7 +131,7 @@ def make_control(
     Args:
         subject: what the set is for.
         weights_sha256: of its bundle.
-        target: the set's folder; an existing one is replaced.
+        output_path: the set's folder; an existing one is replaced.
         section, text: the recipe's sections.
         nouns: the vocabulary.
         seed: of every draw.
@@ -146,4 +146,4 @@ def make_control(
         raise RecipeError(f"synthesis.method {section.method}: needs torch weights. Use leaves, noise, pink or real.")
     key = calibration_key(weights_sha256, section, text, nouns, seed, source_sha256, texts=texts)
     images = made_control(section, subject.preprocess, seed, given)
-    return assemble(subject, target, images, text, nouns, seed=seed, key=key, own_texts=texts)
+    return assemble(subject, output_path, images, text, nouns, seed=seed, key=key, own_texts=texts)

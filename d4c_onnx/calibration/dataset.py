@@ -65,11 +65,11 @@ class CalibrationSet:
     losses: tuple[dict[str, list[float]], ...] = ()
 
 
-def save_calibration_set(target: Path, content: CalibrationSet, preview: np.ndarray) -> CalibrationSet:
+def save_calibration_set(output_path: Path, content: CalibrationSet, preview: np.ndarray) -> CalibrationSet:
     """Write a set atomically and return it as read back.
 
     Args:
-        target: the folder; replaced when it exists.
+        output_path: the folder; replaced when it exists.
         content: arrays, texts, and the manifest's own entries.
         preview: float32 [N, 3, H, W] in 0..1, the images as a person should see them.
 
@@ -80,10 +80,10 @@ def save_calibration_set(target: Path, content: CalibrationSet, preview: np.ndar
     for name, array in (("pixel_values", content.pixel_values), ("held_out", content.held_out)):
         if not np.isfinite(array).all():
             raise CalibrationError(
-                f"{target}: {name} holds NaN or infinity. Set synthesis.precision=float32; if that mends nothing, the "
-                "model's own weights do not compute finite numbers."
+                f"{output_path}: {name} holds NaN or infinity. Set synthesis.precision=float32; if that mends nothing, "
+                "the model's own weights do not compute finite numbers."
             )
-    with staged_folder(target) as stage:
+    with staged_folder(output_path) as stage:
         np.save(stage / PIXELS, np.ascontiguousarray(content.pixel_values, np.float32))
         np.save(stage / HELD_OUT, np.ascontiguousarray(content.held_out, np.float32))
         prompts = {
@@ -97,12 +97,12 @@ def save_calibration_set(target: Path, content: CalibrationSet, preview: np.ndar
         contact_sheet(preview).save(stage / SHEET)
         files = {file.name: sha256(file) for file in sorted(stage.iterdir())}
         write_json(stage / MANIFEST, replace(content.manifest, files=files).record())
-    return open_calibration_set(target, verify=False)  # hashed and looked at a moment ago
+    return open_calibration_set(output_path, verify=False)  # hashed and looked at a moment ago
 
 
-def work_folder(target: Path) -> Path:
+def work_folder(output_path: Path) -> Path:
     """Where the units of a set that is being made lie until it is whole."""
-    return target.with_name(f"{WORK}{target.name}")
+    return output_path.with_name(f"{WORK}{output_path.name}")
 
 
 def open_calibration_set(path: str | Path, verify: bool = True) -> CalibrationSet:

@@ -24,7 +24,7 @@ from d4c_onnx.runtime.golden import FP32_BOUNDS, golden_texts, write_golden
 
 def export_fp32(
     loaded: LoadedModel,
-    target: Path,
+    output_path: Path,
     *,
     seed: int,
     raw: bool = False,
@@ -35,7 +35,7 @@ def export_fp32(
 
     Args:
         loaded: the model.
-        target: the bundle's folder.
+        output_path: the bundle's folder.
         seed: of the random parity input; also, for random weights, what makes the model again.
         raw: leave the embeddings unnormalised.
         overwrite: replace what d4c-onnx wrote there.
@@ -47,7 +47,7 @@ def export_fp32(
         BundleError: the folder is in the way, or cannot be written.
     """
     on_step("export", 0, 4, {})
-    with staged_folder(target, overwrite) as stage:
+    with staged_folder(output_path, overwrite) as stage:
         text = _export_text(loaded, stage, seed, raw)
         on_step("export", 1, 4, {})
         image, image_difference = _export_image(loaded, stage, seed, raw, text.tokenizer)
@@ -66,7 +66,7 @@ def export_fp32(
         )
         written = write_manifest(stage, manifest)
     on_step("export", 4, 4, {})
-    return Bundle(target, written)
+    return Bundle(output_path, written)
 
 
 @dataclass(frozen=True, slots=True)

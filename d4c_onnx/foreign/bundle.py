@@ -17,7 +17,7 @@ from d4c_onnx.runtime.golden import FP32_BOUNDS, golden_texts, write_golden
 
 def import_files(
     files: ForeignFiles,
-    target: Path,
+    output_path: Path,
     options: ModelOptions,
     *,
     seed: int,
@@ -28,7 +28,7 @@ def import_files(
 
     Args:
         files: the towers.
-        target: the bundle's folder; its name is the model's.
+        output_path: the bundle's folder; its name is the model's.
         options: what the user says of preprocessing.
         seed: of the random input that both are compared on.
         overwrite: replace what d4c-onnx wrote there.
@@ -40,8 +40,8 @@ def import_files(
     on_step("import", 0, 4, {})
     opened = open_towers(files, options)
     on_step("import", 1, 4, {})
-    notes = {"name": target.name, "weights_sha256": opened.sha256}
-    with staged_folder(target, overwrite) as stage:
+    notes = {"name": output_path.name, "weights_sha256": opened.sha256}
+    with staged_folder(output_path, overwrite) as stage:
         text, texts, tokenizer = write_text_encoder(opened.text, files, stage, notes)
         on_step("import", 2, 4, {})
         image = write_image_encoder(opened.image, opened.preprocess, stage, notes, seed)
@@ -51,7 +51,7 @@ def import_files(
         rows = [(words, tuple(texts.ids([words])[0].tolist())) for words in golden_texts(texts.context)]
         write_golden(stage, encoders, opened.preprocess, rows, FP32_BOUNDS, tokenizer)
         info = ModelInfo(
-            name=target.name,
+            name=output_path.name,
             pretrained=IMPORTED,
             weights_sha256=opened.sha256,
             quick_gelu=image.quick_gelu or text.quick_gelu,
@@ -74,4 +74,4 @@ def import_files(
         )
         written = write_manifest(stage, manifest)
     on_step("import", 4, 4, {})
-    return Bundle(target, written)
+    return Bundle(output_path, written)

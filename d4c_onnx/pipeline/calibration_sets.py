@@ -40,27 +40,27 @@ def find_or_synthesize(
         digest = f"{digest} upright"  # other images to the model, so another set
     asked = recipe.synthesis, recipe.text, nouns, recipe.seed, digest
     key = calibration_key(bundle.weights_sha256, *asked, texts=words.texts)
-    target = bundle.path / f"calibration-{key.id}"
-    if target.exists():
+    output_path = bundle.path / f"calibration-{key.id}"
+    if output_path.exists():
         if on_ahead is not None:
             on_ahead(Ahead(recipe.synthesis.method, 0, 0, 0.0))
-        return target, open_calibration_set(target)
+        return output_path, open_calibration_set(output_path)
     if on_ahead is not None and key.method is None:
         on_ahead(work_ahead(recipe, bundle.manifest.preprocess))
     if asks_no_model(model, recipe):
 
         def control() -> CalibrationSet:
-            if target.exists():  # another process of the group was first
-                return open_calibration_set(target)
-            return make_control_set(bundle, target, recipe, OwnWords(nouns, words.texts), source, digest)
+            if output_path.exists():  # another process of the group was first
+                return open_calibration_set(output_path)
+            return make_control_set(bundle, output_path, recipe, OwnWords(nouns, words.texts), source, digest)
 
-        return target, control() if group is None else group.rank_zero_first(control)
+        return output_path, control() if group is None else group.rank_zero_first(control)
     loaded = model.load(on_step)  # first: it says what to install
     from d4c_onnx.synthesis import synthesize
 
     made = synthesize(
         loaded,
-        target,
+        output_path,
         recipe.synthesis,
         recipe.text,
         nouns,
@@ -73,4 +73,4 @@ def find_or_synthesize(
         on_step=on_step,
         on_ahead=on_ahead,
     )
-    return target, made
+    return output_path, made

@@ -37,7 +37,7 @@ def asks_no_model(model: LazyModel, recipe: Recipe) -> bool:
 
 def make_control_set(
     bundle: Bundle,
-    target: Path,
+    output_path: Path,
     recipe: Recipe,
     words: OwnWords,
     source: Path | None,
@@ -46,7 +46,7 @@ def make_control_set(
     """A calibration set for a bundle from images that ask no model, without torch.
 
     Args:
-        target: the set's folder.
+        output_path: the set's folder.
         words: nouns, and the user's own texts where there are any.
         source, digest: method real: a folder or file of images, and the SHA-256 of what is in it.
 
@@ -58,7 +58,7 @@ def make_control_set(
     return make_control(
         _subject_of(bundle),
         bundle.weights_sha256,
-        target,
+        output_path,
         recipe.synthesis,
         recipe.text,
         words.nouns or (),

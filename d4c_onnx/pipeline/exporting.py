@@ -47,12 +47,12 @@ def export_bundle(
         ModelError: the model cannot be loaded, or its weights do not tell which preprocessing they are for.
         CheckFailed: a file differs from torch by more than 1e-4.
     """
-    target = bundle_folder(output, model)
-    with claimed(target):
-        refuse_existing(target, overwrite)
+    output_path = bundle_folder(output, model)
+    with claimed(output_path):
+        refuse_existing(output_path, overwrite)
         use_threads(machine or Machine())
         loaded = load(model, pretrained, recipe.seed, on_step, options)
-        return export_loaded(loaded, target, recipe, raw=raw, overwrite=overwrite, on_step=on_step)
+        return export_loaded(loaded, output_path, recipe, raw=raw, overwrite=overwrite, on_step=on_step)
 
 
 def load(
@@ -75,7 +75,7 @@ def load(
 
 def export_loaded(
     loaded: LoadedModel,
-    target: Path,
+    output_path: Path,
     recipe: Recipe,
     *,
     raw: bool = False,
@@ -85,7 +85,7 @@ def export_loaded(
     """Export a model that is in memory."""
     from d4c_onnx.export import export_fp32
 
-    return export_fp32(loaded, target, seed=recipe.seed, raw=raw, overwrite=overwrite, on_step=on_step)
+    return export_fp32(loaded, output_path, seed=recipe.seed, raw=raw, overwrite=overwrite, on_step=on_step)
 
 
 def use_threads(machine: Machine) -> None:

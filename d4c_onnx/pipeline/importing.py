@@ -41,11 +41,11 @@ def import_bundle(
     """
     from d4c_onnx.foreign import import_files
 
-    target = bundle_folder(output, name or _common_folder(files.image, files.text))
-    with claimed(target):
-        refuse_existing(target, overwrite)
+    output_path = bundle_folder(output, name or _common_folder(files.image, files.text))
+    with claimed(output_path):
+        refuse_existing(output_path, overwrite)
         return import_files(
-            files, target, options or ModelOptions(), seed=recipe.seed, overwrite=overwrite, on_step=on_step
+            files, output_path, options or ModelOptions(), seed=recipe.seed, overwrite=overwrite, on_step=on_step
         )
 
 
@@ -69,10 +69,10 @@ def find_or_import(
     """
     from d4c_onnx.foreign import check_made_of
 
-    target = bundle_folder(output, name or _common_folder(files.image, files.text))
-    if not is_bundle(target):
-        return import_bundle(files, output, recipe, name=target.name, options=options, on_step=on_step)
-    bundle = open_bundle(target)
+    output_path = bundle_folder(output, name or _common_folder(files.image, files.text))
+    if not is_bundle(output_path):
+        return import_bundle(files, output, recipe, name=output_path.name, options=options, on_step=on_step)
+    bundle = open_bundle(output_path)
     check_made_of(bundle, files, options or ModelOptions())
     return bundle
 

@@ -95,7 +95,7 @@ def _fp16(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Bundle |
         return task.fp16
     return write_fp16_bundle(
         fp32,
-        task.fp16_target,
+        task.fp16_path,
         task.recipe.quantization,
         dataset,
         threads=task.machine.threads,

@@ -51,12 +51,12 @@ class QuantizeTask:
     on_ahead: OnAhead | None = None
 
     @property
-    def target(self) -> Path:
+    def output_path(self) -> Path:
         """Where the quantised bundle goes."""
         return quantized_folder(self.folder, self.recipe)
 
     @property
-    def fp16_target(self) -> Path:
+    def fp16_path(self) -> Path:
         """Where an FP16 bundle goes."""
         return fp16_folder(self.folder)
 
@@ -140,10 +140,10 @@ def _unmeasured_bundle(folder: Path, recipe: Recipe, whole: bool) -> Bundle | No
     Args:
         whole: compare how images and texts are made, too; not where a given set says that.
     """
-    target = quantized_folder(folder, recipe)
-    if not is_bundle(target):
+    output_path = quantized_folder(folder, recipe)
+    if not is_bundle(output_path):
         return None
-    bundle = open_bundle(target)
+    bundle = open_bundle(output_path)
     made = bundle.manifest.quantization
     if made is None or made.accuracy is not None:
         return None

@@ -31,7 +31,7 @@ def quantized_files(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -
     made = None if resumed is None else resumed.manifest.quantization
     if resumed is not None and made is not None:
         if made.calibration != key.id:  # of other images: not this run's to finish
-            refuse_existing(task.target, overwrite=False)
+            refuse_existing(task.output_path, overwrite=False)
         return resumed
     # Which images and texts calibrated is the set's word: it may have been given, and it holds no machine's paths.
     dump = task.recipe.model_dump(mode="json") | {"synthesis": dict(key.synthesis), "text": dict(key.text)}
@@ -44,8 +44,8 @@ def quantized_files(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -
     }
     section = task.recipe.quantization
     if section.promised:
-        return quantize_to_promise(fp32, dataset, task.target, section, _judges(task, fp32, dataset), **placed)
-    return quantize_bundle_files(fp32, dataset, task.target, section, **placed)
+        return quantize_to_promise(fp32, dataset, task.output_path, section, _judges(task, fp32, dataset), **placed)
+    return quantize_bundle_files(fp32, dataset, task.output_path, section, **placed)
 
 
 def _judges(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Judges:

@@ -30,7 +30,7 @@ _NOTE = (
 
 def write_fp16_bundle(
     bundle: Bundle,
-    target: Path,
+    output_path: Path,
     section: QuantizationSection,
     dataset: CalibrationSet,
     *,
@@ -55,7 +55,7 @@ def write_fp16_bundle(
         BundleError: the folder cannot be written.
     """
     readers = calibration_readers(bundle, dataset)
-    with staged_folder(target, overwrite) as stage:
+    with staged_folder(output_path, overwrite) as stage:
         for name in (IMAGE_ENCODER, TEXT_ENCODER):
             model = load_model(bundle.path / name)
             clear_notes(model)
@@ -78,18 +78,18 @@ def write_fp16_bundle(
             optimizer_effect={name: effect.record() for name, effect in effects.items()},
         )
         written = finish_bundle(bundle, stage, made, seed=bundle.manifest.seed, bounds=FP16_GOLDEN_BOUNDS)
-    return Bundle(target, written)
+    return Bundle(output_path, written)
 
 
-def find_fp16_bundle(bundle: Bundle, target: Path, section: QuantizationSection) -> Bundle | None:
+def find_fp16_bundle(bundle: Bundle, output_path: Path, section: QuantizationSection) -> Bundle | None:
     """What `write_fp16_bundle` would write, where an earlier run wrote it: widths of one model share one FP16 bundle.
 
     None where nothing is there, or something else, or a damaged one.
     """
-    if not is_bundle(target):
+    if not is_bundle(output_path):
         return None
     try:
-        made = open_bundle(target)
+        made = open_bundle(output_path)
     except BundleError:
         return None
     # weights may lie beside a graph, whose SHA-256 then says nothing of them

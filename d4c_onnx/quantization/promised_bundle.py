@@ -20,7 +20,7 @@ from d4c_onnx.recipe import QuantizationSection
 def quantize_to_promise(
     bundle: Bundle,
     dataset: CalibrationSet,
-    target: Path,
+    output_path: Path,
     section: QuantizationSection,
     judges: Judges,
     *,
@@ -33,16 +33,16 @@ def quantize_to_promise(
     """Search the ladder of widths for the section's promise, and write the bundle; or leave nothing behind.
 
     Args:
-        bundle, dataset, target, recipe_dump, overwrite: see `quantize_bundle_files`.
+        bundle, dataset, output_path, recipe_dump, overwrite: see `quantize_bundle_files`.
         section: with `target_cosine`, `max_drop` or both.
 
     Raises:
         CheckFailed: no configuration keeps the promise; its `report` is the `Promise` with all that was tried, and
-            what was in `target` is still there.
+            what was in `output_path` is still there.
         GraphError, BundleError, RecipeError: see `quantize_bundle_files`.
     """
     readers, served = calibration_readers(bundle, dataset), target_of(section)
-    with staged_folder(target, overwrite) as stage:
+    with staged_folder(output_path, overwrite) as stage:
         ladders = {}
         for name, reader in readers.items():
             task = EncoderTask(section, served, reader, provider=provider, threads=threads, on_step=on_step)
@@ -57,4 +57,4 @@ def quantize_to_promise(
         written_bundle = finish_quantized(
             bundle, dataset, stage, section, readers, made, promise, recipe_dump, threads=threads, on_step=on_step
         )
-    return Bundle(target, written_bundle)
+    return Bundle(output_path, written_bundle)

@@ -17,7 +17,7 @@ from d4c_onnx.recipe import QuantizationSection
 def quantize_bundle_files(
     bundle: Bundle,
     dataset: CalibrationSet,
-    target: Path,
+    output_path: Path,
     section: QuantizationSection,
     *,
     recipe_dump: dict[str, Any],
@@ -31,7 +31,7 @@ def quantize_bundle_files(
     Args:
         bundle: in FP32.
         dataset: calibration images and prompts of the bundle's model.
-        target: the quantised bundle's folder.
+        output_path: the quantised bundle's folder.
         section: widths, rounding, ranges.
         recipe_dump: the whole resolved recipe, for the manifest.
         overwrite: replace what d4c-onnx wrote there.
@@ -44,7 +44,7 @@ def quantize_bundle_files(
     """
     readers = calibration_readers(bundle, dataset)
     eight_bit_nodes = spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
-    with staged_folder(target, overwrite) as stage:
+    with staged_folder(output_path, overwrite) as stage:
         reports = {
             name: quantize_encoder(
                 bundle.path / name,
@@ -61,4 +61,4 @@ def quantize_bundle_files(
         written = finish_quantized(
             bundle, dataset, stage, section, readers, reports, None, recipe_dump, threads=threads, on_step=on_step
         )
-    return Bundle(target, written)
+    return Bundle(output_path, written)

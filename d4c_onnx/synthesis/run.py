@@ -23,7 +23,7 @@ from d4c_onnx.synthesis.units import MadeUnit, open_unit_store
 
 def synthesize(
     loaded: LoadedModel,
-    target: Path,
+    output_path: Path,
     section: SynthesisSection,
     text: PromptSection,
     nouns: tuple[str, ...],
@@ -42,7 +42,7 @@ def synthesize(
 
     Args:
         loaded: the model.
-        target: the set's folder; an existing one is replaced.
+        output_path: the set's folder; an existing one is replaced.
         section, text, nouns: the recipe's sections, and the vocabulary; one prompt each.
         seed: of every draw.
         device: cpu, cuda or auto.
@@ -71,13 +71,13 @@ def synthesize(
         processes=group.size,
         texts=texts,
     )
-    store = group.rank_zero_first(lambda: open_unit_store(target, plan.key, plan.compute))
+    store = group.rank_zero_first(lambda: open_unit_store(output_path, plan.key, plan.compute))
     made = make_units(loaded, plan, store, group, on_step, on_ahead)
     if group.rank:  # the first process puts the set together
         group.barrier()
-        return open_calibration_set(target)
+        return open_calibration_set(output_path)
     images = _images(plan, loaded, made, given)
-    saved = assemble(_subject(loaded), target, images, text, nouns, seed=seed, key=plan.key, own_texts=texts)
+    saved = assemble(_subject(loaded), output_path, images, text, nouns, seed=seed, key=plan.key, own_texts=texts)
     store.remove()
     group.barrier()
     return saved

@@ -97,18 +97,18 @@ class UnitStore:
         return self.folder / f"unit-{unit.number:04d}.npz"
 
 
-def open_unit_store(target: Path, key: CalibrationKey, compute: dict[str, str]) -> UnitStore:
+def open_unit_store(output_path: Path, key: CalibrationKey, compute: dict[str, str]) -> UnitStore:
     """The store of a set; what an interrupted run left is kept where it would be made again bit for bit, else dropped.
 
     Args:
-        target: the set's folder.
+        output_path: the set's folder.
         key: everything that was asked for.
         compute: device and precision.
 
     Raises:
         BundleError: the disk is full, or the place cannot be written.
     """
-    folder = work_folder(target)
+    folder = work_folder(output_path)
     note = folder / "key.json"
     # torch and thread count decide the last bits of every sum, so they belong to the state of a half-done run
     state = {"key": key.id, "versions": versions(), "threads": torch.get_num_threads(), **compute}
@@ -117,6 +117,6 @@ def open_unit_store(target: Path, key: CalibrationKey, compute: dict[str, str]) 
         try:
             folder.mkdir(parents=True)
         except OSError as error:
-            raise translate_os_error(error, target) from error
+            raise translate_os_error(error, output_path) from error
         write_json(note, state)
     return UnitStore(folder)
