@@ -30,10 +30,10 @@ from d4c_onnx.calibration.method import METHODS
 from d4c_onnx.models.load import LoadedModel, load_model
 from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.synthesis.compute import resolve_precision
+from d4c_onnx.synthesis.foreground import draw_boxes
 from d4c_onnx.synthesis.guide import build_guide, embed_prompts
 from d4c_onnx.synthesis.loop import optimize_step
 from d4c_onnx.synthesis.param import start_images
-from d4c_onnx.synthesis.views import draw_boxes
 from d4c_onnx.vocabulary import generic_nouns
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import torch
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle
 from d4c_onnx.errors import CheckFailed, GraphError
 from d4c_onnx.export.parity import check_images, check_texts
-from d4c_onnx.export.tokenizer import write_checked_tokenizer
+from d4c_onnx.export.tokenizer_file import write_checked_tokenizer
 from d4c_onnx.export.trace import trace_tower
 from d4c_onnx.files import staged_folder
 from d4c_onnx.graph.model import save_model, set_metadata, signature_of

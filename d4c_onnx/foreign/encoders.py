@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER
 from d4c_onnx.errors import BundleError, CheckFailed, ModelError
-from d4c_onnx.foreign.forms import holds_quick_gelu
+from d4c_onnx.foreign.decomposed import holds_quick_gelu
 from d4c_onnx.foreign.opening import ForeignFiles
 from d4c_onnx.foreign.original import OriginalTower, check_same
 from d4c_onnx.foreign.texts import PROMPTS, Texts, texts_of

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from d4c_onnx.foreign.attention import express_attentions
-from d4c_onnx.foreign.forms import drop_casts, fuse_gelus, fuse_layer_norms, settle_shapes
+from d4c_onnx.foreign.decomposed import drop_casts, fuse_gelus, fuse_layer_norms, settle_shapes
 from d4c_onnx.foreign.layout import fold_moved_weights
 from d4c_onnx.foreign.probe import Probe
 from d4c_onnx.graph.model import drop_unused

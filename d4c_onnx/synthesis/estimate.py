@@ -13,11 +13,11 @@ import torch
 from d4c_onnx.calibration.ahead import Clock
 from d4c_onnx.progress import Ahead
 from d4c_onnx.recipe import SynthesisSection
+from d4c_onnx.synthesis.foreground import draw_boxes
 from d4c_onnx.synthesis.guide import Guide
 from d4c_onnx.synthesis.loop import optimize_step
 from d4c_onnx.synthesis.param import Images
 from d4c_onnx.synthesis.units import Unit
-from d4c_onnx.synthesis.views import draw_boxes
 
 
 def units_ahead(

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 from d4c_onnx.files import write_file
 from d4c_onnx.recipe import SynthesisSection
+from d4c_onnx.synthesis.foreground import crop_boxes, cut_boxes, draw_boxes
 from d4c_onnx.synthesis.guide import Guide
 from d4c_onnx.synthesis.objectives import Seen
 from d4c_onnx.synthesis.param import Images
 from d4c_onnx.synthesis.perturb import perturb
-from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 
 # Steps between two checkpoints inside a unit, and what an interrupted run loses at most: a fifteenth of the published
 # 3,000 passes. Each is a file of three times the images' size (Adam's two moments), too much for every few steps.

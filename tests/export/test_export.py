@@ -15,7 +15,7 @@ from open_clip import SimpleTokenizer
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import BundleError, CheckFailed
 from d4c_onnx.export import export_fp32, parity
-from d4c_onnx.export.tokenizer import write_checked_tokenizer
+from d4c_onnx.export.tokenizer_file import write_checked_tokenizer
 from d4c_onnx.graph.attention import find_attentions
 from d4c_onnx.graph.model import load_model as load_onnx
 from d4c_onnx.graph.values import is_op, maker, nodes_of

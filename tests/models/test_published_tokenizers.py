@@ -10,7 +10,7 @@ import pytest
 from miniatures import WIDTH, small_text
 from tokenizer_kinds import AWKWARD, stand_in
 
-from d4c_onnx.export.tokenizer import write_checked_tokenizer
+from d4c_onnx.export.tokenizer_file import write_checked_tokenizer
 from d4c_onnx.models.load import load_model
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.runtime.tokenizer import TextTokenizer

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from d4c_onnx.calibration.method import D4C, PUBLISHED
 from d4c_onnx.dead_leaves import dead_leaves
+from d4c_onnx.synthesis.foreground import crop_boxes, cut_boxes, draw_boxes
 from d4c_onnx.synthesis.objectives import Seen, build_objective, guidance, structure, total_variation
 from d4c_onnx.synthesis.param import fourier_scale, start_images
 from d4c_onnx.synthesis.perturb import affine, blur, color_jitter, erase, perturb, published
-from d4c_onnx.synthesis.views import crop_boxes, cut_boxes, draw_boxes
 
 MEAN, STD = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
 

@@ -3,12 +3,12 @@
 Given out here is what a rewrite is and what the story calls by itself; whoever chooses a rewrite imports its own file.
 """
 
+from d4c_onnx.quantization.rewrites.answers_check import same_answers
 from d4c_onnx.quantization.rewrites.float16 import in_float16
 from d4c_onnx.quantization.rewrites.outlier_channels import split_outliers
 from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite, Verify, apply_all
 from d4c_onnx.quantization.rewrites.smoothing import smooth
 from d4c_onnx.quantization.rewrites.start_token import dead_start_rows, pin_start_token
-from d4c_onnx.quantization.rewrites.verify import same_answers
 
 __all__ = [
     "Result",
