@@ -22,7 +22,7 @@ from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rounding import METHODS
 from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
 from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationSection, Recipe
 from d4c_onnx.recipe_file import load_recipe
 
 SOT, EOT = 49406, 49407
@@ -44,6 +44,11 @@ def material(request: pytest.FixtureRequest, mini: str) -> tuple[Bundle, Calibra
     """The FP32 bundle of mini-`vit` or mini-`rn`, and its calibration set."""
     made = request.getfixturevalue(f"{mini}_calibration")
     return request.getfixturevalue(f"{mini}_bundle"), made[1] if mini == "vit" else open_calibration_set(made)
+
+
+def recipe_of(*keys: str) -> Recipe:
+    """A recipe whose whole way takes a second, and further keys."""
+    return load_recipe(None, [*NOISE, *keys])
 
 
 def section_of(*keys: str) -> QuantizationSection:

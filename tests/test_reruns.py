@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from encoders import NOISE
+from encoders import recipe_of
 
 from d4c_onnx import measure, pipeline
 from d4c_onnx.bundle import Bundle, open_bundle
@@ -14,18 +14,13 @@ from d4c_onnx.errors import BundleError, CalibrationError, CheckFailed, ModelErr
 from d4c_onnx.manifest import Manifest
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.measure.accuracy import check_limits
-from d4c_onnx.recipe import Recipe
 from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Versus
 
 
-def _recipe(*keys: str) -> Recipe:
-    return load_recipe(None, [*NOISE, *keys])
-
-
 def test_what_was_not_measured_is_measured_by_the_rerun(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def quantize(*keys: str) -> pipeline.QuantizeReport:
-        return pipeline.quantize_bundle(str(own), _recipe(*keys), output=own.parent)
+        return pipeline.quantize_bundle(str(own), recipe_of(*keys), output=own.parent)
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -50,7 +45,7 @@ def test_what_was_not_measured_is_measured_by_the_rerun(own: Path, monkeypatch: 
 
 
 def test_a_given_set_says_what_calibrated(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, made = pipeline.synthesize_calibration_set(str(own), _recipe("seed=3"), output=own.parent)
+    folder, made = pipeline.synthesize_calibration_set(str(own), recipe_of("seed=3"), output=own.parent)
     recipe = load_recipe(None, ["quantization.rounding=nearest", "evaluation.dataset=fidelity"])  # d4c, 128 images
 
     def quantize() -> pipeline.QuantizeReport:
@@ -73,7 +68,7 @@ def test_a_given_set_says_what_calibrated(own: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def quantize(*keys: str) -> list[str]:
-        recipe = _recipe("quantization.target=cuda", *keys)
+        recipe = recipe_of("quantization.target=cuda", *keys)
         report = pipeline.quantize_bundle(str(own), recipe, output=own.parent)
         return [Path(row.bundle).name for row in report.accuracy.bundles]
 
@@ -111,7 +106,7 @@ def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_every_target_walks_the_whole_way(own: Path, target: str) -> None:
-    report = pipeline.quantize_bundle(str(own), _recipe(f"quantization.target={target}"), output=own.parent)
+    report = pipeline.quantize_bundle(str(own), recipe_of(f"quantization.target={target}"), output=own.parent)
     made = open_bundle(report.bundle)
     assert made.manifest.quantization.target == target
     assert report.target_note == made.manifest.quantization.target_note
@@ -127,9 +122,9 @@ def test_a_set_of_another_model_is_refused(
     manifest["key"]["weights_sha256"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CalibrationError, match="other weights"):
-        pipeline.quantize_bundle(str(own), _recipe(), output=own.parent, calibration=other)
+        pipeline.quantize_bundle(str(own), recipe_of(), output=own.parent, calibration=other)
     with pytest.raises(CalibrationError, match="other weights"):
-        measure.evaluate_bundles([own], _recipe(), calibration=other)
+        measure.evaluate_bundles([own], recipe_of(), calibration=other)
     assert not (own / "w4a8").exists()
 
 
@@ -147,18 +142,20 @@ def test_what_the_measuring_would_stumble_over_is_refused_before_the_work(own: P
         (("text.held_out=0",), CalibrationError, "held_out"),
     ):
         with pytest.raises(kind, match=message):
-            pipeline.quantize_bundle(str(own), _recipe(*keys), output=own.parent)
+            pipeline.quantize_bundle(str(own), recipe_of(*keys), output=own.parent)
     assert not list(own.glob("calibration-*"))
-    folder, _ = pipeline.synthesize_calibration_set(str(own), _recipe(), output=own.parent)
+    folder, _ = pipeline.synthesize_calibration_set(str(own), recipe_of(), output=own.parent)
     (own / "nouns.txt").write_text("cat\ndog\n")
     with pytest.raises(RecipeError, match="other nouns"):
-        pipeline.quantize_bundle(str(own), _recipe(), output=own.parent, prompts=own / "nouns.txt", calibration=folder)
+        pipeline.quantize_bundle(
+            str(own), recipe_of(), output=own.parent, prompts=own / "nouns.txt", calibration=folder
+        )
     assert not (own / "w4a8").exists()
 
 
 def test_a_failed_check_carries_what_was_measured(own: Path) -> None:
     with pytest.raises(CheckFailed, match="min_cosine") as failed:
-        pipeline.quantize_bundle(str(own), _recipe("evaluation.min_cosine=1.0"), output=own.parent)
+        pipeline.quantize_bundle(str(own), recipe_of("evaluation.min_cosine=1.0"), output=own.parent)
     assert failed.value.report is not None
     assert failed.value.report.accuracy.kind == "fidelity"
 
@@ -185,7 +182,7 @@ def test_weights_are_those_that_were_asked_for(tmp_path: Path, tiny_models: tupl
         torch.save(open_clip.create_model(tiny_models[0]).state_dict(), folder / "model.pt")
 
     def quantize(pretrained: object, *keys: str) -> None:
-        recipe = _recipe("text.prompts=2", "text.held_out=1", *keys)
+        recipe = recipe_of("text.prompts=2", "text.held_out=1", *keys)
         pipeline.quantize_bundle(tiny_models[0], recipe, output=tmp_path / "out", pretrained=str(pretrained))
 
     quantize(tmp_path / "run0" / "model.pt")
@@ -193,6 +190,6 @@ def test_weights_are_those_that_were_asked_for(tmp_path: Path, tiny_models: tupl
         quantize(tmp_path / "run1" / "model.pt", "quantization.bits=w8a8")
     with pytest.raises(ModelError, match="no such file"):
         quantize(tmp_path / "nowhere" / "model.pt", "quantization.bits=w8a8")
-    pipeline.export_bundle(tiny_models[0], tmp_path / "random", _recipe(), pretrained="random")
+    pipeline.export_bundle(tiny_models[0], tmp_path / "random", recipe_of(), pretrained="random")
     with pytest.raises(BundleError, match="seed 0, not 7"):
-        pipeline.quantize_bundle(tiny_models[0], _recipe("seed=7"), output=tmp_path / "random", pretrained="random")
+        pipeline.quantize_bundle(tiny_models[0], recipe_of("seed=7"), output=tmp_path / "random", pretrained="random")

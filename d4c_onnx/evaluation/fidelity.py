@@ -3,14 +3,14 @@
 For models without an embedded labelled set. It measures agreement with FP32 on synthetic input, not accuracy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
 from d4c_onnx.errors import CalibrationError
-from d4c_onnx.evaluation.baseline import Baselines
+from d4c_onnx.evaluation.baseline import Baselines, answers_of
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.results import Accuracy, BundleAccuracy, Versus
 from d4c_onnx.runtime.clip_session import ClipSession
@@ -53,22 +53,16 @@ def evaluate_fidelity(
     """
     images, texts = calibration.held_out, list(calibration.held_out_texts)
     check_held_out(len(images), len(texts))
-    known: Baselines[Pair] = Baselines() if baselines is None else baselines
-    total, done = len(images) * (len(bundles) - (bundles[0] in known)), 0
 
-    def count(number: int) -> None:
-        nonlocal done
-        done += number
-        on_step("evaluate", done, total, {})
-
-    def ask(bundle: Bundle) -> Pair:
+    def ask(bundle: Bundle, count: Callable[[int], None]) -> Pair:
         session = ClipSession(bundle, provider=provider, threads=threads)
         pixels = session.embed_pixels((images[i : i + batch] for i in range(0, len(images), batch)), count)
         return pixels, session.embed_texts(texts, _TEXTS)
 
-    first = known.of(bundles[0], ask)
-    rows = [BundleAccuracy(str(bundles[0].path), versus_first=None)]
-    rows += [BundleAccuracy(str(one.path), versus_first=_compare(ask(one), first)) for one in bundles[1:]]
+    answers = answers_of(bundles, len(images), ask, baselines, on_step)
+    first = next(answers)
+    compared = [None, *(_compare(seen, first) for seen in answers)]
+    rows = [BundleAccuracy(str(one.path), versus_first=versus) for one, versus in zip(bundles, compared, strict=True)]
     return Accuracy("fidelity", len(images), tuple(rows), prompts=len(texts))
 
 

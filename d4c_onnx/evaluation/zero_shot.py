@@ -1,13 +1,13 @@
 """Zero-shot classification of several bundles on the same labelled images, compared pair by pair."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
 from d4c_onnx.bundle import Bundle
-from d4c_onnx.evaluation.baseline import Baselines
+from d4c_onnx.evaluation.baseline import Baselines, answers_of
 from d4c_onnx.evaluation.datasets import LabelledImages
 from d4c_onnx.evaluation.intervals import paired_difference
 from d4c_onnx.progress import OnStep, silent
@@ -52,23 +52,17 @@ def evaluate_zero_shot(
         In percent and percentage points; rows after the first hold the paired 95 % interval of top-1, agreement of the
         top-1 answers, the mean cosine of each tower's embeddings, and the error of the similarity matrix.
     """
-    known: Baselines[Answers] = Baselines() if baselines is None else baselines
-    total, done = len(dataset) * (len(bundles) - (bundles[0] in known)), 0
 
-    def count(images: int) -> None:
-        nonlocal done
-        done += images
-        on_step("evaluate", done, total, {})
-
-    def ask(bundle: Bundle) -> Answers:
+    def ask(bundle: Bundle, count: Callable[[int], None]) -> Answers:
         session = ClipSession(bundle, provider=provider, threads=threads, batch=_TEXTS, exif_rotation=exif_rotation)
         texts = session.embed_labels(dataset.classes, templates())
         images = chain.from_iterable(dataset.batches(batch))
         return _answer(session.embed_images(images, batch, count), texts, dataset.labels)
 
-    first = known.of(bundles[0], ask)
+    answers = answers_of(bundles, len(dataset), ask, baselines, on_step)
+    first = next(answers)
     rows = [_row(bundles[0], first, dataset, None)]
-    rows += [_row(bundle, ask(bundle), dataset, first) for bundle in bundles[1:]]
+    rows += [_row(bundle, seen, dataset, first) for bundle, seen in zip(bundles[1:], answers, strict=True)]
     return Accuracy("zero-shot", len(dataset), tuple(rows), dataset=dataset.name)
 
 

@@ -139,21 +139,6 @@ def test_groups_win_where_groups_differ() -> None:
     assert errors[1] < 0.8 * errors[3]
 
 
-@given(st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
-def test_gptq_in_groups_has_less_output_error_than_nearest_in_groups(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((400, 64)) @ rng.standard_normal((64, 64)) / 8
-    weight, gram = rng.standard_normal((12, 64)).astype(np.float32), x.T @ x / 400
-    learned = GptqRounding(0.01).round(weight, WeightGrid(4, 16), InputMoments(gram, gram))
-    nearest = NearestRounding().round(weight, WeightGrid(4, 16))
-
-    def error(rounded: QuantizedWeight) -> float:
-        return float(np.square(x @ (rounded.dequantize() - weight).T).mean())
-
-    assert error(learned) < error(nearest)
-
-
 def test_multipliers_are_counted() -> None:
     assert stored_bits(4, 32) == 4.125
     assert (stored_bits(4), stored_bits(6), stored_bits(7), stored_bits(8)) == (4, 8, 8, 8)

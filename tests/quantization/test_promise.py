@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from encoders import NOISE
+from encoders import recipe_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,8 +18,6 @@ from d4c_onnx.files import write_json
 from d4c_onnx.quantization.ladder import rungs_of
 from d4c_onnx.quantization.promise import search
 from d4c_onnx.quantization.sensitivity import LayerCost
-from d4c_onnx.recipe import Recipe
-from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.results import Promise, PromiseTry
 
 COSTS = [
@@ -29,10 +27,6 @@ COSTS = [
     LayerCost("image", "c", 400, 4.25, 2.0),
 ]
 RISING = st.lists(st.floats(0, 1), min_size=1, max_size=12).map(sorted)
-
-
-def recipe_of(*keys: str) -> Recipe:
-    return load_recipe(None, [*NOISE, *keys])
 
 
 @given(RISING, RISING, st.floats(0, 1))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.graph.layers import channels_first
+from d4c_onnx.graph.trellis import LEVELS
 from d4c_onnx.graph.values import constant, name_of, nodes_by_name
 from d4c_onnx.quantization.inside.ranges import collect_ranges
 from d4c_onnx.quantization.inside.statistics import (
@@ -28,14 +29,15 @@ from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
 from d4c_onnx.quantization.rounding.schedule import PUBLISHED, SHORT
 
 
-@given(st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
-def test_gptq_beats_nearest_on_the_layer_output(seed: int) -> None:
-    _, weight, x = problem(seed)
+@pytest.mark.parametrize("grid", [WeightGrid(4), WeightGrid(4, 16)], ids=["channels", "groups"])
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_gptq_beats_nearest_on_the_layer_output(seed: int, grid: WeightGrid) -> None:
+    _, weight, x = problem(seed, inputs=64)
     gram = x.T @ x / len(x)
-    learned = GptqRounding(0.01).round(weight, WeightGrid(4), InputMoments(gram, gram))
-    nearest = NearestRounding().round(weight, WeightGrid(4))
-    low, high = grid_limits(4)
+    learned = GptqRounding(0.01).round(weight, grid, InputMoments(gram, gram))
+    nearest = NearestRounding().round(weight, grid)
+    low, high = (LEVELS.min(), LEVELS.max()) if grid.group_size else grid_limits(4)
     assert low <= learned.integers.min()
     assert learned.integers.max() <= high
 

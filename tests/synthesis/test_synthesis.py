@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from d4c_onnx.calibration.method import D4C, PUBLISHED, Method
 from d4c_onnx.dead_leaves import dead_leaves
 from d4c_onnx.errors import CalibrationError, RecipeError
 from d4c_onnx.files import sha256
+from d4c_onnx.progress import OnStep
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime.preprocess import denormalize
@@ -50,6 +51,16 @@ def _stop_at(call: int | None) -> Callable[..., None]:
             raise KeyboardInterrupt
 
     return on_step
+
+
+def _told() -> tuple[list[tuple[int, int, float]], OnStep]:
+    """What a progress callable is told, as it comes: steps done, of how many, and images."""
+    seen: list[tuple[int, int, float]] = []
+
+    def on_step(_: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        seen.append((done, total, values["images"]))
+
+    return seen, on_step
 
 
 def _hashes(path: Path) -> dict[str, str]:
@@ -268,11 +279,7 @@ def test_an_early_stop_ends_the_calibration_images(tmp_path: Path, mini_vit, mon
 def test_progress_ends_with_the_images_that_were_made(tmp_path: Path, mini_vit) -> None:
     keys = ("images=8", "held_out=2", "batch=2", "steps=2", "early_stop_tolerance=1.0")
     recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
-    seen: list[tuple[int, int, float]] = []
-
-    def on_step(_: str, done: int, total: int, values: dict[str, float]) -> None:
-        seen.append((done, total, values["images"]))
-
+    seen, on_step = _told()
     synthesize(
         mini_vit, tmp_path / "set", recipe.synthesis, recipe.text, mini_vit.embedded.nouns, seed=0, on_step=on_step
     )
@@ -286,11 +293,7 @@ def test_progress_of_a_process_group_counts_what_is_there(
     """The first process makes the first and the third batch; the second one's is not there until it has come."""
     keys = ("images=6", "held_out=0", "batch=2", "steps=2")
     recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
-    seen: list[tuple[int, int, float]] = []
-
-    def on_step(_: str, done: int, total: int, values: dict[str, float]) -> None:
-        seen.append((done, total, values["images"]))
-
+    seen, on_step = _told()
     monkeypatch.setattr(
         ProcessGroup, "barrier", lambda self: None
     )  # nobody else is there: the first one makes what is missing
