@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from graphs import parse
 
 from d4c_onnx.errors import BundleError
+from d4c_onnx.graph.model import to_proto
 from d4c_onnx.runtime.session import EncoderSession
 from d4c_onnx.runtime.vectors import unit
 
@@ -20,12 +21,8 @@ def test_embeddings_that_are_no_numbers_are_an_error(value: float) -> None:
 
 def _lookup() -> bytes:
     """A graph that takes int64 [batch, 4] and looks three rows up."""
-    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", 4])
-    out = helper.make_tensor_value_info("text_embeds", TensorProto.FLOAT, None)
-    table = helper.make_tensor("table", TensorProto.FLOAT, [3, 2], [0.0] * 6)
-    node = helper.make_node("Gather", ["table", "input_ids"], ["text_embeds"])
-    graph = helper.make_graph([node], "lookup", [ids], [out], [table])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    text = "lookup (int64[b, 4] input_ids) => (float[b, 4, 2] text_embeds) { text_embeds = Gather(table, input_ids) }"
+    return to_proto(parse(text, 17, table=np.zeros((3, 2)))).SerializeToString()
 
 
 @pytest.mark.parametrize(
