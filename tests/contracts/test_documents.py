@@ -18,7 +18,7 @@ from d4c_onnx.bundle import Bundle
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.json"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LENGTHS = {"README.md": 180, "docs/performance.md": 150, "docs/fidelity.md": 150}
+LENGTHS = {"README.md": 180, "docs/performance.md": 150, "docs/fidelity.md": 150, "docs/design.md": 100}
 
 
 @pytest.fixture
@@ -118,6 +118,14 @@ def test_the_readme_imports_what_is_there() -> None:
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(str(node.module))
                 assert all(hasattr(module, name.name) for name in node.names), node.module
+
+
+def test_design_says_how_large_the_library_is() -> None:
+    design = (ROOT / "docs" / "design.md").read_text("utf-8")
+    said = re.search(r"([\d,]+) now\.", design)
+    assert said is not None
+    lines = sum(len(file.read_text("utf-8").splitlines()) for file in ROOT.glob("d4c_onnx/**/*.py"))
+    assert int(said[1].replace(",", "")) == pytest.approx(lines, rel=0.03)
 
 
 def test_documents_name_every_target() -> None:
