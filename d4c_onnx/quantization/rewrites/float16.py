@@ -16,11 +16,12 @@ from d4c_onnx.quantization.rewrites.identity_pools import DROP_IDENTITY_POOLS
 from d4c_onnx.quantization.rewrites.pooled_row import COMPUTE_POOLED_ROW
 from d4c_onnx.quantization.rewrites.residuals import FUSE_RESIDUALS
 from d4c_onnx.quantization.rewrites.rewrite import apply_all
+from d4c_onnx.quantization.rewrites.transposed_products import MOVE_TRANSPOSES
 
 # Around the conversion. Batch norms and pools of a graph whose weights are rounded were dealt with before that: the
 # integers belong to what is there now.
 _BEFORE, _BEFORE_ROUNDED = (FOLD_BATCH_NORMS, DROP_IDENTITY_POOLS, COMPUTE_POOLED_ROW), (COMPUTE_POOLED_ROW,)
-_AFTER = (FUSE_ATTENTION, FUSE_RESIDUALS)
+_AFTER = (FUSE_ATTENTION, FUSE_RESIDUALS, MOVE_TRANSPOSES)
 
 
 def in_float16(model: ir.Model, *, rounded: bool = False) -> tuple[ir.Model, tuple[RewriteRecord, ...]]:
