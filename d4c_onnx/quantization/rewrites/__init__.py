@@ -1,4 +1,4 @@
-"""Rewrites of a graph, one file each, as values; a target is an ordered tuple of them (`quantization.targets`).
+"""Rewrites of a graph, one file each, as values; a target names an ordered tuple of them (`choices.TARGETS`).
 
 Given out here is what a rewrite is and what the story calls by itself; whoever chooses a rewrite imports its own file.
 """
