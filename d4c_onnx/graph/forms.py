@@ -231,22 +231,24 @@ class _Trellis:
         if turned is None or not is_op(turned, "Transpose") or attribute(turned, "perm") not in _PERMS:
             return None
         gather = maker(turned.inputs[0])
-        if gather is None or not is_op(gather, "Gather") or not _is_level_table(gather.inputs[0]):
+        if gather is None or not _takes_rows(gather) or not _is_level_table(gather.inputs[0]):
             return None
-        coefficients, columns = _inputs_of(gather.inputs[1], "MatMulInteger")
-        joined = maker(columns)
+        product = maker(gather.inputs[1])
+        if product is None or not is_op(product, "MatMulInteger") or len(product.inputs) != 2:  # no zero points
+            return None
+        coefficients, joined = product.inputs[0], maker(product.inputs[1])
         if joined is None or not is_op(joined, "Concat") or attribute(joined, "axis") != 1 or len(joined.inputs) != 4:
             return None
         stored, path, last, places = joined.inputs
         if stored is None or places is None or not _is_path_of(stored, path, last):
             return None
-        shape, small, whole = dims(stored) or (), _reshaped(places), _reshaped(integers)
+        shape, whole = dims(stored) or (), _reshaped(integers)
         axis = _PERMS.index(attribute(turned, "perm"))
-        if len(shape) != 3 or len(whole) != 2 or dims(coefficients) != (shape[1], 2 * shape[1] + 2):
+        if len(shape) != 3 or 0 in shape or len(whole) != 2 or dims(coefficients) != (shape[1], 2 * shape[1] + 2):
             return None
         groups, rows, channels = shape
-        fits = small == (groups, 1, channels) and whole[axis] == channels and whole[1 - axis] == 2 * groups * rows
-        known = _same(coefficients, row_numbers(rows)) and _looked_up(places, _places()) is not None
+        fits = whole[axis] == channels and whole[1 - axis] == 2 * groups * rows
+        known = _same(coefficients, row_numbers(rows)) and _are_multipliers(places, (groups, 1, channels))
         return (stored, places, axis) if fits and known else None
 
 
@@ -272,6 +274,12 @@ def _is_path_of(stored: ir.Value, path: ir.Value | None, last: ir.Value | None) 
     return known and zeros and _same(padded.inputs[1], _ONE_GROUP)
 
 
+def _are_multipliers(places: ir.Value, shape: tuple[int, ...]) -> bool:
+    """Whether a value of that shape is looked up from as many nibbles."""
+    nibbles = _looked_up(places, _places())
+    return _reshaped(places) == shape and nibbles is not None and dims(nibbles) == (-(-prod(shape) // 2),)
+
+
 def _cast_from(value: ir.Value | None, dtype: ir.DataType) -> ir.Value | None:
     """The constant of that type which a Cast to int8 makes a value from."""
     made = maker(value)
@@ -293,6 +301,10 @@ def _input_of(value: ir.Value | None, op: str) -> ir.Value | None:
     return made.inputs[0] if made is not None and is_op(made, op) else None
 
 
+def _takes_rows(made: ir.Node) -> bool:
+    return is_op(made, "Gather") and attribute(made, "axis", 0) == 0
+
+
 def _reshaped(value: ir.Value) -> tuple[int, ...]:
     """The shape that a Reshape gives a value; none where nothing does."""
     made = maker(value)
@@ -308,7 +320,7 @@ def _same(value: ir.Value | None, table: np.ndarray) -> bool:
 def _looked_up(value: ir.Value, table: np.ndarray) -> ir.Value | None:
     """The bytes whose rows of a table a value is made of."""
     made = maker(walk_back(value, "Reshape", "Slice"))
-    if made is None or made is maker(value) or not is_op(made, "Gather"):
+    if made is None or made is maker(value) or not _takes_rows(made):
         return None
     stored = walk_back(made.inputs[1], "Cast")
     return stored if is_constant(stored) and _same(made.inputs[0], table) else None

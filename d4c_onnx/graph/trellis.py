@@ -59,7 +59,7 @@ def row_numbers(rows: int) -> np.ndarray:
     shifted multiplier.
     """
     before = np.eye(rows, rows + 1, -1, np.uint8)
-    before[0, rows] = 1
+    before[:1, rows] = 1
     multiplier = np.full((rows, 1), 1024 >> _SHIFT, np.uint8)
     return np.hstack([np.eye(rows, dtype=np.uint8), 256 // (PATH_BITS & -PATH_BITS) * before, multiplier])
 

@@ -171,6 +171,18 @@ def _spoilt(model: ir.Model, kind: str) -> None:
         made["Pad"].replace_input_with(2, one)
     elif kind == "mode":
         made["Pad"].attributes["mode"] = ir.AttrString("mode", "edge")
+    elif kind in ("rows", "few"):  # of bytes, and of multipliers
+        stored = made["Concat" if kind == "rows" else "Cast"].inputs[0]
+        assert stored is not None
+        assert stored.const_value is not None
+        stored.const_value = ir.Tensor(stored.const_value.numpy()[..., :-1], name=stored.name)
+    elif kind == "zero":
+        zero = ir.Value(name="zero", const_value=ir.Tensor(np.uint8(1), name="zero"))
+        graph.register_initializer(zero)
+        made["MatMulInteger"].resize_inputs(3)
+        made["MatMulInteger"].replace_input_with(2, zero)
+    elif kind == "axis":
+        made["Gather"].attributes["axis"] = ir.AttrInt64("axis", 1)
     elif kind == "before":  # not under the mask
         made["Slice"].replace_input_with(0, made["Concat"].inputs[0])
     else:
@@ -181,7 +193,7 @@ def _spoilt(model: ir.Model, kind: str) -> None:
 
 
 SPOILT = ["bits", "places", "levels", "numbers", "coefficients", "from", "to", "axes", "padding"]
-SPOILT += ["perm", "value", "mode", "before", "order", "path"]
+SPOILT += ["perm", "value", "mode", "before", "order", "path", "rows", "few", "zero", "axis"]
 
 
 @pytest.mark.parametrize("kind", SPOILT)
