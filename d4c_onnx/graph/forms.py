@@ -11,14 +11,14 @@
 
 - `trellis`: nibbles of which each reads two bits of the two before it, and multipliers of groups (`graph.trellis`).
   A byte, the bits before and the multiplier together are a row of one table of pairs, [16384, 2]. Needs opset 18 and
-  onnxruntime 1.15. Every tensor of int32 on the way costs as much as all those of uint8, so there are four.
+  onnxruntime 1.15. onnxruntime keeps what every node makes until the last one is folded, in memory that nothing used
+  before: loading takes as long as these tensors are large, so only the numbers of rows are wider than a byte.
 
 A form only ever moves integers: storing what another form unpacks to changes no number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import prod
@@ -30,15 +30,7 @@ import onnx_ir as ir
 
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.packing import pack_int4, unpack_int4, unpack_uint4
-from d4c_onnx.graph.trellis import (
-    BITS_ORDER,
-    BY_BITS,
-    LEVELS,
-    PATH_BITS,
-    Coded,
-    level_numbers,
-    multiplier_bits,
-)
+from d4c_onnx.graph.trellis import LEVELS, PATH_BITS, Coded, level_numbers, row_numbers, shifted
 from d4c_onnx.graph.values import (
     array,
     attribute,
@@ -167,11 +159,11 @@ class _Nibbles(_Plain):
 
 
 class _Trellis:
-    """Bytes [inputs / 2, channels], or [channels, inputs / 2], of two neighbouring inputs of a channel each.
+    """Bytes [groups, inputs of a group / 2, channels], each of two neighbouring inputs of a channel.
 
-    The byte before (Pad -> Slice) -> BitwiseAnd with the two bits of the path -> Reshape into groups -> BitwiseOr with
-    the multiplier's bits, looked up as nibbles are -> Cast -> Mul by 256 -> Add of the byte itself (Reshape -> Cast) ->
-    Gather from the table of levels -> Transpose, where channels come last -> Reshape.
+    Concat of the bytes, of their bits of the path (BitwiseAnd), of the last such row of the group before (Slice -> Pad)
+    and of the multipliers, looked up as nibbles are -> MatMulInteger, which makes them row numbers -> Gather from the
+    table of levels -> Transpose -> Reshape.
     """
 
     name, num_bits, opset, minimum_onnxruntime = "trellis", 4, 18, "1.15"
@@ -190,9 +182,9 @@ class _Trellis:
         """Nibbles and multipliers of a value that lies in this form."""
         parts = self._parts(integers)
         assert parts is not None
-        packed, places = constant(parts[0]), parts[1]
-        rows = unpack_uint4(constant(_looked_up(places, _places())).tobytes(), _reshaped(places))
-        return Coded.of_bytes(packed, rows.squeeze(1 if parts[2] else 2), int(parts[2]))
+        stored, places, axis = parts
+        multipliers = unpack_uint4(constant(_looked_up(places, _places())).tobytes(), _reshaped(places))
+        return Coded.of_bytes(constant(stored), multipliers, axis)
 
     def multipliers(self, integers: ir.Value) -> int:
         parts = self._parts(integers)
@@ -204,66 +196,88 @@ class _Trellis:
     def store_coded(self, graph: ir.Graph, name: str, values: Coded) -> ir.Value:
         """`store` of a path.
 
-        Sixteen nodes a weight: their names are short, because small models notice.
+        Eleven nodes a weight: their names are short, because small models notice.
         """
-        last, multipliers = values.axis == 1, values.multiplier_blocks
-        prefix, nodes = _unused_prefix(graph), list[ir.Node]()
+        packed, multipliers = values.bytes, values.multiplier_rows
+        rows, prefix, nodes = packed.shape[1], _unused_prefix(graph), list[ir.Node]()
 
         def add(op: str, given: list[ir.Value], letter: str, **attributes: object) -> ir.Value:
             nodes.append(node(op, given, f"{prefix}{letter}", attributes=attributes))
             return nodes[-1].outputs[0]
 
-        def told(word: str, numbers: Sequence[int], dtype: type[np.generic] = np.int64) -> ir.Value:
-            return set_constant(graph, f"~{word}", np.array(numbers, dtype))
+        def told(word: str, numbers: np.ndarray) -> ir.Value:
+            return set_constant(graph, f"~{word}", numbers)
 
-        groups = (multipliers.shape[0], -1, multipliers.shape[2]) if last else (*multipliers.shape[:2], -1)
-        blocks, axis = _shape(graph, groups), int(not last)
-        stored = set_constant(graph, f"{prefix}p", values.bytes)
+        stored = set_constant(graph, f"{prefix}p", packed)
         small = set_constant(graph, f"{prefix}m", np.frombuffer(pack_int4(multipliers), np.uint8))
-        places = set_constant(graph, "~m", _places())
-        nodes += _look_up(graph, small, places, multipliers.shape, f"{prefix}s")
-        bits = nodes[-1].outputs[0]
-        padded = add("Pad", [stored, told(f"p{axis}", [1, 0, 0, 0] if last else [0, 1, 0, 0])], "a")
-        before = add("Slice", [padded, told("z", [0]), told("e", [-1]), told(f"x{axis}", [axis])], "b")
-        path = add("Reshape", [add("BitwiseAnd", [before, told("b", [PATH_BITS], np.uint8)], "c"), blocks], "d")
-        high = add("Cast", [add("BitwiseOr", [path, bits], "e")], "f", to=ir.DataType.INT32)
-        low = add("Cast", [add("Reshape", [stored, blocks], "g")], "h", to=ir.DataType.INT32)
-        rows = add("Add", [low, add("Mul", [high, told("r", [256], np.int32)], "i")], "j")
+        nodes += _look_up(graph, small, told("m", _places()), multipliers.shape, f"{prefix}s")
+        places = nodes[-1].outputs[0]
+        path = add("BitwiseAnd", [stored, told("b", _PATH)], "a")
+        cut = [told(letter, numbers) for letter, numbers in _LAST_ROWS.items()]
+        last = add("Pad", [add("Slice", [path, *cut], "b"), told("z", _ONE_GROUP)], "c")
+        columns = add("Concat", [stored, path, last, places], "d", axis=1)
+        numbers = add("MatMulInteger", [told(f"c{rows}", row_numbers(rows)), columns], "e")
         table = _level_table(graph)
-        pairs = add("Gather", [table, rows], "k", axis=0)
-        if last:
-            pairs = add("Transpose", [pairs], "l", perm=[0, 1, 3, 2])
-        nodes.append(node("Reshape", [pairs, _shape(graph, values.shape)], name))
+        pairs = add("Gather", [table, numbers], "f", axis=0)
+        turned = add("Transpose", [pairs], "g", perm=_PERMS[values.axis])
+        nodes.append(node("Reshape", [turned, _shape(graph, values.shape)], name))
         prepend(graph, nodes)
         _to_the_front(graph, table)
         return nodes[-1].outputs[0]
 
-    def _parts(self, integers: ir.Value) -> tuple[ir.Value, ir.Value, bool] | None:
-        """Bytes, the multipliers' bits, and whether the channels are the last axis."""
-        pairs = _input_of(integers, "Reshape")
-        turned = maker(pairs)
-        last = turned is not None and is_op(turned, "Transpose")
-        if turned is not None and last and attribute(turned, "perm") != [0, 1, 3, 2]:
+    def _parts(self, integers: ir.Value) -> tuple[ir.Value, ir.Value, int] | None:
+        """Bytes, the shifted multipliers, and the axis of the channels."""
+        turned = maker(_input_of(integers, "Reshape"))
+        if turned is None or not is_op(turned, "Transpose") or attribute(turned, "perm") not in _PERMS:
             return None
-        gather = maker(_input_of(pairs, "Transpose") if last else pairs)
-        if gather is None or not is_op(gather, "Gather") or not _is_level_table(gather.inputs[0]):
+        gather = maker(turned.inputs[0])
+        if gather is None or not _takes_rows(gather) or not _is_level_table(gather.inputs[0]):
             return None
-        low, high = _inputs_of(gather.inputs[1], "Add")
-        stored = _input_of(_input_of(low, "Cast"), "Reshape")
-        scaled, rows = _inputs_of(high, "Mul")
-        states, places = _inputs_of(_input_of(scaled, "Cast"), "BitwiseOr")
-        before, path = _inputs_of(_input_of(states, "Reshape"), "BitwiseAnd")
-        if stored is None or _input_of(_input_of(before, "Slice"), "Pad") is not stored or places is None:
+        product = maker(gather.inputs[1])
+        if product is None or not is_op(product, "MatMulInteger") or len(product.inputs) != 2:  # no zero points
             return None
-        if not _same(rows, np.array([256], np.int32)) or not _same(path, np.array([PATH_BITS], np.uint8)):
+        coefficients, joined = product.inputs[0], maker(product.inputs[1])
+        if joined is None or not is_op(joined, "Concat") or attribute(joined, "axis") != 1 or len(joined.inputs) != 4:
             return None
-        if not is_constant(stored) or stored.dtype != ir.DataType.UINT8 or _looked_up(places, _places()) is None:
+        stored, path, last, places = joined.inputs
+        if stored is None or places is None or not _is_path_of(stored, path, last):
             return None
-        shape, small, whole = dims(stored) or (), _reshaped(places), _reshaped(integers)
-        axis = 1 if last else 0
-        fits = len(shape) == 2 and len(small) == 3 and len(whole) == 2 and small[2 - axis] == 1
-        fits = fits and shape[axis] == whole[axis] == small[2 * axis] and 2 * shape[1 - axis] == whole[1 - axis]
-        return (stored, places, last) if fits else None
+        shape, whole = dims(stored) or (), _reshaped(integers)
+        axis = _PERMS.index(attribute(turned, "perm"))
+        if len(shape) != 3 or 0 in shape or len(whole) != 2 or dims(coefficients) != (shape[1], 2 * shape[1] + 2):
+            return None
+        groups, rows, channels = shape
+        fits = whole[axis] == channels and whole[1 - axis] == 2 * groups * rows
+        known = _same(coefficients, row_numbers(rows)) and _are_multipliers(places, (groups, 1, channels))
+        return (stored, places, axis) if fits and known else None
+
+
+# from [groups, rows, channels, 2], by the axis of the channels in the matrix
+_PERMS = ([2, 0, 1, 3], [0, 1, 3, 2])
+_PATH = np.array([PATH_BITS], np.uint8)
+# of every group but the last one; one more before them
+_LAST_ROWS = {"s": np.array([0, -1]), "e": np.array([-1, np.iinfo(np.int32).max]), "x": np.array([0, 1])}
+_ONE_GROUP = np.array([1, 0, 0, 0, 0, 0])
+
+
+def _is_path_of(stored: ir.Value, path: ir.Value | None, last: ir.Value | None) -> bool:
+    """Whether one value is the path's bits of bytes in the file, and another their last row, one group later."""
+    masked, padded = maker(path), maker(last)
+    cut = maker(padded.inputs[0]) if padded is not None and is_op(padded, "Pad") else None
+    if masked is None or not is_op(masked, "BitwiseAnd") or padded is None or cut is None or not is_op(cut, "Slice"):
+        return False
+    known = is_constant(stored) and stored.dtype == ir.DataType.UINT8
+    known = known and masked.inputs[0] is stored and _same(masked.inputs[1], _PATH)
+    known = known and cut.inputs[0] is path and len(cut.inputs) == 1 + len(_LAST_ROWS)
+    known = known and all(map(_same, cut.inputs[1:], _LAST_ROWS.values()))
+    zeros = len(padded.inputs) == 2 and attribute(padded, "mode", "constant") == "constant"
+    return known and zeros and _same(padded.inputs[1], _ONE_GROUP)
+
+
+def _are_multipliers(places: ir.Value, shape: tuple[int, ...]) -> bool:
+    """Whether a value of that shape is looked up from as many nibbles."""
+    nibbles = _looked_up(places, _places())
+    return _reshaped(places) == shape and nibbles is not None and dims(nibbles) == (-(-prod(shape) // 2),)
 
 
 def _cast_from(value: ir.Value | None, dtype: ir.DataType) -> ir.Value | None:
@@ -287,6 +301,10 @@ def _input_of(value: ir.Value | None, op: str) -> ir.Value | None:
     return made.inputs[0] if made is not None and is_op(made, op) else None
 
 
+def _takes_rows(made: ir.Node) -> bool:
+    return is_op(made, "Gather") and attribute(made, "axis", 0) == 0
+
+
 def _reshaped(value: ir.Value) -> tuple[int, ...]:
     """The shape that a Reshape gives a value; none where nothing does."""
     made = maker(value)
@@ -302,7 +320,7 @@ def _same(value: ir.Value | None, table: np.ndarray) -> bool:
 def _looked_up(value: ir.Value, table: np.ndarray) -> ir.Value | None:
     """The bytes whose rows of a table a value is made of."""
     made = maker(walk_back(value, "Reshape", "Slice"))
-    if made is None or made is maker(value) or not is_op(made, "Gather"):
+    if made is None or made is maker(value) or not _takes_rows(made):
         return None
     stored = walk_back(made.inputs[1], "Cast")
     return stored if is_constant(stored) and _same(made.inputs[0], table) else None
@@ -347,34 +365,27 @@ def _pairs() -> np.ndarray:
 
 
 def _level_table(graph: ir.Graph) -> ir.Value:
-    """The two levels of every row, int8 [64 * 256, 2], made when the file is loaded: 32 KB are much to a small model.
+    """The two levels of every row, int8 [16 * 1024, 2], made when the file is loaded: 32 KB are much to a small model.
 
-    Gather of levels, by their numbers (Cast), for each multiplier -> Reshape -> Transpose into the order of a row
-    number's bits -> Reshape.
+    Gather of levels, by their numbers (Cast), for each multiplier -> Reshape.
     """
     for entry in graph:
         if _is_level_table(entry.outputs[0]):
             return entry.outputs[0]
     levels, numbers = set_constant(graph, "~l", LEVELS), set_constant(graph, "~n", level_numbers())
-    nodes = [node("Cast", [numbers], "~t3", attributes={"to": ir.DataType.INT32})]
-    nodes.append(node("Gather", [levels, nodes[0].outputs[0]], "~t0", attributes={"axis": 1}))
-    nodes.append(node("Reshape", [nodes[-1].outputs[0], _shape(graph, BY_BITS)], "~t1"))
-    nodes.append(node("Transpose", [nodes[-1].outputs[0]], "~t2", attributes={"perm": list(BITS_ORDER)}))
+    nodes = [node("Cast", [numbers], "~t0", attributes={"to": ir.DataType.INT32})]
+    nodes.append(node("Gather", [levels, nodes[0].outputs[0]], "~t1", attributes={"axis": 1}))
     nodes.append(node("Reshape", [nodes[-1].outputs[0], _shape(graph, (-1, 2))], "~t"))
     prepend(graph, nodes)
     return nodes[-1].outputs[0]
 
 
 def _is_level_table(value: ir.Value | None) -> bool:
-    turned = maker(_input_of(value, "Reshape"))
-    if turned is None or not is_op(turned, "Transpose") or attribute(turned, "perm") != list(BITS_ORDER):
+    gather = maker(_input_of(value, "Reshape"))
+    if value is None or gather is None or not is_op(gather, "Gather") or attribute(gather, "axis", 0) != 1:
         return False
-    gather = maker(_input_of(turned.inputs[0], "Reshape"))
-    if gather is None or not is_op(gather, "Gather") or attribute(gather, "axis", 0) != 1:
-        return False
-    split = turned.inputs[0]
-    by_bits = split is not None and _reshaped(split) == BY_BITS
-    return by_bits and _same(gather.inputs[0], LEVELS) and _same(_input_of(gather.inputs[1], "Cast"), level_numbers())
+    known = _same(gather.inputs[0], LEVELS) and _same(_input_of(gather.inputs[1], "Cast"), level_numbers())
+    return known and _reshaped(value) == (-1, 2)
 
 
 def _to_the_front(graph: ir.Graph, value: ir.Value) -> None:
@@ -395,5 +406,5 @@ def _unused_prefix(graph: ir.Graph) -> str:
 
 
 def _places() -> np.ndarray:
-    """Of every byte, the bits of its two multipliers in the number of a row of the table, uint8 [256, 2]."""
-    return multiplier_bits(unpack_uint4(np.arange(256, dtype=np.uint8).tobytes(), (256, 2)))
+    """Of every byte, its two multipliers as the product of row numbers wants them, uint8 [256, 2]."""
+    return shifted(unpack_uint4(np.arange(256, dtype=np.uint8).tobytes(), (256, 2)))

@@ -175,6 +175,8 @@ def _drop_unread(graph: ir.Graph, value: ir.Value) -> None:
         if entry.is_graph_output() or next(iter(entry.uses()), None) is not None:
             continue
         if made is not None:
+            if made.graph is None:  # two of those that are gone read it
+                continue
             queue += [part for part in made.inputs if part is not None]
             graph.remove(made, safe=True)
         elif graph.initializers.get(name_of(entry)) is entry:

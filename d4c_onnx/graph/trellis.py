@@ -39,31 +39,41 @@ def levels_of(codes: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
     return LEVELS[each, 4 * (codes >> 1) + COSETS[bits[:, 2:], bits[:, :-2], bits[:, 1:-1]]]
 
 
-PATH_BITS = 0x11  # where a byte of two nibbles has the bits of its path
+# A byte holds two neighbouring inputs: the first's place (bits 0 to 2), the second's (3 to 5), and their bits of the
+# path (6 and 7). In the table that files look pairs of levels up in, the number of a row is
+#     byte + 256 * the two bits of the byte before + 1024 * multiplier,
+# which a product of unsigned bytes gives: of the byte, of the one before under a mask, and of the shifted multiplier.
+PATH_BITS = 0xC0
+_SHIFT = 4  # of multipliers, so that their coefficient is a byte
 
 
-def multiplier_bits(multipliers: np.ndarray) -> np.ndarray:
-    """Multipliers spread over bits that `PATH_BITS` leave free, uint8 below 64."""
-    return ((multipliers & 7) << 1 | (multipliers >> 3) << 5).astype(np.uint8)
+def shifted(multipliers: np.ndarray) -> np.ndarray:
+    """Multipliers as the product wants them, uint8."""
+    return (multipliers << _SHIFT).astype(np.uint8)
+
+
+def row_numbers(rows: int) -> np.ndarray:
+    """What a group is multiplied with, for the numbers of its rows of the table, uint8 [rows, 2 rows + 2].
+
+    A column of the group is its bytes, these masked by `PATH_BITS`, the last masked byte of the group before, and the
+    shifted multiplier.
+    """
+    before = np.eye(rows, rows + 1, -1, np.uint8)
+    before[:1, rows] = 1
+    multiplier = np.full((rows, 1), 1024 >> _SHIFT, np.uint8)
+    return np.hstack([np.eye(rows, dtype=np.uint8), 256 // (PATH_BITS & -PATH_BITS) * before, multiplier])
 
 
 def level_numbers() -> np.ndarray:
-    """The numbers of the two levels that a byte's nibbles say, low one first, uint8 [1024, 2].
+    """The numbers of the two levels that a byte says, first input first, uint8 [1024, 2].
 
     A row is 512 times the path's bit of the input before, 256 times that of the one before it, and the byte.
     """
     newer, older, byte = np.ogrid[:2, :2, :256]
-    low, high = byte & 15, byte >> 4
-    first = 4 * (low >> 1) + COSETS[low & 1, older, newer]
-    second = 4 * (high >> 1) + COSETS[high & 1, newer, low & 1]
+    path = byte >> 6 & 1, byte >> 7
+    first = 4 * (byte & 7) + COSETS[path[0], older, newer]
+    second = 4 * (byte >> 3 & 7) + COSETS[path[1], newer, path[0]]
     return np.stack(np.broadcast_arrays(first, second), -1).reshape(-1, 2).astype(np.uint8)
-
-
-# In the table that files look levels up in a row is the byte and 256 times the bits of the multiplier and of the path
-# in the byte before: the highest bit of the multiplier, the newer one of the path, the other three, the older one. The
-# levels of `level_numbers`, by [multiplier, path, byte, nibble], come into that order so.
-BY_BITS = (2, 8, 2, 2, 256, 2)
-BITS_ORDER = (0, 2, 1, 3, 4, 5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,21 +92,23 @@ class Coded:
 
     @classmethod
     def of_bytes(cls, packed: np.ndarray, multipliers: np.ndarray, axis: int) -> "Coded":
-        """The inverse of `bytes`; multipliers [channels, groups], or [groups, channels] where channels are axis 1."""
-        rows = packed.T if axis else packed
-        codes = np.stack([rows & 15, rows >> 4], 2).reshape(len(rows), -1)
-        return cls(codes, np.ascontiguousarray(multipliers.T if axis else multipliers), axis)
+        """The inverse of `bytes` and `multiplier_rows`."""
+        pairs = np.stack([(packed & 7) << 1 | packed >> 6 & 1, (packed >> 3 & 7) << 1 | packed >> 7])
+        codes = pairs.transpose(3, 1, 2, 0).reshape(packed.shape[2], -1)
+        return cls(codes, np.ascontiguousarray(multipliers[:, 0].T), axis)
 
     @property
     def bytes(self) -> np.ndarray:
-        """Two neighbouring inputs of a channel a byte, the first in the low nibble; inputs first where `axis` is 1."""
-        packed = self.codes[:, 0::2] | self.codes[:, 1::2] << 4
-        return np.ascontiguousarray(packed.T if self.axis else packed)
+        """Two neighbouring inputs of a channel a byte, uint8 [groups, inputs of a group / 2, channels]."""
+        channels, groups = self.multipliers.shape
+        first, second = self.codes[:, 0::2], self.codes[:, 1::2]
+        packed = first >> 1 | (second >> 1) << 3 | (first & 1) << 6 | (second & 1) << 7
+        return np.ascontiguousarray(packed.T).reshape(groups, -1, channels)
 
     @property
-    def multiplier_blocks(self) -> np.ndarray:
-        """uint8 [channels, groups, 1]; [groups, 1, channels] where `axis` is 1."""
-        return np.ascontiguousarray(self.multipliers.T)[:, None] if self.axis else self.multipliers[:, :, None]
+    def multiplier_rows(self) -> np.ndarray:
+        """uint8 [groups, 1, channels]."""
+        return np.ascontiguousarray(self.multipliers.T)[:, None]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from stored_cases import GENERAL, PRODUCT, layer_of, scramble
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.forms import CAST, FORMS, INT8, NATIVE, NIBBLES, TRELLIS
 from d4c_onnx.graph.stored import convert_stored, layer_bits, store_coded, stored_weight
-from d4c_onnx.graph.trellis import LEVELS, Coded
+from d4c_onnx.graph.trellis import LEVELS, PATH_BITS, Coded
 
 
 @st.composite
@@ -76,7 +76,8 @@ def test_the_form_gives_back_what_it_stored(values: Coded) -> None:
     assert _same(TRELLIS.coded(integers), values)
     model.graph.outputs[0].producer().replace_input_with(1, integers)  # type: ignore[union-attr]
     check(model)
-    assert np.array_equal(run(model, np.zeros(1, np.int8), optimize=False), values.levels)
+    for optimize in (False, True):
+        assert np.array_equal(run(model, np.zeros(1, np.int8), optimize=optimize), values.levels)
 
 
 def _model(kind: str) -> tuple[ir.Model, np.ndarray, Coded]:
@@ -152,25 +153,50 @@ def test_other_paths_and_other_forms_are_refused() -> None:
 def _spoilt(model: ir.Model, kind: str) -> None:
     """One thing of a stored path that is another."""
     graph = model.graph
-    made = {entry.op_type: entry for entry in graph if entry.op_type in ("Transpose", "Pad")}
-    names = {"bits": "~b", "places": "~m", "levels": "~l", "numbers": "~n", "rows": "~r"}
+    made = {entry.op_type: entry for entry in graph}  # those of the weight come last
+    names = {"bits": "~b", "places": "~m", "levels": "~l", "numbers": "~n", "coefficients": "~c2"}
+    names |= {"from": "~s", "to": "~e", "axes": "~x", "padding": "~z"}
     if kind in names:
         tensor = graph.initializers[names[kind]].const_value
         assert tensor is not None
         changed = tensor.numpy().copy()
         changed[-1] -= 1
         graph.initializers[names[kind]].const_value = ir.Tensor(changed, name=names[kind])
-    elif kind == "before":
-        stored = made["Pad"].inputs[0]
-        assert stored is not None
-        copy = ir.Value(name="copy", const_value=ir.Tensor(stored.const_value.numpy()[::-1].copy(), name="copy"))  # type: ignore[union-attr]
-        graph.register_initializer(copy)
-        made["Pad"].replace_input_with(0, copy)
-    else:
+    elif kind == "perm":
         made["Transpose"].attributes["perm"] = ir.AttrInt64s("perm", [0, 1, 2, 3])
+    elif kind == "value":
+        one = ir.Value(name="one", const_value=ir.Tensor(np.uint8(PATH_BITS), name="one"))
+        graph.register_initializer(one)
+        made["Pad"].resize_inputs(3)
+        made["Pad"].replace_input_with(2, one)
+    elif kind == "mode":
+        made["Pad"].attributes["mode"] = ir.AttrString("mode", "edge")
+    elif kind in ("rows", "few"):  # of bytes, and of multipliers
+        stored = made["Concat" if kind == "rows" else "Cast"].inputs[0]
+        assert stored is not None
+        assert stored.const_value is not None
+        stored.const_value = ir.Tensor(stored.const_value.numpy()[..., :-1], name=stored.name)
+    elif kind == "zero":
+        zero = ir.Value(name="zero", const_value=ir.Tensor(np.uint8(1), name="zero"))
+        graph.register_initializer(zero)
+        made["MatMulInteger"].resize_inputs(3)
+        made["MatMulInteger"].replace_input_with(2, zero)
+    elif kind == "axis":
+        made["Gather"].attributes["axis"] = ir.AttrInt64("axis", 1)
+    elif kind == "before":  # not under the mask
+        made["Slice"].replace_input_with(0, made["Concat"].inputs[0])
+    else:
+        inputs = made["Concat"].inputs
+        columns = [inputs[place] for place in ((1, 0, 2, 3) if kind == "order" else (0, 2, 2, 3))]
+        for place, column in enumerate(columns):
+            made["Concat"].replace_input_with(place, column)
 
 
-@pytest.mark.parametrize("kind", ["bits", "places", "levels", "numbers", "rows", "before", "perm"])
+SPOILT = ["bits", "places", "levels", "numbers", "coefficients", "from", "to", "axes", "padding"]
+SPOILT += ["perm", "value", "mode", "before", "order", "path", "rows", "few", "zero", "axis"]
+
+
+@pytest.mark.parametrize("kind", SPOILT)
 def test_what_only_looks_like_a_path_is_none(kind: str) -> None:
     model, _, values = _model("product")
     stored = stored_weight(layer_of(model))
