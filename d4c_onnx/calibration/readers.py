@@ -11,6 +11,7 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.dataset import CalibrationSet, open_calibration_set
+from d4c_onnx.calibration.views import views
 from d4c_onnx.errors import CalibrationError
 
 
@@ -68,6 +69,28 @@ class SpreadReader(_BatchReader):
 
     def _stream(self) -> Iterator[np.ndarray]:
         yield from self._chosen
+
+
+class ViewsReader(_BatchReader):
+    """Another reader's batches, and where those are few images, `views` of them, round after round."""
+
+    def __init__(self, reader: CalibrationDataReader, at_least: int) -> None:
+        """Args: reader: rewindable, of images or of anything else; at_least: of images, views counted."""
+        self._reader = reader
+        reader.rewind()
+        first = reader.get_next()
+        reader.rewind()
+        [(name, batch)] = first.items() if first else [("", np.empty(0))]
+        images = sum(len(feed[name]) for feed in iter(reader.get_next, None)) if batch.ndim == 4 else at_least
+        self._rounds = -(-at_least // max(1, images))
+        super().__init__(name)
+
+    def _stream(self) -> Iterator[np.ndarray]:
+        for again in range(self._rounds):
+            self._reader.rewind()
+            for number, feed in enumerate(iter(self._reader.get_next, None)):
+                batch = feed[self.input_name]
+                yield views(batch, seed=(again, number)) if again else batch
 
 
 class D4CCalibrationDataReader(_BatchReader):

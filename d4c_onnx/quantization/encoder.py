@@ -9,6 +9,7 @@ from pathlib import Path
 
 from onnxruntime.quantization import CalibrationDataReader
 
+from d4c_onnx.calibration.readers import ViewsReader
 from d4c_onnx.graph.model import save_model, set_metadata
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.encoder_report import EncoderReport, report_of
@@ -19,6 +20,8 @@ from d4c_onnx.quantization.serving import to_float16, to_qdq
 from d4c_onnx.quantization.storage import store_token_table
 from d4c_onnx.quantization.targets import Target, target_of
 from d4c_onnx.recipe import QuantizationSection
+
+_IMAGES = 256  # that weights are rounded for: with fewer they are fitted to the few
 
 
 def quantize_encoder(
@@ -72,7 +75,8 @@ def _written(prepared: PreparedEncoder, target_path: Path, task: EncoderTask) ->
     """The prepared model must not be used afterwards."""
     model, exact, ranges, section = prepared.model, prepared.exact, prepared.ranges, task.section
     asked = section.correction, task.provider, task.threads, task.on_step
-    work = RoundingTask(model, exact.plan, ranges, task.reader, *asked, prepared.outputs.by_node)
+    images = ViewsReader(task.reader, _IMAGES)
+    work = RoundingTask(model, exact.plan, ranges, images, *asked, prepared.outputs.by_node)
     rounded = METHODS[section.rounding_method].round_weights(work)
     task.on_step("write", 0, 1, {})
     metadata = dict(model.metadata_props) | {"quantization": section.bits}
