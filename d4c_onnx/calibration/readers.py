@@ -14,6 +14,8 @@ from d4c_onnx.calibration.dataset import CalibrationSet, open_calibration_set
 from d4c_onnx.calibration.views import views
 from d4c_onnx.errors import CalibrationError
 
+_MOST_VIEWS = 3
+
 
 class _BatchReader(CalibrationDataReader):
     """Feeds one batch after the other; `rewind` starts over."""
@@ -75,14 +77,19 @@ class ViewsReader(_BatchReader):
     """Another reader's batches, and where those are few images, `views` of them, round after round."""
 
     def __init__(self, reader: CalibrationDataReader, at_least: int) -> None:
-        """Args: reader: rewindable, of images or of anything else; at_least: of images, views counted."""
+        """Read again what is read.
+
+        Args:
+            reader: rewindable, of images or of anything else.
+            at_least: of images, views counted; but no more than three views of any, which would teach little.
+        """
         self._reader = reader
         reader.rewind()
         first = reader.get_next()
         reader.rewind()
         [(name, batch)] = first.items() if first else [("", np.empty(0))]
         images = sum(len(feed[name]) for feed in iter(reader.get_next, None)) if batch.ndim == 4 else at_least
-        self._rounds = -(-at_least // max(1, images))
+        self._rounds = min(1 + _MOST_VIEWS, -(-at_least // max(1, images)))
         super().__init__(name)
 
     def _stream(self) -> Iterator[np.ndarray]:

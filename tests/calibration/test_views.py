@@ -37,7 +37,7 @@ def test_views_are_the_same_for_a_seed() -> None:
     assert not np.array_equal(views(images, (1, 2)), views(images, (2, 2)))
 
 
-@pytest.mark.parametrize(("count", "at_least", "total"), [(3, 8, 9), (3, 3, 3), (4, 1, 4), (3, 4, 6)])
+@pytest.mark.parametrize(("count", "at_least", "total"), [(3, 8, 9), (3, 3, 3), (4, 1, 4), (3, 4, 6), (3, 256, 12)])
 def test_few_images_come_again_as_views(count: int, at_least: int, total: int) -> None:
     images = _images(count)
     reader = ViewsReader(OneBatchReader(images, "pixel_values"), at_least)
