@@ -48,7 +48,7 @@ def test_a_budget_buys_when_it_holds_the_cheapest_layer() -> None:
     assert not buys_any(costs[:1], 8)
 
 
-@pytest.mark.parametrize("kind", ["vit", "rn"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("rn", marks=pytest.mark.slow)])
 def test_w4a8_spends_what_is_left_of_its_bits(request: pytest.FixtureRequest, kind: str) -> None:
     """The small ViT's first layer leaves nothing of 4.5 bits; the ResNet has room for some layers."""
     bundle, dataset = material(request, kind)
