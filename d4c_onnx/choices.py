@@ -51,6 +51,8 @@ class TargetTraits:
         float16: its provider multiplies float16: widths that keep activations so are for it, and an FP16 bundle is put
             beside.
         lowest_opset: label files with the lowest opset and IR that express them, for runtimes that refuse newer ones.
+        two_terms: what only products of the pooled row read is the sum of two integer terms: an integer kernel more for
+            each of these products, and nothing averages their errors.
     """
 
     note: str
@@ -59,6 +61,7 @@ class TargetTraits:
     reduce_range: bool = True
     float16: bool = False
     lowest_opset: bool = False
+    two_terms: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +98,7 @@ TARGETS = {
         ),
         int4="cast",
         token_table="packed",
+        two_terms=True,
     ),
     "portable": TargetChoice(
         clause="standard operators, old runtimes",
@@ -109,6 +113,7 @@ TARGETS = {
         int4="nibbles",
         token_table="packed",
         lowest_opset=True,
+        two_terms=True,
     ),
     "tensorrt": TargetChoice(
         clause="symmetric int8, plain int4",

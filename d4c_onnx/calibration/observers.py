@@ -17,11 +17,22 @@ _NOT_FINITE = "an activation is not finite in float32. The model or its calibrat
 
 @dataclass(frozen=True, slots=True)
 class QuantParams:
-    """Affine quantisation of one tensor: real = scale * (integer - zero_point), integer in [0, 2**num_bits - 1]."""
+    """Affine quantisation of one tensor: real = scale * (integer - zero_point), integer in [0, 2**num_bits - 1].
+
+    Attributes:
+        two_terms: what this grid leaves of a value is rounded, too, to the grid `remainder`, and added.
+    """
 
     scale: float
     zero_point: int
     num_bits: int
+    two_terms: bool = False
+
+    @property
+    def remainder(self) -> "QuantParams":
+        """The grid of as many levels over one step, half of it on either side, of which the last level is cut off."""
+        top = 2**self.num_bits - 1
+        return QuantParams(float(np.float32(self.scale / top)), 2 ** (self.num_bits - 1), self.num_bits)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -32,7 +43,8 @@ class QuantParams:
     def round(self, values: np.ndarray) -> np.ndarray:
         """The nearest values on the grid (ties to even); what lies outside is clipped to its ends."""
         integers = np.clip(np.rint(values / self.scale) + self.zero_point, 0, 2**self.num_bits - 1)
-        return np.asarray((integers - self.zero_point) * self.scale)
+        rounded = np.asarray((integers - self.zero_point) * self.scale)
+        return rounded + self.remainder.round(values - rounded) if self.two_terms else rounded
 
 
 def quant_params(low: float, high: float, num_bits: int, symmetric: bool = False) -> QuantParams:

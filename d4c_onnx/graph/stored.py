@@ -200,13 +200,18 @@ class LayerBits:
 
 
 def layer_bits(model: ir.Model) -> list[LayerBits]:
-    """Every MatMul (onnxruntime's integer one, too), Gemm and Conv with a stored weight, and how wide it is stored."""
-    found = ((entry, stored_weight(entry)) for entry in model.graph)
-    return [
-        LayerBits(entry.name or "", entry.op_type, name_of(stored.initializer), stored.shape, stored.num_bits)
-        for entry, stored in found
-        if stored is not None
-    ]
+    """Every MatMul (onnxruntime's integer one, too), Gemm and Conv with a stored weight, and how wide it is stored.
+
+    A weight that several of them read is listed once, by the first.
+    """
+    found: dict[ir.Value, LayerBits] = {}
+    for entry in model.graph:
+        stored = stored_weight(entry)
+        if stored is not None and stored.initializer not in found:
+            found[stored.initializer] = LayerBits(
+                entry.name or "", entry.op_type, name_of(stored.initializer), stored.shape, stored.num_bits
+            )
+    return list(found.values())
 
 
 def average_bits(layers: Iterable[LayerBits]) -> float:

@@ -15,6 +15,7 @@ from d4c_onnx.quantization.rewrites import (
     apply_all,
     dead_start_rows,
     pin_start_token,
+    read_by_pooled_row,
     same_answers,
     smooth,
     split_outliers,
@@ -32,6 +33,7 @@ class RewrittenEncoder:
     def with_widths(self, graph: ir.Graph, task: EncoderTask) -> RewrittenEncoder:
         """The same rewrites, planned anew for the widths of a task."""
         plan = replace(_with_dead_rows(task.plan(graph), self.plan), outliers=self.plan.outliers)
+        plan = replace(plan, pooled=self.plan.pooled)
         return replace(self, plan=plan)
 
 
@@ -63,6 +65,9 @@ def rewrite_exactly(model: ir.Model, task: EncoderTask) -> RewrittenEncoder:
         applied.append(pinned.record("start token pinned"))
     drop_unused(model)
     final = replace(_with_dead_rows(task.plan(model.graph), plan), outliers=outliers)
+    # the published search of ranges, and narrower grids, are for comparing: they stay what they are
+    if task.target.two_terms and task.section.activation_bits == 8 and task.section.ranges != "mse-plain":
+        final = replace(final, pooled=read_by_pooled_row(model, final))
     return RewrittenEncoder(final, smoothed, tuple(applied))
 
 

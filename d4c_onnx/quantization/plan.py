@@ -37,6 +37,7 @@ class Plan:
         float16: weights of layers that are not quantised, by initialiser name; stored in 16 bits.
         dead_rows: layer inputs whose first row along axis 1 reaches no output (the start token, once it is pinned).
         outliers: channels of a layer input that its integer product does not read, by the input's name.
+        pooled: activations that get two terms, because products of the pooled row alone read them.
     """
 
     layers: tuple[WeightedLayer, ...]
@@ -49,6 +50,7 @@ class Plan:
     outliers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
     reduce_range: bool = False
+    pooled: frozenset[str] = frozenset()
 
     def observed(self, name: str, values: np.ndarray) -> np.ndarray:
         """What counts of an activation for ranges and moments: all but a dead first row; outliers as zeros."""

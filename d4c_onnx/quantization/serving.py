@@ -14,7 +14,7 @@ from d4c_onnx.manifest import RewriteRecord
 from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.placed import quantize_placed
 from d4c_onnx.quantization.plan import Plan
-from d4c_onnx.quantization.rewrites import apply_all, in_float16, same_answers
+from d4c_onnx.quantization.rewrites import add_second_terms, apply_all, in_float16, same_answers
 from d4c_onnx.quantization.rounding import RoundedWeights
 from d4c_onnx.quantization.storage import (
     clip_activations,
@@ -45,8 +45,10 @@ def to_qdq(
     stored = stored_of(quantized, {layer.node for layer in plan.layers})
     held = {stored[layer.node]: (weights[layer.weight], layer.channel_axis) for layer in plan.layers}
     clip_activations(quantized, ranges)
+    # before the pooled row leaves the others: it takes both terms with it
+    second = add_second_terms(quantized, ranges) if task.target.two_terms else ()
     verify = same_answers(first_batches(task.reader, 2), _BETWEEN_QUANTISERS) if task.verify else None
-    applied = apply_all(task.target.served_rewrites, quantized, verify)
+    applied = (*second, *apply_all(task.target.served_rewrites, quantized, verify))
     store_float16(quantized, plan.float16)
     if any(weight.num_bits == 4 for weight in weights.values()):
         store_narrow(quantized, held, task.target.int4)

@@ -143,9 +143,10 @@ class _Running:
         }
 
     def kernel(self, product: ir.Node, stored: StoredWeight | None) -> str:
-        """By the weight it reads, its name, or the value it makes (or the first one behind that survived)."""
+        """By its name, the weight it reads, or the value it makes (or the first one behind that survived)."""
         weight = stored.integers or stored.initializer if stored is not None else None
-        for found in (self._by_input.get(name_of(weight)) if weight else None, self._by_name.get(str(product.name))):
+        named = self._by_name.get(product.name) if product.name else None  # first: another may read the same weight
+        for found in (named, self._by_input.get(name_of(weight)) if weight else None):
             if found is not None:
                 return found
         queue = [product.outputs[0]]

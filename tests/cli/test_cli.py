@@ -136,7 +136,7 @@ def test_quantize_json_is_one_object_with_the_promised_keys(own: Path, capsys: p
         assert expected in " ".join(table.split())
     plain = _run("inspect", folders[1]).stdout
     assert "pixel_values float32 [batch, 3, 48, 48]" in plain
-    assert "37 of 38 weighted products in int8, 6 attentions in one float kernel each" in plain
+    assert "40 of 41 weighted products in int8, 6 attentions in one float kernel each" in plain
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def test_a_shared_weight_moves_for_all_its_readers() -> None:
         stored = stored_weight(nodes_by_name(model.graph)["first"])
         assert stored is not None
         convert_stored(model.graph, stored, form)
-        assert [layer.bits for layer in layer_bits(model)] == [4, 4]
+        assert [(layer.node, layer.bits) for layer in layer_bits(model)] == [("first", 4)]  # counted once
         assert np.array_equal(run(model, x, optimize=False), expected)
 
 

@@ -1,5 +1,7 @@
 """Activation ranges: two passes of the float encoder over all calibration samples."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
@@ -40,7 +42,7 @@ def collect_ranges(
         symmetric: whether grids have zero point 0 in their middle.
 
     Returns:
-        Per value name: scale, zero point, width.
+        Per value name: scale, zero point, width, terms.
     """
     if section.weights_only:
         _check_float16(model, plan, reader, provider, threads)
@@ -74,11 +76,16 @@ def collect_ranges(
                 observe(session.run_all(batch) | dict.fromkeys(fed, batch), histogram=number > 0)
             done += 1
             on_step("calibrate", done, total, {})
+    return {name: _grid(observer, section, symmetric, name in plan.pooled) for name, observer in observers.items()}
+
+
+def _grid(observer: RangeObserver, section: QuantizationSection, symmetric: bool, two_terms: bool) -> QuantParams:
     bits, headroom = section.activation_bits, section.headroom
+    if two_terms:  # the second one is for what the first one rounds off, not for what it clips
+        return replace(observer.minmax(bits, headroom, symmetric), two_terms=True)
     if section.ranges == "minmax":
-        return {name: observer.minmax(bits, headroom, symmetric) for name, observer in observers.items()}
-    clip_weight = section.clip_weight
-    return {name: observer.mse(bits, headroom, clip_weight, symmetric) for name, observer in observers.items()}
+        return observer.minmax(bits, headroom, symmetric)
+    return observer.mse(bits, headroom, section.clip_weight, symmetric)
 
 
 def _observers(graph: ir.Graph, plan: Plan) -> dict[str, RangeObserver]:

@@ -163,14 +163,25 @@ def fake_quantize(model: ir.Model, plan: Plan, ranges: Mapping[str, QuantParams]
 
 
 def _rounding(graph: ir.Graph, value: ir.Value, params: QuantParams) -> list[ir.Node]:
-    """Clip, QuantizeLinear and DequantizeLinear of one activation."""
+    """One activation on its grid: in one term, or in two."""
     name = name_of(value)
+    if not params.two_terms:
+        return _term(graph, value, params, f"{name}_fq", quantized_name(name))
+    first = _term(graph, value, params, f"{name}_fq", f"{name}_fq_first")
+    left = node("Sub", [value, first[-1].outputs[0]], f"{name}_fq_left")
+    second = _term(graph, left.outputs[0], params.remainder, f"{name}_fq_second", f"{name}_fq_remainder")
+    both = node("Add", [first[-1].outputs[0], second[-1].outputs[0]], quantized_name(name))
+    return [*first, left, *second, both]
+
+
+def _term(graph: ir.Graph, value: ir.Value, params: QuantParams, name: str, output: str) -> list[ir.Node]:
+    """Clip, QuantizeLinear and DequantizeLinear."""
 
     def grid(part: str, number: float, dtype: type[np.generic]) -> ir.Value:
-        return set_constant(graph, f"{name}_fq_{part}", np.array(number, dtype))
+        return set_constant(graph, f"{name}_{part}", np.array(number, dtype))
 
     low, high = (grid(part, end, np.float32) for part, end in zip(("low", "high"), params.range, strict=True))
     scale, zero = grid("scale", params.scale, np.float32), grid("zero_point", params.zero_point, np.uint8)
-    clip = node("Clip", [value, low, high], f"{name}_fq_clip")
-    quantize = node("QuantizeLinear", [clip.outputs[0], scale, zero], f"{name}_fq_integer")
-    return [clip, quantize, node("DequantizeLinear", [quantize.outputs[0], scale, zero], quantized_name(name))]
+    clip = node("Clip", [value, low, high], f"{name}_clip")
+    quantize = node("QuantizeLinear", [clip.outputs[0], scale, zero], f"{name}_integer")
+    return [clip, quantize, node("DequantizeLinear", [quantize.outputs[0], scale, zero], output)]

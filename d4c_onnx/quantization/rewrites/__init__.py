@@ -9,15 +9,18 @@ from d4c_onnx.quantization.rewrites.outlier_channels import split_outliers
 from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite, Verify, apply_all
 from d4c_onnx.quantization.rewrites.smoothing import smooth
 from d4c_onnx.quantization.rewrites.start_token import dead_start_rows, pin_start_token
+from d4c_onnx.quantization.rewrites.two_terms import add_second_terms, read_by_pooled_row
 
 __all__ = [
     "Result",
     "Rewrite",
     "Verify",
+    "add_second_terms",
     "apply_all",
     "dead_start_rows",
     "in_float16",
     "pin_start_token",
+    "read_by_pooled_row",
     "same_answers",
     "smooth",
     "split_outliers",

@@ -30,7 +30,7 @@ from d4c_onnx.manifest import Refusal
 from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 
 # Operators that give row r of their output from row r of their inputs alone, for [batch, row, width] and constants.
-_ROW_WISE = ("Add", "Mul", "Sigmoid", "Gelu", "Erf", "Div", "Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
+_ROW_WISE = ("Add", "Sub", "Mul", "Sigmoid", "Gelu", "Erf", "Div", "Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
 
 
 class _NotRowWise(Exception):
@@ -75,6 +75,14 @@ def _end_positions(value: ir.Value | None) -> ir.Value | None:
             return None
         value = made.inputs[0]
     return value if is_op(maker(value), "ArgMax") else None
+
+
+def products_of_pooled_row(model: ir.Model) -> frozenset[str]:
+    """Names of the products that the rewrite leaves the pooled row only; the model is not changed."""
+    twin = model.clone()  # shares the weights
+    COMPUTE_POOLED_ROW.apply(twin)
+    left = {entry.name for entry in twin.graph}
+    return frozenset(entry.name or "" for entry in nodes_of(model.graph, "MatMul") if entry.name not in left)
 
 
 class _PooledRow:
