@@ -212,9 +212,10 @@ def test_pools_become_depthwise_convolutions(request: pytest.FixtureRequest, tmp
     assert pools == ops(load_model(bundle.image_encoder)).count("AveragePool") - 1  # one averages single values
     assert "AveragePool" not in ops(after)
     assert count(report, "depthwise") == pools
-    depthwise = [layer for layer in layer_bits(after) if layer.shape[1:] == (1, 2, 2)]
+    products = [stored for node in after.graph if (stored := stored_weight(node)) is not None]
+    depthwise = [stored for stored in products if stored.shape[1:] == (1, 2, 2)]
     assert len(depthwise) == pools
-    assert {layer.bits for layer in depthwise} == {4}
+    assert {stored.num_bits for stored in depthwise} == {4}
     running = ops(served(after))
     assert "QLinearAveragePool" not in running
     assert running.count("QLinearConv") == ops(after).count("Conv")
