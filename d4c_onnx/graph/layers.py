@@ -16,7 +16,9 @@ from d4c_onnx.graph.values import (
     only_reader,
     readers,
     reads,
+    replace_input,
 )
+from d4c_onnx.graph.values import node as new_node
 
 WEIGHTED_OPS = ("MatMul", "Gemm", "Conv")
 
@@ -136,6 +138,28 @@ def added_constant(value: ir.Value) -> tuple[ir.Node, ir.Value] | None:
         if add is not None and entry is not None and len(dims(entry) or ()) == 1:
             return add, entry
     return None
+
+
+def with_bias(product: ir.Node) -> ir.Value:
+    """The product with its bias, which onnxruntime fuses with the integer product."""
+    biased = added_constant(product.outputs[0])
+    return product.outputs[0] if biased is None else biased[0].outputs[0]
+
+
+def add_beside(graph: ir.Graph, product: ir.Node, other: ir.Node, value: str, name: str) -> None:
+    """Add what another node makes, which is put into the graph, to a product with its bias.
+
+    Args:
+        value, name: the sum's, and of the node that makes it.
+    """
+    total = with_bias(product)
+    made = total.producer()
+    assert made is not None
+    whole = new_node("Add", [total, other.outputs[0]], value, name=name)
+    for user in readers(total):
+        if user is not whole:
+            replace_input(user, total, whole.outputs[0])
+    graph.insert_after(made, [other, whole])
 
 
 def _input(node: ir.Node, position: int) -> ir.Value:

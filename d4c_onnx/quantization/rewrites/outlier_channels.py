@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import RangeObserver
-from d4c_onnx.graph.layers import added_constant, is_plain
+from d4c_onnx.graph.layers import add_beside, is_plain, with_bias
 from d4c_onnx.graph.values import (
     constant,
     is_op,
@@ -32,8 +32,6 @@ from d4c_onnx.graph.values import (
     node,
     nodes_by_name,
     only_reader,
-    readers,
-    replace_input,
     set_constant,
 )
 from d4c_onnx.manifest import Refusal
@@ -103,15 +101,9 @@ def _places(graph: ir.Graph, plan: Plan) -> tuple[dict[str, list[ir.Node]], tupl
 
 def _splits(product: ir.Node) -> bool:
     """x W with a weight of its own, whose sum is no output of the graph: that would have to keep its name."""
-    weight, total = product.inputs[1], _with_bias(product)
+    weight, total = product.inputs[1], with_bias(product)
     plain = is_op(product, "MatMul") and is_plain(product)
     return plain and weight is not None and only_reader(weight) is product and not total.is_graph_output()
-
-
-def _with_bias(product: ir.Node) -> ir.Value:
-    """The product with its bias, which onnxruntime fuses with the integer product."""
-    biased = added_constant(product.outputs[0])
-    return product.outputs[0] if biased is None else biased[0].outputs[0]
 
 
 def _look(
@@ -180,11 +172,4 @@ def _split(graph: ir.Graph, products: list[ir.Node], channels: tuple[int, ...]) 
         values[list(channels)] = 0
         set_constant(graph, name_of(weight), values)
         beside = node("MatMul", [gather.outputs[0], narrow], f"{name}_outlier_product", name=f"{name}_outliers")
-        total = _with_bias(product)
-        made = total.producer()
-        assert made is not None
-        whole = node("Add", [total, beside.outputs[0]], f"{name}_whole", name=f"{name}_add_outliers")
-        for user in readers(total):
-            if user is not whole:
-                replace_input(user, total, whole.outputs[0])
-        graph.insert_after(made, [beside, whole])
+        add_beside(graph, product, beside, f"{name}_whole", f"{name}_add_outliers")

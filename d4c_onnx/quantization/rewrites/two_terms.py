@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from d4c_onnx.calibration.observers import QuantParams
-from d4c_onnx.graph.layers import added_constant
+from d4c_onnx.graph.layers import add_beside, with_bias
 from d4c_onnx.graph.values import (
     is_op,
     maker,
@@ -24,7 +24,6 @@ from d4c_onnx.graph.values import (
     nodes_by_name,
     nodes_of,
     readers,
-    replace_input,
     set_scalar,
 )
 from d4c_onnx.manifest import Refusal, RewriteRecord
@@ -69,13 +68,7 @@ def add_second_terms(model: ir.Model, ranges: Mapping[str, QuantParams]) -> tupl
 def _splits(product: ir.Node, pair: ir.Node) -> bool:
     """x W, whose sum is no output of the graph: that would have to keep its name."""
     plain = is_op(product, "MatMul") and product.inputs[0] is pair.outputs[0]
-    return plain and not _with_bias(product).is_graph_output()
-
-
-def _with_bias(product: ir.Node) -> ir.Value:
-    """The product with its bias, which onnxruntime fuses with the integer product."""
-    biased = added_constant(product.outputs[0])
-    return product.outputs[0] if biased is None else biased[0].outputs[0]
+    return plain and not with_bias(product).is_graph_output()
 
 
 def _add(graph: ir.Graph, value: ir.Value, pair: ir.Node, grid: QuantParams, products: list[ir.Node]) -> None:
@@ -89,11 +82,4 @@ def _add(graph: ir.Graph, value: ir.Value, pair: ir.Node, grid: QuantParams, pro
     for product in products:
         own = f"{product.name}_second"
         beside = node("MatMul", [term.outputs[0], product.inputs[1]], f"{own}_product", name=own)
-        total = _with_bias(product)
-        made = total.producer()
-        assert made is not None
-        whole = node("Add", [total, beside.outputs[0]], f"{own}_whole", name=f"{own}_add")
-        for user in readers(total):
-            if user is not whole:
-                replace_input(user, total, whole.outputs[0])
-        graph.insert_after(made, [beside, whole])
+        add_beside(graph, product, beside, f"{own}_whole", f"{own}_add")
