@@ -44,6 +44,7 @@ def test_what_was_not_measured_is_measured_by_the_rerun(own: Path, monkeypatch: 
         quantize()
 
 
+@pytest.mark.slow
 def test_a_given_set_says_what_calibrated(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, made = pipeline.synthesize_calibration_set(str(own), recipe_of("seed=3"), output=own.parent)
     recipe = load_recipe(None, ["quantization.rounding=nearest", "evaluation.dataset=fidelity"])  # d4c, 128 images

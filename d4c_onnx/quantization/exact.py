@@ -65,10 +65,16 @@ def rewrite_exactly(model: ir.Model, task: EncoderTask) -> RewrittenEncoder:
         applied.append(pinned.record("start token pinned"))
     drop_unused(model)
     final = replace(_with_dead_rows(task.plan(model.graph), plan), outliers=outliers)
-    # the published search of ranges, and narrower grids, are for comparing: they stay what they are
-    if task.target.two_terms and task.section.activation_bits == 8 and task.section.ranges != "mse-plain":
+    if _has_two_terms(task, final):
         final = replace(final, pooled=read_by_pooled_row(model, final))
     return RewrittenEncoder(final, smoothed, tuple(applied))
+
+
+def _has_two_terms(task: EncoderTask, plan: Plan) -> bool:
+    # The published search of ranges, and narrower grids, are for comparing: they stay what they are. Full-range weights
+    # need a session that makes uint8 of them, and onnxruntime 1.32 does not load a weight there that two products read.
+    comparable = task.section.activation_bits == 8 and task.section.ranges != "mse-plain"
+    return task.target.two_terms and comparable and plan.reduce_range
 
 
 def _with_dead_rows(plan: Plan, before: Plan) -> Plan:

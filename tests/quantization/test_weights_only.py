@@ -54,7 +54,8 @@ def test_stored_integers_come_back_scaled(values: np.ndarray, axis: int, bits: i
     assert np.array_equal(run(model, np.zeros(1, kind)), expected)
 
 
-@pytest.mark.parametrize("model", ["vit", pytest.param("rn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["vit", "rn"])
 def test_a16_answers_as_fp16_does_up_to_its_weights(
     model: str, request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generator
 ) -> None:
