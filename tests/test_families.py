@@ -147,7 +147,7 @@ def test_a_member_of_each_family_is_covered(coverage_config: ModuleType, tmp_pat
     assert coverage_config.measure(f"tiny-{name}", tmp_path, record) == []
     assert max(record.found["parity"].values()) <= 1e-4
     original = open_bundle(tmp_path / "bundles" / f"tiny-{name}")
-    for bits, least in (("w8a8", 0.99), ("w4a8", 0.96)):
+    for bits, least in (("w8a8", 0.98), ("w4a8", 0.96)):
         found = record.found[bits]
         assert found["int8"] >= 0.9 * found["products"] > 9
         assert min(_mean_cosines(original, open_bundle(original.path / bits))) > least
