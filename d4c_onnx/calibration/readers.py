@@ -83,21 +83,20 @@ class ViewsReader(_BatchReader):
             reader: rewindable, of images or of anything else.
             at_least: of images, views counted; but no more than three views of any, which would teach little.
         """
-        self._reader = reader
+        self._reader, self._at_least = reader, at_least
         reader.rewind()
-        first = reader.get_next()
-        reader.rewind()
-        [(name, batch)] = first.items() if first else [("", np.empty(0))]
-        images = sum(len(feed[name]) for feed in iter(reader.get_next, None)) if batch.ndim == 4 else at_least
-        self._rounds = min(1 + _MOST_VIEWS, -(-at_least // max(1, images)))
-        super().__init__(name)
+        super().__init__(next(iter(reader.get_next() or {}), ""))
 
     def _stream(self) -> Iterator[np.ndarray]:
-        for again in range(self._rounds):
+        seen = 0
+        for again in range(1 + _MOST_VIEWS):
             self._reader.rewind()
             for number, feed in enumerate(iter(self._reader.get_next, None)):
                 batch = feed[self.input_name]
+                seen += len(batch) if batch.ndim == 4 else self._at_least  # no other than images has views
                 yield views(batch, seed=(again, number)) if again else batch
+            if seen >= self._at_least:
+                return
 
 
 class D4CCalibrationDataReader(_BatchReader):

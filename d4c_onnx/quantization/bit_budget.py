@@ -8,7 +8,7 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.graph.model import load_model
 from d4c_onnx.progress import OnStep
-from d4c_onnx.quantization.plan import make_plan
+from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.sensitivity import RESERVE, buys_any, measure_costs, spend, unmeasured_costs
 from d4c_onnx.quantization.targets import target_of
 from d4c_onnx.recipe import QuantizationSection
@@ -31,16 +31,13 @@ def spend_budget(
     Raises:
         RecipeError: `average_bits` asks for less than what the first and last layers take.
     """
-    target = target_of(section)
-    asked = section.average_bits
-    if asked is None and (section.bits != "w4a8" or not (section.group_size and target.grouped)):
+    target, asked = target_of(section), section.average_bits
+    grouped = section.weight_bits == 4 and section.activation_bits == 8 and section.group_size and target.grouped
+    if asked is None and not grouped:
         return {}
     given: dict[str, Any] = {"provider": provider, "threads": threads, "on_step": on_step}
     models = {name: load_model(bundle.path / name) for name in readers}
-    plans = {
-        name: make_plan(model.graph, section, reduce_range=target.reduce_range, grouped=target.grouped)
-        for name, model in models.items()
-    }
+    plans = {name: EncoderTask(section, target, readers[name]).plan(model.graph) for name, model in models.items()}
     free = [cost for name, model in models.items() for cost in unmeasured_costs(name, model, plans[name])]
     if asked is None and not buys_any(free, _DEFAULT_BITS, RESERVE):
         return {}

@@ -32,9 +32,8 @@ class RewrittenEncoder:
 
     def with_widths(self, graph: ir.Graph, task: EncoderTask) -> RewrittenEncoder:
         """The same rewrites, planned anew for the widths of a task."""
-        plan = replace(_with_dead_rows(task.plan(graph), self.plan), outliers=self.plan.outliers)
-        plan = replace(plan, pooled=self.plan.pooled)
-        return replace(self, plan=plan)
+        plan = _with_dead_rows(task.plan(graph), self.plan)
+        return replace(self, plan=replace(plan, outliers=self.plan.outliers, pooled=self.plan.pooled))
 
 
 def rewrite_exactly(model: ir.Model, task: EncoderTask) -> RewrittenEncoder:

@@ -57,7 +57,7 @@ def apply_all(rewrites: Iterable[Rewrite], model: ir.Model, verify: Verify | Non
     """Apply rewrites in order, in place; what each did and what it left alone.
 
     Args:
-        verify: shown the model before and after each; see `rewrites.verify`.
+        verify: shown the model before and after each; see `rewrites.answers_check`.
     """
     applied = []
     for rewrite in rewrites:

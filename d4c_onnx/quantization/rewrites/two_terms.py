@@ -1,7 +1,7 @@
 """What only products of the pooled row read is the sum of two integer terms, each with an integer product of its own.
 
 A CLIP tower reads one token of its last block, and nothing averages what rounding does to that one row: the inputs of
-its products cost a really trained ViT-S/14 more than all other activations together, and next to no time. So
+its products make a quarter of what all activations cost a really trained ViT-S/14, and take next to no time. So
 
     W x ~ W x1 + W x2,      x1 = s1 (q1 - z1),      x2 = s2 (q2 - 128) ~ x - x1,      s2 = s1 / 255,
 
