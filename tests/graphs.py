@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.graph.model import model_of
+from d4c_onnx.graph.stored import StoredWeight, stored_weight
 from d4c_onnx.runtime.session import EncoderSession, optimized_graph
 
 
@@ -28,6 +29,11 @@ def parse(text: str, opset: int = 21, **constants: object) -> ir.Model:
     domains = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid("com.microsoft", 1)]
     proto = onnx.helper.make_model(graph, opset_imports=domains, ir_version=10 if opset >= 21 else 9)
     return model_of(proto)
+
+
+def stored_weights(model: ir.Model) -> list[StoredWeight]:
+    """Of every product; some are read twice: those behind two integer terms, and those of average pools."""
+    return [stored for node in model.graph if (stored := stored_weight(node)) is not None]
 
 
 def run(model: ir.Model, batch: np.ndarray, optimize: bool = True) -> np.ndarray:

@@ -147,14 +147,15 @@ def test_a_member_of_each_family_is_covered(coverage_config: ModuleType, tmp_pat
     assert coverage_config.measure(f"tiny-{name}", tmp_path, record) == []
     assert max(record.found["parity"].values()) <= 1e-4
     original = open_bundle(tmp_path / "bundles" / f"tiny-{name}")
-    for bits, least in (("w8a8", 0.98), ("w4a8", 0.96)):
+    for bits, least in (("w8a8", 0.99), ("w4a8", 0.96)):
         found = record.found[bits]
         assert found["int8"] >= 0.9 * found["products"] > 9
+        assert found["cosine"] > 0.85
         assert min(_mean_cosines(original, open_bundle(original.path / bits))) > least
 
 
 def _mean_cosines(original: Bundle, quantized: Bundle) -> list[float]:
-    """The mean over 64 images and over 64 texts: the least of a few says more of the few than of the files."""
+    """To FP32, over 64 images and over 64 texts."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((64, 3, *original.manifest.preprocess.size), dtype=np.float32)
     words = ["cat", "dog", "red", "house", "river", "boat", "two", "photo", "a", "the", "of", "small", "old", "blue"]

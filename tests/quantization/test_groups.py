@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from encoders import material, prompts_of_one_length, quantize, section_of
-from graphs import check, parse, run
+from graphs import check, parse, run, stored_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,10 +143,6 @@ def test_multipliers_are_counted() -> None:
     assert (stored_bits(4), stored_bits(6), stored_bits(7), stored_bits(8)) == (4, 8, 8, 8)
 
 
-def _stored(model: ir.Model) -> list:
-    return [stored for node in model.graph if (stored := stored_weight(node)) is not None]
-
-
 @pytest.mark.parametrize(
     ("tower", "keys"),
     [
@@ -167,7 +162,7 @@ def test_a_file_in_groups_runs_and_answers_exactly_like_its_int8_twin(
     portable = "target=portable" in keys
     # the other target's attention is an operator of onnxruntime's own, and was not tried with older releases
     assert report.minimum_onnxruntime == (TRELLIS.minimum_onnxruntime if portable else "1.20")
-    grouped = [stored for stored in _stored(made) if stored.form is TRELLIS]
+    grouped = [stored for stored in stored_weights(made) if stored.form is TRELLIS]
     assert len(grouped) >= (36 if tower == "image" else 18)
     assert {stored.num_bits for stored in grouped} == {4.125}
     assert report.layers == tuple(layer_bits(load_model(tmp_path / "q.onnx")))
@@ -186,7 +181,7 @@ def test_a_file_in_groups_runs_and_answers_exactly_like_its_int8_twin(
         stored = stored_weight(node)
         if stored is not None and stored.form is TRELLIS:
             convert_stored(twin.graph, stored, INT8)
-    assert {stored.form for stored in _stored(twin)} <= {INT8, None}  # none: stays float
+    assert {stored.form for stored in stored_weights(twin)} <= {INT8, None}  # none: stays float
     fed = np.array(dataset.pixel_values) if tower == "image" else prompts_of_one_length(dataset)
     assert np.array_equal(EncoderSession(tmp_path / "q.onnx", threads=1).run(fed), run(twin, fed))
 

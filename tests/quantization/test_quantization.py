@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from encoders import material, prompts_of_one_length, quantize, quantized_bundle, section_of
-from graphs import Feeds, check, ops, parse, run, run_all
+from graphs import Feeds, check, ops, parse, run, run_all, stored_weights
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import GraphError, RecipeError
@@ -74,8 +74,7 @@ def test_w4a8_file(model: str, tower: str, tmp_path: Path, request: pytest.Fixtu
     # every weighted layer but those that stay float runs on an int8 kernel
     kernels = count_kernels(target)
     products = sum(op in ("MatMul", "Gemm", "Conv") for op in ops(made))
-    # some weights are read twice: those behind two integer terms, and those of average pools
-    integer = sum(stored.num_bits <= 8 for node in made.graph if (stored := stored_weight(node)) is not None)
+    integer = sum(stored.num_bits <= 8 for stored in stored_weights(made))
     assert kernels["int8"] == integer
     assert kernels["float"] == products - integer
     assert target.stat().st_size * 6 <= bundle.encoders[tower].stat().st_size
@@ -92,8 +91,8 @@ def test_average_bits_over_both_files(request: pytest.FixtureRequest, tmp_path: 
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_int4_layout_answers_exactly_like_int8(tower: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Store the very same integers as int8: the Cast layout must not change a bit of the answer."""
+def test_cast_answers_exactly_like_int8(tower: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Store the very same integers as int8: the Cast form must not change a bit of the answer."""
     bundle, dataset = material(request, "vit")
     _, made = quantize(bundle.encoders[tower], dataset, tmp_path / "q.onnx", "rounding=nearest", "group=0")
     plain = made.clone()
@@ -119,7 +118,7 @@ def test_six_bit_activations_never_leave_their_grid(request: pytest.FixtureReque
     bundle, dataset = material(request, "vit")
     report, made = quantize(bundle.image_encoder, dataset, tmp_path / "q.onnx", "bits=w6a6", "rounding=nearest")
     assert {layer.bits for layer in report.layers[:-1]} == {8}  # there is no 6-bit type: stored as int8
-    weights = [stored.unpack() for node in made.graph if (stored := stored_weight(node)) is not None]
+    weights = [stored.unpack() for stored in stored_weights(made)]
     assert len(weights) == 38
     for values in weights[1:-1]:  # patches and projection keep 8
         assert values.min() >= -32
@@ -188,7 +187,7 @@ def test_all_sixteen_codes_are_used(request: pytest.FixtureRequest, tmp_path: Pa
     """Counted in the written file: two weights a byte, and together they use all that a nibble can say."""
     bundle, dataset = material(request, "vit")
     _, made = quantize(bundle.image_encoder, dataset, tmp_path / "q.onnx", "rounding=nearest")
-    stored = [found for node in made.graph if (found := stored_weight(node)) is not None and found.form is TRELLIS]
+    stored = [found for found in stored_weights(made) if found.form is TRELLIS]
     assert len({found.initializer for found in stored}) == 36
     for found in stored:
         assert found.initializer.const_value is not None

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from encoders import count, inputs, material, prompts_of_one_length, quantize, reasons
-from graphs import ops, run, served
+from graphs import ops, run, served, stored_weights
 
 from d4c_onnx.graph.forms import CAST, FORMS, NATIVE
 from d4c_onnx.graph.model import load_model, opset_of
@@ -110,7 +110,7 @@ def test_layouts_in_the_file(tower: str, made: Made) -> None:
     assert [ir.DataType.INT4 in kinds[name] for name in ("cast", "native", "nibbles")] == [True, True, False]
     assert ops(models["native"]).count("Cast") < ops(models["cast"]).count("Cast")
     for name, model in models.items():
-        forms = {stored.form for node in model.graph if (stored := stored_weight(node)) is not None}
+        forms = {stored.form for stored in stored_weights(model)}
         assert {form.name for form in forms if form is not None} == {name, "int8"}
 
 
@@ -212,7 +212,7 @@ def test_pools_become_depthwise_convolutions(request: pytest.FixtureRequest, tmp
     assert pools == ops(load_model(bundle.image_encoder)).count("AveragePool") - 1  # one averages single values
     assert "AveragePool" not in ops(after)
     assert count(report, "depthwise") == pools
-    products = [stored for node in after.graph if (stored := stored_weight(node)) is not None]
+    products = stored_weights(after)
     depthwise = [stored for stored in products if stored.shape[1:] == (1, 2, 2)]
     assert len(depthwise) == pools
     assert {stored.num_bits for stored in depthwise} == {4}

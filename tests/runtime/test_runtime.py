@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from encoders import material, quantize, quantized_bundle
+from graphs import stored_weights
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration import CalibrationSet
 from d4c_onnx.errors import BundleError, ModelError
-from d4c_onnx.graph.stored import stored_weight
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.runtime.gpu import gpu_name, gpu_used_bytes
 from d4c_onnx.runtime.inspection import inspect_encoder
@@ -151,8 +151,7 @@ def test_inspection_agrees_with_the_census(
     assert not any(layer.int8 for layer in floating.layers)
     report, made = quantize(bundle.encoders[tower], dataset, tmp_path / "q.onnx", "rounding=nearest")
     inspected, counted = inspect_encoder(tmp_path / "q.onnx"), count_kernels(tmp_path / "q.onnx")
-    # some weights are read twice: those behind two integer terms, and those of average pools
-    products = [stored for node in made.graph if (stored := stored_weight(node)) is not None]
+    products = stored_weights(made)
     assert len(products) >= len(report.layers)
     integer = sum(stored.num_bits <= 8 for stored in products)  # the projection and channels that left stay float
     assert sum(layer.int8 for layer in inspected.layers) == counted["int8"] == integer
