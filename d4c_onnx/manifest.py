@@ -258,7 +258,7 @@ class EncoderRecord:
 
     Attributes:
         layers: by node.
-        token_table_bits: None without a token table, or where it stays float.
+        token_table_bits: multipliers of groups included; None without a token table, or where it stays float.
         quantized_activations: how many.
         smoothing_alpha: per smoothed place, by the node that makes the activation.
         start_token_pinned: whether the start token's keys and values are constants of the file.
@@ -267,7 +267,7 @@ class EncoderRecord:
     """
 
     layers: Mapping[str, LayerRecord]
-    token_table_bits: int | None
+    token_table_bits: float | None
     quantized_activations: int
     smoothing_alpha: Mapping[str, float]
     start_token_pinned: bool

@@ -263,7 +263,7 @@ def _encoder_of(written_in: int) -> Any:
     def read(node: Node) -> EncoderRecord:
         return EncoderRecord(
             layers=node.take("layers", mapping(_layer)),
-            token_table_bits=node.take("token_table_bits", nullable(integer(1, 64))),
+            token_table_bits=node.take("token_table_bits", nullable(_width)),
             quantized_activations=node.take("quantized_activations", integer(0)),
             smoothing_alpha=node.take("smoothing_alpha", mapping(number)),
             start_token_pinned=node.take("start_token_pinned", flag),

@@ -276,7 +276,7 @@ class QuantizationSection(_Section):
 
     @property
     def table_bits(self) -> int:
-        """Of the token table: nearest rounding of its rows costs nothing that was measured."""
+        """Of the token table, multipliers of groups not counted."""
         return 4 if self.weight_bits == 4 else 8
 
 

@@ -82,7 +82,9 @@ def _written(prepared: PreparedEncoder, target_path: Path, task: EncoderTask) ->
     metadata = dict(model.metadata_props) | {"quantization": section.bits}
     write = to_float16 if section.weights_only else to_qdq
     quantized, applied = write(model, exact.plan, rounded, ranges, task)
-    table_bits = store_token_table(quantized, section.table_bits, task.target.token_table)
+    groups = section.group_size if task.target.grouped else 0
+    table = section.table_bits, task.target.token_table, groups, prepared.outputs.of_table
+    table_bits = store_token_table(quantized, *table)
     task.target.label(quantized)
     set_metadata(quantized, metadata)
     save_model(quantized, target_path, limit_bytes=0 if section.external_data else None)

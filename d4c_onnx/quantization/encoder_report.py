@@ -34,7 +34,7 @@ class EncoderReport:
     """
 
     layers: tuple[LayerBits, ...]
-    token_table_bits: int | None
+    token_table_bits: float | None
     activations: int
     smoothed: dict[str, float]
     start_token_pinned: bool
@@ -60,7 +60,7 @@ def report_of(
     applied: tuple[RewriteRecord, ...],
     weights: Mapping[str, QuantizedWeight],
     activations: int,
-    table_bits: int | None,
+    table_bits: float | None,
     target: Target,
 ) -> EncoderReport:
     """The report of a finished graph.
@@ -82,7 +82,7 @@ def report_of(
 
 
 def _minimum_onnxruntime(
-    weights: Mapping[str, QuantizedWeight], table_bits: int | None, target: Target, opset: int
+    weights: Mapping[str, QuantizedWeight], table_bits: float | None, target: Target, opset: int
 ) -> str:
     """The oldest release that loads the file's opset and every form of storage in it."""
     needed = [next(release for since, release in _RELEASES if opset >= since) if target.lowest_opset else MINIMUM_ORT]

@@ -12,12 +12,12 @@ from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.calibration.readers import OneBatchReader
+from d4c_onnx.graph.token_table import find_token_table
 from d4c_onnx.graph.values import constant, dims, name_of
 from d4c_onnx.memory import release_freed
 from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.qdq import quantize_file, room_for, save_placed
 from d4c_onnx.quantization.rounding.base import QuantizedWeight
-from d4c_onnx.quantization.storage.token_table import find_token_table
 from d4c_onnx.quantization.targets import Target
 
 _ROWS = 1024

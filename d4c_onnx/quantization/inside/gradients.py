@@ -20,7 +20,7 @@ from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.bfloat16 import multiplies_bfloat16
 from d4c_onnx.graph.layers import WeightedLayer
-from d4c_onnx.graph.values import attribute, name_of, nodes_by_name
+from d4c_onnx.graph.values import attribute, is_op, name_of, nodes_by_name
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.inside.torch_graph import TorchGraph
 
@@ -40,7 +40,8 @@ def gradient_moments(
     layers: Sequence[WeightedLayer],
     reader: CalibrationDataReader,
     on_step: OnStep = silent,
-) -> Mapping[str, np.ndarray]:
+    others: Sequence[ir.Node] = (),
+) -> dict[str, np.ndarray]:
     """H of every layer, by its node; of a layer that the embedding does not depend on, none.
 
     Args:
@@ -48,6 +49,7 @@ def gradient_moments(
         layers: of it.
         reader: rewindable.
         on_step: told `gradients`, how many batches, of how many.
+        others: nodes of it whose output's last axis is looked at, too.
 
     Returns:
         float32 [blocks, outputs, outputs] each, summed over rows: blocks of neighbouring outputs, one for each group of
@@ -57,16 +59,17 @@ def gradient_moments(
         GraphError: the encoder holds an operator whose gradient is not known here.
     """
     nodes = nodes_by_name(model.graph)
-    made = {name_of(nodes[layer.node].outputs[0]): layer for layer in layers}
+    asked = [*(nodes[layer.node] for layer in layers), *others]
+    made = {name_of(node.outputs[0]): node for node in asked}
     encoder = TorchGraph(model.graph)
     moments: dict[str, np.ndarray] = {}
     feeds = _spread(reader)
     directions = -(-_GRADIENTS // sum(map(_samples, feeds)))
     for number, feed in enumerate(feeds):
         for name, gradient in _gradients(encoder, feed, list(made), directions, number):
-            layer = made[name]
-            found = _squared(gradient.movedim(1 if layer.op == "Conv" else -1, -1), nodes[layer.node])
-            moments[layer.node] = moments[layer.node] + found if layer.node in moments else found
+            node = made[name]
+            found, key = _squared(gradient.movedim(1 if is_op(node, "Conv") else -1, -1), node), node.name or ""
+            moments[key] = moments[key] + found if key in moments else found
         on_step("gradients", number + 1, len(feeds), {})
     return moments
 

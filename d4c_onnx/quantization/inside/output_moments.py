@@ -9,6 +9,7 @@ from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.layers import WeightedLayer
+from d4c_onnx.graph.token_table import find_token_table
 from d4c_onnx.manifest import Refusal, RewriteRecord
 from d4c_onnx.progress import OnStep, silent
 
@@ -19,10 +20,12 @@ class OutputMoments:
 
     Attributes:
         by_node: see `gradients.gradient_moments`.
+        of_table: the same by the rows that are looked up in the token table; None without one.
         refused: why there are none.
     """
 
     by_node: Mapping[str, np.ndarray] = field(default_factory=dict)
+    of_table: np.ndarray | None = None
     refused: tuple[Refusal, ...] = ()
 
     def record(self) -> RewriteRecord:
@@ -39,7 +42,10 @@ def output_moments(
         from d4c_onnx.quantization.inside.gradients import gradient_moments
     except ModuleNotFoundError:
         return OutputMoments(refused=(Refusal("torch", "is not installed: pip install 'd4c-onnx[export]'"),))
+    gather = find_token_table(model.graph)
     try:
-        return OutputMoments(gradient_moments(model, layers, reader, on_step))
+        found = gradient_moments(model, layers, reader, on_step, () if gather is None else (gather,))
     except GraphError as error:
         return OutputMoments(refused=(Refusal("gradients", str(error)),))
+    of_table = None if gather is None else found.pop(gather.name or "", None)
+    return OutputMoments(found, of_table)

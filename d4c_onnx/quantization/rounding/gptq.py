@@ -84,7 +84,8 @@ def round_target(target: np.ndarray, grid: WeightGrid, solved: "Solved") -> Quan
         partner = place[grid.partners[order]]
         before = np.where(partner < np.arange(len(order)), partner, -1)
     integers = np.empty(target.shape, np.int8)
-    integers[:, order] = _repair(target[:, order], solved.factor, scale, grid.num_bits, before)
+    steps = np.broadcast_to(scale.astype(np.float64)[:, None], target.shape)
+    integers[:, order] = repair(target[:, order], solved.factor, steps, grid.num_bits, before)
     return QuantizedWeight(integers, scale, grid.num_bits)
 
 
@@ -140,27 +141,29 @@ def _with_ridge(matrix: np.ndarray, ridge: float) -> np.ndarray:
     return added
 
 
-def _repair(target: np.ndarray, factor: np.ndarray, scale: np.ndarray, num_bits: int, before: np.ndarray) -> np.ndarray:
+def repair(target: np.ndarray, factor: np.ndarray, steps: np.ndarray, num_bits: int, before: np.ndarray) -> np.ndarray:
     """int8 [channels, inputs]; all in act-order.
 
     Args:
         target: float64 [channels, inputs].
         factor: float64 [inputs, inputs], upper Cholesky factor of the inverse Gram.
-        scale: float32 [channels].
+        steps: float64 [channels, inputs], positive.
+        num_bits: of the grid.
         before: int [inputs], the partner that is rounded already, or -1.
     """
     low, high = grid_limits(num_bits)
-    target, wide = target.copy(), scale.astype(np.float64)
+    target = target.copy()
     integers = np.empty(target.shape, np.int8)
     for start in range(0, target.shape[1], _BLOCK):
         stop = min(start + _BLOCK, target.shape[1])
         errors = np.empty((len(target), stop - start))
         for column in range(start, stop):
-            rounded = np.clip(np.rint(target[:, column] / wide), low, high)
+            step = steps[:, column]
+            rounded = np.clip(np.rint(target[:, column] / step), low, high)
             if before[column] >= 0:
                 rounded = np.clip(rounded, *limits_beside(integers[:, before[column]].astype(np.int64), low, high))
             integers[:, column] = rounded
-            error = (target[:, column] - rounded * wide) / factor[column, column]
+            error = (target[:, column] - rounded * step) / factor[column, column]
             target[:, column + 1 : stop] -= error[:, None] * factor[column, column + 1 : stop]
             errors[:, column - start] = error
         target[:, stop:] -= errors @ factor[start:stop, stop:]
