@@ -10,7 +10,7 @@ rounds them anew, and the written files answer, executed by onnxruntime. `as ask
 
 import argparse
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -57,8 +57,8 @@ class Tower:
     prepared: PreparedEncoder
     costs: list[LayerCost]
 
-    def kind(self, name: str) -> frozenset[str]:
-        """The nodes of a kind of layer, of all blocks."""
+    def kind(self, name: str) -> dict[str, int]:
+        """8 bits for the nodes of a kind of layer, of all blocks."""
         graph = self.prepared.model.graph
         read = [value for entry in find_attentions(graph)[0] for value in (entry.query, entry.key, entry.value)]
         projections = {source.node.name for value in read if (source := linear_source(value)) is not None}
@@ -70,16 +70,16 @@ class Tower:
             channels, inputs = shape[layer.channel_axis], shape[1 - layer.channel_axis]
             square = "qkv" if layer.node in projections else "out"
             found[square if channels == inputs else "fc1" if channels > inputs else "fc2"].add(layer.node)
-        return frozenset(found[name])
+        return dict.fromkeys(found[name], 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One row: its name, the section, and the nodes on 8 bits by encoder."""
+    """One row: its name, the section, and by encoder the widths of nodes that have another one."""
 
     name: str
     section: QuantizationSection
-    nodes: dict[str, frozenset[str]]
+    widths: Mapping[str, Mapping[str, int]]
 
 
 def prepare(bundle: Bundle, args: argparse.Namespace, section: QuantizationSection) -> dict[str, Tower]:
@@ -97,10 +97,9 @@ def prepare(bundle: Bundle, args: argparse.Namespace, section: QuantizationSecti
 
 def choices(towers: dict[str, Tower], section: QuantizationSection, budgets: list[float]) -> list[Choice]:
     """Every row; what bounds the others comes first."""
-    costs, none = [cost for tower in towers.values() for cost in tower.costs], dict.fromkeys(towers, frozenset())
-    by_error = [
-        Choice(f"by error, {budget:g} bits", section, dict(spend(costs, budget, RESERVE))) for budget in budgets
-    ]
+    costs = [cost for tower in towers.values() for cost in tower.costs]
+    none: dict[str, dict[str, int]] = {name: {} for name in towers}
+    by_error = [Choice(f"by error, {budget:g} bits", section, spend(costs, budget, RESERVE)) for budget in budgets]
     kinds = [
         Choice(f"all {kind}", section, {name: tower.kind(kind) for name, tower in towers.items()}) for kind in KINDS
     ]
@@ -133,7 +132,7 @@ def write(bundle: Bundle, towers: dict[str, Tower], choice: Choice, folder: Path
     shutil.copyfile(bundle.tokenizer, folder / TOKENIZER)
     layers = {}
     for name, tower in towers.items():
-        task = replace(tower.task, section=choice.section, eight_bit_nodes=choice.nodes[name])
+        task = replace(tower.task, section=choice.section, widths=choice.widths[name])
         layers[name] = write_encoder(tower.prepared, folder / name, task).layers
     written = Bundle(folder, bundle.manifest)
     image, text = (average_bits(found) for found in layers.values())

@@ -8,8 +8,8 @@
   those at half the speed of int8 ones.
 - `native`: an INT4 initialiser straight into DequantizeLinear, as compilers want it; onnxruntime has no CPU kernel for
   int4 weights with int8 activations, so there such a layer is multiplied in float, three times slower than FP32.
-- `trellis`: nibbles of which each reads two bits of the two before it, and multipliers of groups, in `trellis_form`.
-  Needs opset 18 and onnxruntime 1.15.
+- `trellis`, `trellis3`, `trellis5`: codes of 4, 3 and 5 bits of which each reads two bits of the two before it, and
+  multipliers of groups, in `trellis_form`. Need opset 18 and onnxruntime 1.15.
 
 A form only ever moves integers: storing what another form unpacks to changes no number.
 """
@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from d4c_onnx.graph.lookups import look_up, looked_up, reshaped
 from d4c_onnx.graph.packing import pack_int4, unpack_int4
-from d4c_onnx.graph.trellis_form import Trellis
+from d4c_onnx.graph.trellis_form import TRELLISES
 from d4c_onnx.graph.values import (
     attribute,
     constant,
@@ -158,8 +158,9 @@ INT8 = _Initializer("int8", 8, 13, ir.DataType.INT8)
 # as other tools store weights, with zero points in the middle; ours never do
 UINT8 = _Initializer("uint8", 8, 13, ir.DataType.UINT8)
 NATIVE = _Initializer("native", 4, 21, ir.DataType.INT4)
-CAST, NIBBLES, TRELLIS = _Cast(), _Nibbles(), Trellis()
-FORMS: dict[str, Form] = {form.name: form for form in (INT8, UINT8, CAST, NIBBLES, TRELLIS, NATIVE)}
+CAST, NIBBLES = _Cast(), _Nibbles()
+_ALL: tuple[Form, ...] = (INT8, UINT8, CAST, NIBBLES, *TRELLISES.values(), NATIVE)
+FORMS = {form.name: form for form in _ALL}
 
 
 def _pairs() -> np.ndarray:

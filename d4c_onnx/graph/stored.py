@@ -7,7 +7,7 @@ A product multiplies with a *real* value; behind it stand scales (a DequantizeLi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import ml_dtypes
@@ -15,9 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.forms import FORMS, NATIVE, TRELLIS, UINT8, Form
+from d4c_onnx.graph.forms import FORMS, NATIVE, UINT8, Form
 from d4c_onnx.graph.layers import WEIGHTED_OPS
+from d4c_onnx.graph.lookups import reshaped
 from d4c_onnx.graph.trellis import Coded
+from d4c_onnx.graph.trellis_form import TRELLISES
 from d4c_onnx.graph.values import (
     CONTRIB,
     array,
@@ -27,6 +29,7 @@ from d4c_onnx.graph.values import (
     is_op,
     maker,
     name_of,
+    only_reader,
     readers,
     replace_input,
     set_constant,
@@ -95,8 +98,18 @@ def find_stored(value: ir.Value | None) -> StoredWeight | None:
     if is_op(made, "Mul") and is_constant(made.inputs[1]):
         cast = maker(made.inputs[0])
         if cast is not None and is_op(cast, "Cast"):
-            return _integers_of(cast.inputs[0], made.inputs[1], made)
+            return _in_blocks(_integers_of(cast.inputs[0], made.inputs[1], made))
     return None
+
+
+def _in_blocks(found: StoredWeight | None) -> StoredWeight | None:
+    """A weight whose values are scaled in blocks before a Reshape gives them its shape: scales count, too."""
+    if found is None or found.dequantize is None:
+        return found
+    reader = only_reader(found.dequantize.outputs[0])
+    shape = () if reader is None else reshaped(reader.outputs[0])
+    scales = prod(dims(found.scale) or ()) if found.scale is not None else 0
+    return replace(found, shape=shape, num_bits=found.num_bits + 32 * scales / prod(shape)) if shape else found
 
 
 def _integers_of(value: ir.Value | None, scale: ir.Value | None, dequantize: ir.Node) -> StoredWeight | None:
@@ -127,7 +140,7 @@ def convert_stored(graph: ir.Graph, stored: StoredWeight, form: Form) -> None:
         return
     integers, name = stored.unpack(), name_of(value)
     narrow = form.num_bits == 4 and bool(integers.size) and (integers.min() < -8 or integers.max() > 7)
-    if narrow or form is TRELLIS or UINT8 in (stored.form, form):
+    if narrow or form in TRELLISES.values() or UINT8 in (stored.form, form):
         raise GraphError(
             f"{name}: its values, {integers.dtype} up to {integers.max()}, do not fit the form {form.name}."
         )
@@ -135,7 +148,7 @@ def convert_stored(graph: ir.Graph, stored: StoredWeight, form: Form) -> None:
 
 
 def store_coded(graph: ir.Graph, stored: StoredWeight, coded: Coded) -> None:
-    """`convert_stored` into the trellis' form, in place, of integers that are its levels.
+    """`convert_stored` into a trellis' form, in place, of integers that are its levels.
 
     Raises:
         GraphError: the graph holds other integers.
@@ -145,7 +158,8 @@ def store_coded(graph: ir.Graph, stored: StoredWeight, coded: Coded) -> None:
     name = name_of(value)
     if not np.array_equal(coded.levels, stored.unpack()):
         raise GraphError(f"{name}: the graph holds other integers than its path makes.")
-    _exchange(graph, value, TRELLIS, lambda: TRELLIS.store_coded(graph, name, coded))
+    form = TRELLISES[coded.num_bits]
+    _exchange(graph, value, form, lambda: form.store_coded(graph, name, coded))
 
 
 def _exchange(graph: ir.Graph, value: ir.Value, form: Form, store: Callable[[], ir.Value]) -> None:

@@ -1,50 +1,81 @@
-"""Trellis-coded weights: what a nibble stands for depends on the two nibbles before it.
+"""Trellis-coded weights: what a code stands for depends on the two codes before it.
 
-A nibble holds 2 u + b: a place u in 0 .. 7, and a bit b of the path. With the bits b1 and b2 of the two inputs before,
+A code n of 3, 4 or 5 bits holds 2 u + b: a place u, and a bit b of the path. With the bits b1 and b2 of the two inputs
+before,
 
-    w[i] = LEVELS[m][4 u + c],    c = 2 (b xor b2) + b1,
+    w[i] = LEVELS[m][2 n + b1 + 2 b2],
 
-so that 32 levels are within reach of 4 bits, every second of them from one state; m, 0 .. 15, is the multiplier that a
-group of neighbouring inputs shares, and LEVELS[m] lies evenly in [-64, 64]. A channel's inputs are one path from the
-first to the last, and both bits are 0 before it begins.
+so that twice as many levels are within reach as codes, every second of them from one state; m, 0 .. 15, is the
+multiplier that a group of neighbouring inputs shares, and the levels lie evenly in [-64, 64]. A channel's inputs are
+one path from the first to the last, and both bits are 0 before it begins.
 
-Source: trellis-coded quantisation (Marcellin and Fischer, 1990) with Ungerboeck's code of four states.
+Source: trellis-coded quantisation (Marcellin and Fischer, 1990) with Ungerboeck's code of four states, in a form that
+is linear: his 2 (b xor b2) is 2 b + 2 b2 but for a place, and the levels that this adds are worth 2 % of the error.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 LARGEST = 15  # multiplier: 4 bits
 TOP = 64  # of the levels, in magnitude: the products of two of them with uint8 sum up within 16 bits
-LAST = 31  # level
-
-STEPS = np.arange(LARGEST + 1) * (2 * TOP / (LARGEST * LAST))  # between two levels, by multiplier
-LEVELS = np.rint((np.arange(LAST + 1) - LAST / 2) * STEPS[:, None]).astype(np.int8)
 
 
-# c by the path's bit now (0), and the bits of the two inputs before: [b, b2, b1]
-COSETS = np.array([[[0, 1], [2, 3]], [[2, 3], [0, 1]]], np.uint8)
+@dataclass(frozen=True, slots=True, eq=False)
+class Rate:
+    """What codes of one width stand for.
+
+    Attributes:
+        num_bits: of a code.
+        places: how many.
+        last: number of the last level; the first is 0.
+        steps: float64 [16], between two levels, by multiplier.
+        levels: int8 [16, last + 1].
+    """
+
+    num_bits: int
+    places: int = field(init=False)
+    last: int = field(init=False)
+    steps: np.ndarray = field(init=False)
+    levels: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        places = 2 ** (self.num_bits - 1)
+        last = 4 * (places - 1) + int(COSETS.max())
+        steps = np.arange(LARGEST + 1) * (2 * TOP / (LARGEST * last))
+        levels = np.rint((np.arange(last + 1) - last / 2) * steps[:, None]).astype(np.int8)
+        for name, value in {"places": places, "last": last, "steps": steps, "levels": levels}.items():
+            object.__setattr__(self, name, value)
 
 
-def levels_of(codes: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
+# what the path adds to four times a place: by its bit now, and the bits of the two inputs before [b, b2, b1]
+COSETS = np.array([[[0, 1], [2, 3]], [[2, 3], [4, 5]]], np.uint8)
+RATES = {num_bits: Rate(num_bits) for num_bits in (3, 4, 5)}
+
+
+def levels_of(codes: np.ndarray, multipliers: np.ndarray, num_bits: int = 4) -> np.ndarray:
     """What kernels multiply, int8 [channels, inputs].
 
     Args:
-        codes: uint8 [channels, inputs], nibbles.
+        codes: uint8 [channels, inputs], below 2 ** num_bits.
         multipliers: uint8 [channels, groups].
     """
     each = np.repeat(multipliers, codes.shape[1] // multipliers.shape[1], axis=1)
     bits = np.pad(codes & 1, ((0, 0), (2, 0)))
-    return LEVELS[each, 4 * (codes >> 1) + COSETS[bits[:, 2:], bits[:, :-2], bits[:, 1:-1]]]
+    return RATES[num_bits].levels[each, 2 * codes + bits[:, 1:-1] + 2 * bits[:, :-2]]
 
 
-# A byte holds two neighbouring inputs: the first's place (bits 0 to 2), the second's (3 to 5), and their bits of the
-# path (6 and 7). In the table that files look pairs of levels up in, the number of a row is
+# Codes of 4 bits: a byte holds two neighbouring inputs: the first's place (bits 0 to 2), the second's (3 to 5), and
+# their bits of the path (6 and 7). In the table that files look pairs of levels up in, the number of a row is
 #     byte + 256 * the two bits of the byte before + 1024 * multiplier,
 # which a product of unsigned bytes gives: of the byte, of the one before under a mask, and of the shifted multiplier.
 PATH_BITS = 0xC0
 _SHIFT = 4  # of multipliers, so that their coefficient is a byte
+
+# Codes of 3 and 5 bits lie in two planes: the places of two inputs, in 4 and 8 bits, and their two bits of the path.
+# The number of a row is
+#     the two bits + 4 * those of the pair before + 16 * places + 2 ** (4 + bits of both places) * multiplier.
+PLANES = (3, 5)
 
 
 def shifted(multipliers: np.ndarray) -> np.ndarray:
@@ -52,27 +83,36 @@ def shifted(multipliers: np.ndarray) -> np.ndarray:
     return (multipliers << _SHIFT).astype(np.uint8)
 
 
-def row_numbers(rows: int) -> np.ndarray:
-    """What a group is multiplied with, for the numbers of its rows of the table, uint8 [rows, 2 rows + 2].
+def row_numbers(rows: int, num_bits: int = 4) -> np.ndarray:
+    """What a group is multiplied with, for the numbers of its rows of the table, uint8 [rows, columns].
 
-    A column of the group is its bytes, these masked by `PATH_BITS`, the last masked byte of the group before, and the
-    shifted multiplier.
+    A column of the group is, for codes of 4 bits, its bytes, these masked by `PATH_BITS`, the last masked byte of the
+    group before, and the shifted multiplier; for others its places, its bits of the path, the last of those of the
+    group before, and the shifted multiplier twice: what it counts for is one more than a byte holds.
     """
     before = np.eye(rows, rows + 1, -1, np.uint8)
     before[:1, rows] = 1
-    multiplier = np.full((rows, 1), 1024 >> _SHIFT, np.uint8)
-    return np.hstack([np.eye(rows, dtype=np.uint8), 256 // (PATH_BITS & -PATH_BITS) * before, multiplier])
+    own = np.eye(rows, dtype=np.uint8)
+    if num_bits == 4:
+        multiplier = np.full((rows, 1), 1024 >> _SHIFT, np.uint8)
+        return np.hstack([own, 256 // (PATH_BITS & -PATH_BITS) * before, multiplier])
+    counts = 2 ** (2 * num_bits - 2)  # 4 + bits of both places - _SHIFT
+    multiplier = np.tile(np.array([counts - 1, 1], np.uint8), (rows, 1))
+    now = np.hstack([own, np.zeros((rows, 1), np.uint8)])
+    return np.hstack([16 * own, now + 4 * before, multiplier]).astype(np.uint8)
 
 
-def level_numbers() -> np.ndarray:
-    """The numbers of the two levels that a byte says, first input first, uint8 [1024, 2].
-
-    A row is 512 times the path's bit of the input before, 256 times that of the one before it, and the byte.
-    """
-    newer, older, byte = np.ogrid[:2, :2, :256]
-    path = byte >> 6 & 1, byte >> 7
-    first = 4 * (byte & 7) + COSETS[path[0], older, newer]
-    second = 4 * (byte >> 3 & 7) + COSETS[path[1], newer, path[0]]
+def level_numbers(num_bits: int = 4) -> np.ndarray:
+    """The numbers of the two levels that a row says, first input first, uint8 [rows of a multiplier, 2]."""
+    if num_bits == 4:
+        newer, older, byte = np.ogrid[:2, :2, :256]
+        first_place, second_place, first_bit, second_bit = byte & 7, byte >> 3 & 7, byte >> 6 & 1, byte >> 7
+    else:
+        places = RATES[num_bits].places
+        both, newer, older, second_bit, first_bit = np.ogrid[: places**2, :2, :2, :2, :2]
+        first_place, second_place = both % places, both // places
+    first = 4 * first_place + COSETS[first_bit, older, newer]
+    second = 4 * second_place + COSETS[second_bit, newer, first_bit]
     return np.stack(np.broadcast_arrays(first, second), -1).reshape(-1, 2).astype(np.uint8)
 
 
@@ -81,14 +121,16 @@ class Coded:
     """A matrix as paths through the trellis.
 
     Attributes:
-        codes: uint8 [channels, inputs], nibbles.
+        codes: uint8 [channels, inputs].
         multipliers: uint8 [channels, groups].
         axis: of the channels in the matrix, 0 or 1.
+        num_bits: of a code.
     """
 
     codes: np.ndarray
     multipliers: np.ndarray
     axis: int
+    num_bits: int = 4
 
     @classmethod
     def of_bytes(cls, packed: np.ndarray, multipliers: np.ndarray, axis: int) -> "Coded":
@@ -97,13 +139,45 @@ class Coded:
         codes = pairs.transpose(3, 1, 2, 0).reshape(packed.shape[2], -1)
         return cls(codes, np.ascontiguousarray(multipliers[:, 0].T), axis)
 
+    @classmethod
+    def of_planes(
+        cls, places: np.ndarray, path: np.ndarray, multipliers: np.ndarray, axis: int, num_bits: int
+    ) -> "Coded":
+        """The inverse of `planes` and `multiplier_rows`."""
+        groups, _, _, channels = path.shape
+        both = places if num_bits == 5 else np.stack([places & 15, places >> 4], 2)
+        both = both.reshape(groups, -1, channels).astype(np.uint8)
+        bits = (path >> 2 * np.arange(4, dtype=np.uint8)[:, None] & 3).reshape(both.shape).astype(np.uint8)
+        size = num_bits - 1
+        pairs = np.stack([(both & 2**size - 1) << 1 | bits & 1, (both >> size) << 1 | bits >> 1])
+        codes = pairs.transpose(3, 1, 2, 0).reshape(channels, -1).astype(np.uint8)
+        return cls(codes, np.ascontiguousarray(multipliers[:, 0].T), axis, num_bits)
+
     @property
     def bytes(self) -> np.ndarray:
-        """Two neighbouring inputs of a channel a byte, uint8 [groups, inputs of a group / 2, channels]."""
+        """Codes of 4 bits, two neighbouring inputs of a channel a byte, uint8 [groups, inputs of one / 2, channels]."""
         channels, groups = self.multipliers.shape
         first, second = self.codes[:, 0::2], self.codes[:, 1::2]
         packed = first >> 1 | (second >> 1) << 3 | (first & 1) << 6 | (second & 1) << 7
         return np.ascontiguousarray(packed.T).reshape(groups, -1, channels)
+
+    @property
+    def planes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Codes of 3 or 5 bits: places and bits of the path of two neighbouring inputs each.
+
+        Returns:
+            uint8 [groups, inputs of one / 4, 1, channels], two pairs' places in one byte, or, of 5 bits, [groups,
+            inputs of one / 2, channels]; and uint8 [groups, inputs of one / 8, 1, channels], four pairs' bits in one.
+        """
+        channels, groups = self.multipliers.shape
+        first, second = self.codes[:, 0::2], self.codes[:, 1::2]
+        both = (first >> 1 | (second >> 1) << self.num_bits - 1).T.reshape(groups, -1, channels)
+        bits = (first & 1 | (second & 1) << 1).T.reshape(groups, -1, 4, channels)
+        path = (bits << 2 * np.arange(4, dtype=np.uint8)[:, None]).sum(2, keepdims=True, dtype=np.uint8)
+        if self.num_bits == 5:
+            return np.ascontiguousarray(both), path
+        nibbles = both.reshape(groups, -1, 2, channels)
+        return nibbles[:, :, :1] | nibbles[:, :, 1:] << 4, path
 
     @property
     def multiplier_rows(self) -> np.ndarray:
@@ -119,5 +193,5 @@ class Coded:
     @property
     def levels(self) -> np.ndarray:
         """int8 of the matrix's shape: what kernels multiply."""
-        rows = levels_of(self.codes, self.multipliers)
+        rows = levels_of(self.codes, self.multipliers, self.num_bits)
         return np.ascontiguousarray(rows.T) if self.axis else rows

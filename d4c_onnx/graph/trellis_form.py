@@ -1,12 +1,13 @@
-"""The form of paths through a trellis: how the weights of `graph.trellis` lie in a file.
+"""The forms of paths through a trellis: how the weights of `graph.trellis` lie in a file.
 
-A byte, the bits before and the multiplier together are a row of one table of pairs, [16384, 2]. onnxruntime keeps what
+Bytes, the bits before and the multiplier together are a row of one table of pairs of levels. onnxruntime keeps what
 every node makes until the last one is folded, in memory that nothing used before: loading takes as long as these
 tensors are large, so only the numbers of rows are wider than a byte.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import count
 from math import prod
 
@@ -16,12 +17,14 @@ import onnx_ir as ir
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.lookups import input_of, is_table, look_up, looked_up, reshaped, shape_constant, takes_rows
 from d4c_onnx.graph.packing import pack_int4, unpack_uint4
-from d4c_onnx.graph.trellis import LEVELS, PATH_BITS, Coded, level_numbers, row_numbers, shifted
+from d4c_onnx.graph.trellis import PATH_BITS, PLANES, RATES, Coded, level_numbers, row_numbers, shifted
 from d4c_onnx.graph.values import attribute, constant, dims, is_constant, is_op, maker, node, prepend, set_constant
+
+Add = Callable[..., ir.Value]  # (operator, inputs, letter, attributes) -> its output
 
 
 class Trellis:
-    """Bytes [groups, inputs of a group / 2, channels], each of two neighbouring inputs of a channel.
+    """Codes of 4 bits: bytes [groups, inputs of a group / 2, channels], each of two neighbouring inputs of a channel.
 
     Concat of the bytes, of their bits of the path (BitwiseAnd), of the last such row of the group before (Slice -> Pad)
     and of the multipliers, looked up as nibbles are -> MatMulInteger, which makes them row numbers -> Gather from the
@@ -32,7 +35,7 @@ class Trellis:
 
     def find(self, integers: ir.Value) -> ir.Value | None:
         parts = self._parts(integers)
-        return None if parts is None else parts[0]
+        return None if parts is None else parts[0][0]
 
     def unpack(self, integers: ir.Value) -> np.ndarray:
         return self.coded(integers).levels
@@ -41,12 +44,12 @@ class Trellis:
         return reshaped(integers)
 
     def coded(self, integers: ir.Value) -> Coded:
-        """Nibbles and multipliers of a value that lies in this form."""
+        """Codes and multipliers of a value that lies in this form."""
         parts = self._parts(integers)
         assert parts is not None
         stored, places, axis = parts
         multipliers = unpack_uint4(constant(looked_up(places, _places())).tobytes(), reshaped(places))
-        return Coded.of_bytes(constant(stored), multipliers, axis)
+        return self._coded([constant(value) for value in stored], multipliers, axis)
 
     def multipliers(self, integers: ir.Value) -> int:
         parts = self._parts(integers)
@@ -58,10 +61,10 @@ class Trellis:
     def store_coded(self, graph: ir.Graph, name: str, values: Coded) -> ir.Value:
         """`store` of a path.
 
-        Eleven nodes a weight: their names are short, because small models notice.
+        Eleven nodes a weight, and up to six more: their names are short, because small models notice.
         """
-        packed, multipliers = values.bytes, values.multiplier_rows
-        rows, prefix, nodes = packed.shape[1], _unused_prefix(graph), list[ir.Node]()
+        multipliers = values.multiplier_rows
+        prefix, nodes = _unused_prefix(graph), list[ir.Node]()
 
         def add(op: str, given: list[ir.Value], letter: str, **attributes: object) -> ir.Value:
             nodes.append(node(op, given, f"{prefix}{letter}", attributes=attributes))
@@ -70,16 +73,17 @@ class Trellis:
         def told(word: str, numbers: np.ndarray) -> ir.Value:
             return set_constant(graph, f"~{word}", numbers)
 
-        stored = set_constant(graph, f"{prefix}p", packed)
         small = set_constant(graph, f"{prefix}m", np.frombuffer(pack_int4(multipliers), np.uint8))
         nodes += look_up(graph, small, told("m", _places()), multipliers.shape, f"{prefix}s")
         places = nodes[-1].outputs[0]
-        path = add("BitwiseAnd", [stored, told("b", _PATH)], "a")
+        codes, path = self._store_codes(graph, prefix, values, add)
         cut = [told(letter, numbers) for letter, numbers in _LAST_ROWS.items()]
         last = add("Pad", [add("Slice", [path, *cut], "b"), told("z", _ONE_GROUP)], "c")
-        columns = add("Concat", [stored, path, last, places], "d", axis=1)
-        numbers = add("MatMulInteger", [told(f"c{rows}", row_numbers(rows)), columns], "e")
-        table = _level_table(graph)
+        columns = add("Concat", [codes, path, last, *[places] * self._repeats], "d", axis=1)
+        rows = values.codes.shape[1] // values.multipliers.shape[1] // 2
+        product = row_numbers(rows, self.num_bits)
+        numbers = add("MatMulInteger", [told(f"c{self._suffix}{rows}", product), columns], "e")
+        table = self._level_table(graph)
         pairs = add("Gather", [table, numbers], "f", axis=0)
         turned = add("Transpose", [pairs], "g", perm=_PERMS[values.axis])
         nodes.append(node("Reshape", [turned, shape_constant(graph, values.shape)], name))
@@ -87,31 +91,154 @@ class Trellis:
         _to_the_front(graph, table)
         return nodes[-1].outputs[0]
 
-    def _parts(self, integers: ir.Value) -> tuple[ir.Value, ir.Value, int] | None:
-        """Bytes, the shifted multipliers, and the axis of the channels."""
+    _repeats = 1  # of the multipliers among the columns
+    _suffix = ""  # of the names of constants
+
+    def _store_codes(self, graph: ir.Graph, prefix: str, values: Coded, add: Add) -> tuple[ir.Value, ir.Value]:
+        """What stands for the codes among the columns, and their bits of the path."""
+        stored = set_constant(graph, f"{prefix}p", values.bytes)
+        return stored, add("BitwiseAnd", [stored, set_constant(graph, "~b", _PATH)], "a")
+
+    def _codes_of(self, codes: ir.Value, path: ir.Value) -> list[ir.Value] | None:
+        """What is in the file, of what `_store_codes` gave; None where something else made it."""
+        masked = maker(path)
+        known = masked is not None and is_op(masked, "BitwiseAnd") and masked.inputs[0] is codes
+        known = known and masked is not None and is_table(masked.inputs[1], _PATH)
+        return [codes] if known and _is_stored(codes) else None
+
+    def _coded(self, stored: Sequence[np.ndarray], multipliers: np.ndarray, axis: int) -> Coded:
+        return Coded.of_bytes(stored[0], multipliers, axis)
+
+    def _parts(self, integers: ir.Value) -> tuple[list[ir.Value], ir.Value, int] | None:
+        """What the codes lie in, the shifted multipliers, and the axis of the channels."""
         turned = maker(input_of(integers, "Reshape"))
         if turned is None or not is_op(turned, "Transpose") or attribute(turned, "perm") not in _PERMS:
             return None
         gather = maker(turned.inputs[0])
-        if gather is None or not takes_rows(gather) or not _is_level_table(gather.inputs[0]):
+        if gather is None or not takes_rows(gather) or not self._is_level_table(gather.inputs[0]):
             return None
         product = maker(gather.inputs[1])
         if product is None or not is_op(product, "MatMulInteger") or len(product.inputs) != 2:  # no zero points
             return None
         coefficients, joined = product.inputs[0], maker(product.inputs[1])
-        if joined is None or not is_op(joined, "Concat") or attribute(joined, "axis") != 1 or len(joined.inputs) != 4:
+        if joined is None or not is_op(joined, "Concat") or attribute(joined, "axis") != 1:
             return None
-        stored, path, last, places = joined.inputs
-        if stored is None or places is None or not _is_path_of(stored, path, last):
+        codes, path, last, *places = joined.inputs
+        if len(places) != self._repeats or len(set(places)) != 1 or places[0] is None:
             return None
-        shape, whole = dims(stored) or (), reshaped(integers)
+        if codes is None or path is None or not _is_last_of(path, last):
+            return None
+        stored = self._codes_of(codes, path)
+        whole, shape = reshaped(integers), reshaped(places[0])
+        if stored is None or len(shape) != 3 or 0 in shape or len(whole) != 2:
+            return None
         axis = _PERMS.index(attribute(turned, "perm"))
-        if len(shape) != 3 or 0 in shape or len(whole) != 2 or dims(coefficients) != (shape[1], 2 * shape[1] + 2):
-            return None
-        groups, rows, channels = shape
+        groups, channels = shape[0], shape[2]
+        rows = whole[1 - axis] // groups // 2
         fits = whole[axis] == channels and whole[1 - axis] == 2 * groups * rows
-        known = is_table(coefficients, row_numbers(rows)) and _are_multipliers(places, (groups, 1, channels))
-        return (stored, places, axis) if fits and known else None
+        fits = fits and dims(codes) in (None, (groups, rows, channels)) and self._fits(stored, groups, rows, channels)
+        known = is_table(coefficients, row_numbers(rows, self.num_bits)) if fits else False
+        known = known and _are_multipliers(places[0], (groups, 1, channels))
+        return (stored, places[0], axis) if known else None
+
+    def _fits(self, stored: Sequence[ir.Value], groups: int, rows: int, channels: int) -> bool:
+        """Whether what is in the file has the shapes of so many groups of so many pairs."""
+        return dims(stored[0]) == (groups, rows, channels)
+
+    def _level_table(self, graph: ir.Graph) -> ir.Value:
+        """The two levels of every row, int8, made when the file is loaded: 32 KB and more are much to a small model.
+
+        Gather of levels, by their numbers (Cast), for each multiplier -> Reshape.
+        """
+        for entry in graph:
+            if self._is_level_table(entry.outputs[0]):
+                return entry.outputs[0]
+        of = self._suffix
+        levels = set_constant(graph, f"~l{of}", RATES[self.num_bits].levels)
+        numbers = set_constant(graph, f"~n{of}", level_numbers(self.num_bits))
+        nodes = [node("Cast", [numbers], f"~t{of}0", attributes={"to": ir.DataType.INT32})]
+        nodes.append(node("Gather", [levels, nodes[0].outputs[0]], f"~t{of}1", attributes={"axis": 1}))
+        nodes.append(node("Reshape", [nodes[-1].outputs[0], shape_constant(graph, (-1, 2))], f"~t{of}"))
+        prepend(graph, nodes)
+        return nodes[-1].outputs[0]
+
+    def _is_level_table(self, value: ir.Value | None) -> bool:
+        gather = maker(input_of(value, "Reshape"))
+        if value is None or gather is None or not is_op(gather, "Gather") or attribute(gather, "axis", 0) != 1:
+            return False
+        numbers = input_of(gather.inputs[1], "Cast")
+        known = is_table(gather.inputs[0], RATES[self.num_bits].levels)
+        return known and is_table(numbers, level_numbers(self.num_bits)) and reshaped(value) == (-1, 2)
+
+
+class _Planes(Trellis):
+    """Codes of 3 or 5 bits in two planes: places, and bits of the path, several pairs of inputs a byte.
+
+    Each plane but that of places of 8 bits is shifted, masked and reshaped, a row a pair; the bits of the path stand
+    among the columns as they are. The multipliers are there twice (`row_numbers`).
+    """
+
+    _repeats = 2
+
+    def __init__(self, num_bits: int) -> None:
+        self.name, self.num_bits, self._suffix = f"trellis{num_bits}", num_bits, f"{num_bits}r"
+
+    def _store_codes(self, graph: ir.Graph, prefix: str, values: Coded, add: Add) -> tuple[ir.Value, ir.Value]:
+        places, path = values.planes
+        stored, bits = set_constant(graph, f"{prefix}p", places), set_constant(graph, f"{prefix}q", path)
+        groups, _, _, channels = path.shape
+
+        def spread(value: ir.Value, pairs: int, letters: str) -> ir.Value:
+            by = set_constant(graph, f"~h{pairs}", _shifts(pairs))
+            mask = set_constant(graph, f"~k{pairs}", _mask(pairs))
+            moved = add("BitShift", [value, by], letters[0], direction="RIGHT")
+            kept = add("BitwiseAnd", [moved, mask], letters[1])
+            return add("Reshape", [kept, shape_constant(graph, (groups, -1, channels))], letters[2])
+
+        return stored if self.num_bits == 5 else spread(stored, 2, "hij"), spread(bits, 4, "kln")
+
+    def _codes_of(self, codes: ir.Value, path: ir.Value) -> list[ir.Value] | None:
+        stored, bits = codes if self.num_bits == 5 else _spread_of(codes, 2), _spread_of(path, 4)
+        if stored is None or bits is None or not _is_stored(stored):
+            return None
+        return [stored, bits]
+
+    def _coded(self, stored: Sequence[np.ndarray], multipliers: np.ndarray, axis: int) -> Coded:
+        return Coded.of_planes(stored[0], stored[1], multipliers, axis, self.num_bits)
+
+    def _fits(self, stored: Sequence[ir.Value], groups: int, rows: int, channels: int) -> bool:
+        places = (groups, rows, channels) if self.num_bits == 5 else (groups, rows // 2, 1, channels)
+        return rows % 4 == 0 and dims(stored[0]) == places and dims(stored[1]) == (groups, rows // 4, 1, channels)
+
+
+def _shifts(pairs: int) -> np.ndarray:
+    """Where the bits of each of several pairs begin in a byte, uint8 [pairs, 1]."""
+    return (8 // pairs * np.arange(pairs, dtype=np.uint8))[:, None]
+
+
+def _mask(pairs: int) -> np.ndarray:
+    """Of one pair's bits."""
+    return np.array([2 ** (8 // pairs) - 1], np.uint8)
+
+
+def _spread_of(value: ir.Value, pairs: int) -> ir.Value | None:
+    """The bytes in the file whose pairs a value holds row by row."""
+    masked = maker(input_of(value, "Reshape"))
+    if masked is None or not is_op(masked, "BitwiseAnd") or not is_table(masked.inputs[1], _mask(pairs)):
+        return None
+    moved = maker(masked.inputs[0])
+    if moved is None or not is_op(moved, "BitShift") or attribute(moved, "direction") != "RIGHT":
+        return None
+    stored = moved.inputs[0]
+    return stored if _is_stored(stored) and is_table(moved.inputs[1], _shifts(pairs)) else None
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    return value is not None and is_constant(value) and value.dtype == ir.DataType.UINT8
+
+
+TRELLIS = Trellis()
+TRELLISES: dict[int, Trellis] = {4: TRELLIS, **{num_bits: _Planes(num_bits) for num_bits in PLANES}}
 
 
 # from [groups, rows, channels, 2], by the axis of the channels in the matrix
@@ -122,15 +249,13 @@ _LAST_ROWS = {"s": np.array([0, -1]), "e": np.array([-1, np.iinfo(np.int32).max]
 _ONE_GROUP = np.array([1, 0, 0, 0, 0, 0])
 
 
-def _is_path_of(stored: ir.Value, path: ir.Value | None, last: ir.Value | None) -> bool:
-    """Whether one value is the path's bits of bytes in the file, and another their last row, one group later."""
-    masked, padded = maker(path), maker(last)
+def _is_last_of(path: ir.Value, last: ir.Value | None) -> bool:
+    """Whether a value is the last row of another's groups, one group later."""
+    padded = maker(last)
     cut = maker(padded.inputs[0]) if padded is not None and is_op(padded, "Pad") else None
-    if masked is None or not is_op(masked, "BitwiseAnd") or padded is None or cut is None or not is_op(cut, "Slice"):
+    if padded is None or cut is None or not is_op(cut, "Slice"):
         return False
-    known = is_constant(stored) and stored.dtype == ir.DataType.UINT8
-    known = known and masked.inputs[0] is stored and is_table(masked.inputs[1], _PATH)
-    known = known and cut.inputs[0] is path and len(cut.inputs) == 1 + len(_LAST_ROWS)
+    known = cut.inputs[0] is path and len(cut.inputs) == 1 + len(_LAST_ROWS)
     known = known and all(map(is_table, cut.inputs[1:], _LAST_ROWS.values()))
     zeros = len(padded.inputs) == 2 and attribute(padded, "mode", "constant") == "constant"
     return known and zeros and is_table(padded.inputs[1], _ONE_GROUP)
@@ -140,30 +265,6 @@ def _are_multipliers(places: ir.Value, shape: tuple[int, ...]) -> bool:
     """Whether a value of that shape is looked up from as many nibbles."""
     nibbles = looked_up(places, _places())
     return reshaped(places) == shape and nibbles is not None and dims(nibbles) == (-(-prod(shape) // 2),)
-
-
-def _level_table(graph: ir.Graph) -> ir.Value:
-    """The two levels of every row, int8 [16 * 1024, 2], made when the file is loaded: 32 KB are much to a small model.
-
-    Gather of levels, by their numbers (Cast), for each multiplier -> Reshape.
-    """
-    for entry in graph:
-        if _is_level_table(entry.outputs[0]):
-            return entry.outputs[0]
-    levels, numbers = set_constant(graph, "~l", LEVELS), set_constant(graph, "~n", level_numbers())
-    nodes = [node("Cast", [numbers], "~t0", attributes={"to": ir.DataType.INT32})]
-    nodes.append(node("Gather", [levels, nodes[0].outputs[0]], "~t1", attributes={"axis": 1}))
-    nodes.append(node("Reshape", [nodes[-1].outputs[0], shape_constant(graph, (-1, 2))], "~t"))
-    prepend(graph, nodes)
-    return nodes[-1].outputs[0]
-
-
-def _is_level_table(value: ir.Value | None) -> bool:
-    gather = maker(input_of(value, "Reshape"))
-    if value is None or gather is None or not is_op(gather, "Gather") or attribute(gather, "axis", 0) != 1:
-        return False
-    known = is_table(gather.inputs[0], LEVELS) and is_table(input_of(gather.inputs[1], "Cast"), level_numbers())
-    return known and reshaped(value) == (-1, 2)
 
 
 def _to_the_front(graph: ir.Graph, value: ir.Value) -> None:

@@ -9,7 +9,7 @@ from d4c_onnx.bundle import Bundle
 from d4c_onnx.graph.model import load_model
 from d4c_onnx.progress import OnStep
 from d4c_onnx.quantization.encoder_task import EncoderTask
-from d4c_onnx.quantization.sensitivity import RESERVE, buys_any, measure_costs, spend, unmeasured_costs
+from d4c_onnx.quantization.sensitivity import RESERVE, measure_costs, spend
 from d4c_onnx.quantization.targets import target_of
 from d4c_onnx.recipe import QuantizationSection
 
@@ -25,8 +25,8 @@ def spend_budget(
     provider: str,
     threads: int,
     on_step: OnStep,
-) -> Mapping[str, frozenset[str]]:
-    """Per encoder file the nodes that are raised to 8 bits: one budget for both encoders.
+) -> Mapping[str, Mapping[str, int]]:
+    """Per encoder file the nodes whose weights have another width: one budget for both encoders.
 
     Raises:
         RecipeError: `average_bits` asks for less than what the first and last layers take.
@@ -38,9 +38,6 @@ def spend_budget(
     given: dict[str, Any] = {"provider": provider, "threads": threads, "on_step": on_step}
     models = {name: load_model(bundle.path / name) for name in readers}
     plans = {name: EncoderTask(section, target, readers[name]).plan(model.graph) for name, model in models.items()}
-    free = [cost for name, model in models.items() for cost in unmeasured_costs(name, model, plans[name])]
-    if asked is None and not buys_any(free, _DEFAULT_BITS, RESERVE):
-        return {}
     costs = [
         cost
         for name, reader in readers.items()

@@ -4,7 +4,7 @@ load -> rewrite exactly -> ranges (what all widths of weights share: `prepare_en
      -> round -> the graph that is served -> token table -> write (`write_encoder`, as often as there are widths).
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 
 from onnxruntime.quantization import CalibrationDataReader
@@ -30,7 +30,7 @@ def quantize_encoder(
     reader: CalibrationDataReader,
     section: QuantizationSection,
     *,
-    eight_bit_nodes: Collection[str] = (),
+    widths: Mapping[str, int] | None = None,
     provider: str = "cpu",
     threads: int = 0,
     on_step: OnStep = silent,
@@ -42,7 +42,7 @@ def quantize_encoder(
     Args:
         source: the float encoder.
         target_path: where the quantised one goes (a staged path).
-        reader, section, eight_bit_nodes, provider, threads, on_step, verify: see `EncoderTask`.
+        reader, section, widths, provider, threads, on_step, verify: see `EncoderTask`.
         target: another one than the section names, such as one of other rewrites.
 
     Raises:
@@ -51,7 +51,7 @@ def quantize_encoder(
         RecipeError: keys contradict the target.
     """
     served = target or target_of(section)
-    task = EncoderTask(section, served, reader, eight_bit_nodes, provider, threads, on_step, verify)
+    task = EncoderTask(section, served, reader, widths or {}, provider, threads, on_step, verify)
     return _written(prepare_encoder(source, task), target_path, task)
 
 
@@ -61,7 +61,7 @@ def write_encoder(prepared: PreparedEncoder, target_path: Path, task: EncoderTas
     Args:
         prepared: of the same encoder, with the same activations; smoothing looked at the widths that it was made for.
         target_path: where the quantised encoder goes (a staged path).
-        task: its section may have other widths of weights than the prepared one's, and other `eight_bit_nodes`.
+        task: its section may have other widths of weights than the prepared one's, and other `widths`.
 
     Raises:
         GraphError: the graph cannot be quantised.

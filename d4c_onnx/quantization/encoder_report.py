@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from d4c_onnx.graph.forms import TRELLIS
 from d4c_onnx.graph.model import opset_of
 from d4c_onnx.graph.stored import LayerBits, layer_bits
+from d4c_onnx.graph.trellis_form import TRELLIS
 from d4c_onnx.manifest import EncoderRecord, LayerRecord, RewriteRecord
 from d4c_onnx.quantization.exact import RewrittenEncoder
 from d4c_onnx.quantization.rounding import QuantizedWeight
@@ -86,7 +86,7 @@ def _minimum_onnxruntime(
 ) -> str:
     """The oldest release that loads the file's opset and every form of storage in it."""
     needed = [next(release for since, release in _RELEASES if opset >= since) if target.lowest_opset else MINIMUM_ORT]
-    narrow = [weight for weight in weights.values() if weight.num_bits == 4]
+    narrow = [weight for weight in weights.values() if weight.num_bits <= 5]
     needed += [(target.int4 if weight.path is None else TRELLIS).minimum_onnxruntime for weight in narrow]
     if table_bits == 4 and target.token_table is TokenTable.FOLDED:
         needed.append(target.int4.minimum_onnxruntime)

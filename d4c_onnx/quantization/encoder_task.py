@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader
@@ -22,7 +22,7 @@ class EncoderTask:
         section: widths, rounding, ranges.
         target: of the section.
         reader: rewindable calibration data for the encoder's input.
-        eight_bit_nodes: nodes whose weights get 8 bits whatever the recipe's width.
+        widths: by node, of weights that have another width than the recipe's; see `make_plan`.
         provider, threads: of the calibration runs.
         on_step: told where it is: fold, calibrate, round, write.
         verify: check every rewrite by running the graph before and after it.
@@ -31,7 +31,7 @@ class EncoderTask:
     section: QuantizationSection
     target: Target
     reader: CalibrationDataReader
-    eight_bit_nodes: Collection[str] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
     provider: str = "cpu"
     threads: int = 0
     on_step: OnStep = silent
@@ -43,7 +43,7 @@ class EncoderTask:
         return make_plan(
             graph,
             self.section,
-            self.eight_bit_nodes,
+            self.widths,
             reduce_range=target.reduce_range,
             grouped=target.grouped,
             saturating=not target.symmetric,

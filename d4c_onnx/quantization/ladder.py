@@ -5,7 +5,7 @@ The widths share everything that comes before rounding: exact rewrites, ranges, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,7 @@ from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
 from d4c_onnx.quantization.sensitivity import LayerCost, measure_costs, spend
 from d4c_onnx.recipe import QuantizationSection
 
-_COARSER_GROUPS = (128, 64, 32)  # than the recipe's
-_BUDGETS = (4.5, 4.75, 5, 5.5, 6, 6.5, 7)  # between the recipe's width and 8 bits
+_BUDGETS = (3.5, 3.75, 4, 4.25, 4.5, 4.75, 5, 5.5, 6, 6.5, 7)  # bits a weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +30,12 @@ class Rung:
     Attributes:
         name: in words.
         section: how it is quantised.
-        eight_bit_nodes: layers whose weights get 8 bits whatever the section's width.
+        widths: by node, of weights that have another width than the section's.
     """
 
     name: str
     section: QuantizationSection
-    eight_bit_nodes: frozenset[str] = frozenset()
+    widths: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +52,20 @@ class WrittenRung:
         return average_bits(self.report.layers)
 
 
-def rungs_of(costs: Sequence[LayerCost], section: QuantizationSection, grouped: bool) -> tuple[Rung, ...]:
-    """From the coarsest groups to 8 bits everywhere; between them layers are raised in the order of error per weight.
+def rungs_of(costs: Sequence[LayerCost], section: QuantizationSection) -> tuple[Rung, ...]:
+    """From what a small budget buys to 8 bits everywhere.
 
     Args:
         costs: of one encoder's layers at the section's width.
-        grouped: whether the target stores groups.
     """
-    own = section.group_size if grouped else 0
-    coarser = [size for size in _COARSER_GROUPS if size > own] if own else []
-    rungs = [Rung(f"w4, groups of {size}", section.model_copy(update={"group": size})) for size in coarser]
-    rungs.append(Rung(f"w4, groups of {own}" if own else "w4", section))
+    rungs: list[Rung] = []
     for budget in _BUDGETS:
         try:
-            [nodes] = spend(costs, budget).values()
+            [widths] = spend(costs, budget).values()
         except RecipeError:  # less than the narrowest file takes
             continue
-        if nodes != rungs[-1].eight_bit_nodes:
-            rungs.append(Rung(f"w4, w8 up to {budget} bits", section, nodes))
+        if not rungs or widths != rungs[-1].widths:
+            rungs.append(Rung(f"{budget:g} bits a weight", section, widths))
     return (*rungs, Rung("w8", section.model_copy(update={"bits": f"w8a{section.activation_bits}"})))
 
 
@@ -99,7 +94,7 @@ class EncoderLadder:
         task, prepared = self.task, self._prepared
         placed: dict[str, Any] = {"provider": task.provider, "threads": task.threads, "on_step": task.on_step}
         costs = measure_costs(self.source.name, prepared.model, prepared.exact.plan, task.reader, **placed)
-        return rungs_of(costs, task.section, task.target.grouped)
+        return rungs_of(costs, task.section)
 
     def write(self, number: int) -> WrittenRung:
         """The file of a rung.
@@ -111,6 +106,6 @@ class EncoderLadder:
             rung = self.rungs[number]
             path = self.folder / str(number) / self.source.name
             path.parent.mkdir(parents=True)
-            task = replace(self.task, section=rung.section, eight_bit_nodes=rung.eight_bit_nodes)
+            task = replace(self.task, section=rung.section, widths=rung.widths)
             self._written[number] = WrittenRung(rung, path, write_encoder(self._prepared, path, task))
         return self._written[number]

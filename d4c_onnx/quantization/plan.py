@@ -1,6 +1,6 @@
 """Which nodes are quantised and how many bits each weight gets: decided once, from the float graph and the recipe."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -17,8 +17,8 @@ _BETWEEN_CONVOLUTIONS = ("Relu", "Add", "AveragePool", "MaxPool")
 
 NARROWEST = 8  # inputs; no integer kernel gains anything on a narrower product, which stays float
 
-# Of an encoder's weights, what a final projection may hold to stay in 16 bits. Every error of its integers is an error
-# of the embedding itself: on a CLIP of really trained weights it cost more than all other weights together.
+# Of an encoder's weights, what a final projection may hold to stay a float product. Every error of its integers is an
+# error of the embedding itself: on a CLIP of really trained weights it cost more than all other weights together.
 _SMALL_PROJECTION = 0.02
 
 
@@ -28,13 +28,14 @@ class Plan:
 
     Attributes:
         layers: the weighted layers, in graph order.
-        weight_bits: width of the grid, by initialiser name: 4, 6 or 8.
+        weight_bits: width of the grid, by initialiser name: 4, 6 or 8; 3, 4 or 5 in groups.
         groups: how many neighbouring inputs share a multiplier, by initialiser name; others have one scale a channel.
         reduce_range: whether products of 8-bit weights are added in 16 bits two by two (`rounding.pairs`).
         nodes: names of all nodes to quantise.
         op_types: their operator types.
         activations: float values whose ranges are needed; none where only weights are quantised.
-        float16: weights of layers that are not quantised, by initialiser name; stored in 16 bits.
+        in_float: weights of layers that are not quantised, by initialiser name.
+        float_bits: what they are stored in: 16, or 8.5 in blocks.
         dead_rows: layer inputs whose first row along axis 1 reaches no output (the start token, once it is pinned).
         outliers: channels of a layer input that its integer product does not read, by the input's name.
         pooled: activations that get two terms, because products of the pooled row alone read them.
@@ -45,7 +46,8 @@ class Plan:
     nodes: tuple[str, ...]
     op_types: tuple[str, ...]
     activations: tuple[str, ...]
-    float16: tuple[str, ...] = ()
+    in_float: tuple[str, ...] = ()
+    float_bits: float = 16
     dead_rows: frozenset[str] = frozenset()
     outliers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Plan:
 def make_plan(
     graph: ir.Graph,
     section: QuantizationSection,
-    eight_bit_nodes: Collection[str] = (),
+    widths: Mapping[str, int] | None = None,
     *,
     reduce_range: bool = True,
     grouped: bool = True,
@@ -72,10 +74,11 @@ def make_plan(
 ) -> Plan:
     """Decide what is quantised.
 
-    The first layer gets `boundary_bits`, and so does the final projection, unless it is small: then it stays in 16
-    bits. The `eight_bit_nodes` get 8, every other weight the recipe's width.
+    The first layer gets `boundary_bits`, and so does the final projection, unless it is small: then it stays a float
+    product, stored in 16 bits, or in 8.5 where others have 4. Every other weight has the recipe's width.
 
     Args:
+        widths: by node, of weights that have another width than these: 8, or 3 and 5 where groups share multipliers.
         reduce_range: see `Plan`.
         grouped: whether the target can store groups of inputs, should the recipe ask for them.
         saturating: whether a convolution's integer output, whose grid ends where a ReLU6 cuts, stands for the ReLU6;
@@ -87,13 +90,13 @@ def make_plan(
     found = [layer for layer in weighted_layers(graph) if _inputs(graph, layer) >= NARROWEST]
     if not found:
         raise GraphError("the graph has no MatMul, Gemm or Conv with a constant weight: nothing to quantise.")
-    float16 = set() if section.weights_only else _small_projections(graph, found)
-    layers = tuple(layer for layer in found if layer.weight not in float16)
+    in_float = set() if section.weights_only else _small_projections(graph, found)
+    layers = tuple(layer for layer in found if layer.weight not in in_float)
     widest = max(section.weight_bits, section.boundary_bits)
     bits: dict[str, int] = {}
     for layer in layers:
         own = widest if layer.first or layer.last else section.weight_bits
-        own = 8 if layer.node in eight_bit_nodes else own
+        own = (widths or {}).get(layer.node, own)
         bits[layer.weight] = max(own, bits.get(layer.weight, 0))  # a shared weight keeps the wider grid
     chosen = {layer.node for layer in layers}
     if any(layer.op == "Conv" for layer in layers):
@@ -111,7 +114,8 @@ def make_plan(
         tuple(node.name or "" for node in nodes),
         tuple(sorted({node.op_type for node in nodes})),
         () if section.weights_only else tuple(names),
-        tuple(sorted(float16)),
+        tuple(sorted(in_float)),
+        8.5 if section.weight_bits == 4 else 16,
         groups=_groups(graph, layers, bits, section.group_size if grouped else 0),
         reduce_range=reduce_range,
     )
@@ -133,12 +137,12 @@ def _small_projections(graph: ir.Graph, layers: list[WeightedLayer]) -> set[str]
 
 
 def _groups(graph: ir.Graph, layers: tuple[WeightedLayer, ...], bits: Mapping[str, int], size: int) -> dict[str, int]:
-    """Of 4-bit matrices whose inputs fall into groups of that size without a rest; size 0: none."""
+    """Of matrices on up to 5 bits whose inputs fall into groups of that size without a rest; size 0: none."""
     found = {}
     for layer in layers if size else ():
         shape = dims(graph.initializers[layer.weight]) or ()
         matrix = layer.op != "Conv" and len(shape) == 2
-        if matrix and bits[layer.weight] == 4 and shape[1 - layer.channel_axis] % size == 0:
+        if matrix and bits[layer.weight] <= 5 and shape[1 - layer.channel_axis] % size == 0:
             found[layer.weight] = size
     return found
 

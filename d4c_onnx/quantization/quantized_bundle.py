@@ -43,7 +43,7 @@ def quantize_bundle_files(
         RecipeError: keys contradict the target; the bit budget is smaller than what the first and last layers take.
     """
     readers = calibration_readers(bundle, dataset)
-    eight_bit_nodes = spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
+    widths = spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
     with staged_folder(output_path, overwrite) as stage:
         reports = {
             name: quantize_encoder(
@@ -51,7 +51,7 @@ def quantize_bundle_files(
                 stage / name,
                 reader,
                 section,
-                eight_bit_nodes=eight_bit_nodes.get(name, frozenset()),
+                widths=widths.get(name),
                 provider=provider,
                 threads=threads,
                 on_step=on_step,

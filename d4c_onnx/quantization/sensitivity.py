@@ -1,8 +1,8 @@
-"""The bit budget: which layers of both encoders are worth 8 bits instead of 4.
+"""The bit budget: how wide each layer of both encoders is.
 
-`average_bits: 4.8` buys 8-bit weights until the average over every MatMul, Gemm and Conv weight of both encoders would
-pass 4.8. What a layer is worth is measured: round its weight alone, run the encoder on from there, and take the mean
-square error of the embeddings. Layers are bought greedily, in the order of error per weight.
+`average_bits: 4.8` spends bits until the average over every MatMul, Gemm and Conv weight of both encoders would pass
+4.8. What a layer is worth is measured: round its weight alone, run the encoder on from there, and take the mean square
+error of the embeddings. From the narrowest width on, what saves most error a bit is bought first.
 
 One pass: the encoder is run piece by piece, and of every layer only what follows it runs once more. For a few samples
 that is a fraction of what the rounding of all samples takes.
@@ -10,6 +10,7 @@ that is a fraction of what the rounding of all samples takes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -28,19 +29,35 @@ from d4c_onnx.quantization.rounding.grids import grid_of
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
 
 _IMAGES, _PROMPTS = 8, 32  # on which a layer's error is measured
+# Square error by the width of codes, beside that of 4 bits: of normally distributed weights in groups of 16.
+_IN_GROUPS = {3: 4.0, 4: 1.0, 5: 0.27, 8: 0.02}
+_ALONE = {4: 1.0, 8: 0.02}  # of weights with one scale a channel
 # Bits a weight for outlier channels, which leave the integers only after the budget is spent: 0.027 in a ViT-S/14.
 RESERVE = 0.035
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """One layer: its encoder, node, number of weights, width, and the embeddings' mean square error at that width."""
+    """One layer: its encoder, node, number of weights, width, and the embeddings' mean square error at that width.
+
+    Attributes:
+        group_size: inputs that share a multiplier; 0: none do.
+    """
 
     encoder: str
     node: str
     elements: int
     bits: float
     error: float
+    group_size: int = 0
+
+    @property
+    def choices(self) -> list[tuple[int, float, float]]:
+        """Widths that it may have, with their stored bits and their error; none where it keeps its own."""
+        if self.bits >= 8:
+            return []
+        size, errors = self.group_size, _IN_GROUPS if self.group_size else _ALONE
+        return [(width, stored_bits(width, size if width < 8 else 0), self.error * errors[width]) for width in errors]
 
 
 def measure_costs(
@@ -55,7 +72,7 @@ def measure_costs(
 ) -> list[LayerCost]:
     """Every weighted layer of an encoder; weights that have 8 bits already cost nothing to keep (error 0).
 
-    Behind them what the plan stores in 16 bits, by the weight's name: a budget pays for it, too.
+    Behind them what the plan leaves in float, by the weight's name: a budget pays for it, too.
 
     Args:
         model: the float encoder; not changed.
@@ -65,7 +82,7 @@ def measure_costs(
     encoder_at = SegmentedEncoder(model, SpreadReader(reader, samples), provider, threads)
     exact = encoder_at.outputs()
     nearest, nodes = NearestRounding(), nodes_by_name(model.graph)
-    costs = unmeasured_costs(encoder, model, plan)
+    costs = _unmeasured(encoder, model, plan)
     for number, layer in enumerate(plan.layers):
         if costs[number].bits < 8:
             for _ in encoder_at.advance([layer.data]):
@@ -81,52 +98,50 @@ def measure_costs(
     return costs
 
 
-def unmeasured_costs(encoder: str, model: ir.Model, plan: Plan) -> list[LayerCost]:
+def _unmeasured(encoder: str, model: ir.Model, plan: Plan) -> list[LayerCost]:
     """What `measure_costs` returns, in its order, with no error looked at."""
     nodes, costs = nodes_by_name(model.graph), []
     for layer in plan.layers:
         grid = grid_of(plan, layer, model.graph, nodes[layer.node])
         elements = prod(dims(model.graph.initializers[layer.weight]) or ())
-        costs.append(LayerCost(encoder, layer.node, elements, stored_bits(grid.num_bits, grid.group_size), 0.0))
-    # what stays in 16 bits is paid for first
-    sizes = {weight: prod(dims(model.graph.initializers[weight]) or ()) for weight in plan.float16}
-    return costs + [LayerCost(encoder, weight, size, 16, 0.0) for weight, size in sizes.items()]
+        bits = stored_bits(grid.num_bits, grid.group_size)
+        costs.append(LayerCost(encoder, layer.node, elements, bits, 0.0, grid.group_size))
+    # what stays a float product is paid for first
+    sizes = {weight: prod(dims(model.graph.initializers[weight]) or ()) for weight in plan.in_float}
+    return costs + [LayerCost(encoder, weight, size, plan.float_bits, 0.0) for weight, size in sizes.items()]
 
 
-def buys_any(costs: Sequence[LayerCost], average_bits: float, reserve: float = 0.0) -> bool:
-    """Whether a budget has 8 bits for any layer of 4, by sizes alone."""
-    left = _left(costs, average_bits, reserve)
-    return any(_price(cost) <= left for cost in costs if cost.bits < 8)
-
-
-def _left(costs: Sequence[LayerCost], average_bits: float, reserve: float) -> float:
-    weights = sum(cost.elements for cost in costs)
-    return (average_bits - reserve) * weights - sum(cost.elements * cost.bits for cost in costs)
-
-
-def _price(cost: LayerCost) -> float:
-    return (8 - cost.bits) * cost.elements
-
-
-def spend(costs: Sequence[LayerCost], average_bits: float, reserve: float = 0.0) -> Mapping[str, frozenset[str]]:
-    """The nodes that get 8 bits, per encoder.
+def spend(costs: Sequence[LayerCost], average_bits: float, reserve: float = 0.0) -> Mapping[str, Mapping[str, int]]:
+    """The widths of the weights that get another than their own, per encoder and node.
 
     Args:
         reserve: of `average_bits`, what is left for weights that no cost names.
 
     Raises:
-        RecipeError: even without buying anything the average is higher.
+        RecipeError: even with every layer as narrow as it may be the average is higher.
     """
-    left = _left(costs, average_bits, reserve)
+    ladders = [cost.choices for cost in costs]
+    weights = sum(cost.elements for cost in costs)
+    least = sum(
+        cost.elements * (ladder[0][1] if ladder else cost.bits) for cost, ladder in zip(costs, ladders, strict=True)
+    )
+    left = (average_bits - reserve) * weights - least
     if left < 0:
-        least = average_bits - left / sum(cost.elements for cost in costs)
         raise RecipeError(
             f"quantization.average_bits: {average_bits} is not reachable, the first and last layers alone bring the "
-            f"average to {least:.2f}. Ask for more, or set quantization.boundary_bits: 4."
+            f"average to {least / weights + reserve:.2f}. Ask for more, or set quantization.boundary_bits: 4."
         )
-    bought: dict[str, set[str]] = {cost.encoder: set() for cost in costs}
-    for cost in sorted(costs, key=lambda cost: -cost.error / cost.elements):
-        if cost.bits < 8 and _price(cost) <= left:
-            bought[cost.encoder].add(cost.node)
-            left -= _price(cost)
-    return {encoder: frozenset(nodes) for encoder, nodes in bought.items()}
+    steps = []  # error that a bit saves, which layer, to which of its choices, how many bits
+    for number, (cost, ladder) in enumerate(zip(costs, ladders, strict=True)):
+        for place, ((_, narrow, worse), (_, wide, better)) in enumerate(pairwise(ladder)):
+            price = (wide - narrow) * cost.elements
+            steps.append(((worse - better) / price, number, place + 1, price))
+    reached = [0] * len(costs)
+    for _, number, place, price in sorted(steps, key=lambda step: (-step[0], *step[1:])):
+        if reached[number] == place - 1 and price <= left:  # each step saves less than the one before
+            reached[number], left = place, left - price
+    chosen: dict[str, dict[str, int]] = {cost.encoder: {} for cost in costs}
+    for cost, ladder, place in zip(costs, ladders, reached, strict=True):
+        if ladder and ladder[place][1] != cost.bits:
+            chosen[cost.encoder][cost.node] = ladder[place][0]
+    return chosen

@@ -19,6 +19,7 @@ from d4c_onnx.quantization.rounding import RoundedWeights
 from d4c_onnx.quantization.storage import (
     clip_activations,
     shorten_names,
+    store_blocks,
     store_float16,
     store_narrow,
     store_scaled,
@@ -49,8 +50,8 @@ def to_qdq(
     second = add_second_terms(quantized, ranges) if task.target.two_terms else ()
     verify = same_answers(first_batches(task.reader, 2), _BETWEEN_QUANTISERS) if task.verify else None
     applied = (*second, *apply_all(task.target.served_rewrites, quantized, verify))
-    store_float16(quantized, plan.float16)
-    if any(weight.num_bits == 4 for weight in weights.values()):
+    (store_float16 if plan.float_bits == 16 else store_blocks)(quantized, plan.in_float)
+    if any(weight.num_bits <= 5 for weight in weights.values()):
         store_narrow(quantized, held, task.target.int4)
     shorten_names(quantized)
     return quantized, applied

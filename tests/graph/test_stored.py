@@ -23,7 +23,8 @@ from d4c_onnx.runtime.inspection import inspect_encoder
 
 INTEGERS = hnp.arrays(np.int8, hnp.array_shapes(max_dims=4, max_side=7), elements=st.integers(-8, 7))
 MATRICES = hnp.arrays(np.int8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(-8, 7))
-SIGNED = [name for name in FORMS if name not in ("uint8", "trellis")]  # other tools' files; paths, not integers
+# neither the form of other tools' files nor those of paths, which are no integers
+SIGNED = [name for name in FORMS if name != "uint8" and "trellis" not in name]
 PAIRS = list(permutations(SIGNED, 2))
 
 KINDS = ("product", "convolution", "unpacked", "general")

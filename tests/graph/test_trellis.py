@@ -9,35 +9,40 @@ from hypothesis import strategies as st
 from stored_cases import GENERAL, PRODUCT, layer_of, scramble
 
 from d4c_onnx.errors import GraphError
-from d4c_onnx.graph.forms import CAST, FORMS, INT8, NATIVE, NIBBLES, TRELLIS
+from d4c_onnx.graph.forms import CAST, FORMS, INT8, NATIVE, NIBBLES
 from d4c_onnx.graph.stored import convert_stored, layer_bits, store_coded, stored_weight
-from d4c_onnx.graph.trellis import LEVELS, PATH_BITS, Coded
+from d4c_onnx.graph.trellis import PATH_BITS, RATES, Coded, level_numbers
+from d4c_onnx.graph.trellis_form import TRELLISES
 
 
 @st.composite
 def coded(draw: st.DrawFn) -> Coded:
-    """A matrix in groups of an even size, channels first or last."""
-    channels, groups, half = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    rng, axis = np.random.default_rng(draw(st.integers(0, 99))), draw(st.sampled_from([0, 1]))
-    codes = rng.integers(0, 16, (channels, groups * half * 2)).astype(np.uint8)
-    return Coded(codes, rng.integers(0, 16, (channels, groups)).astype(np.uint8), axis)
+    """A matrix in groups of an even size, of codes in planes of a multiple of 8, channels first or last."""
+    channels, groups, parts = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    rng, axis, bits = np.random.default_rng(draw(st.integers(0, 99))), draw(st.integers(0, 1)), draw(st.integers(3, 5))
+    codes = rng.integers(0, 2**bits, (channels, groups * parts * (2 if bits == 4 else 8))).astype(np.uint8)
+    return Coded(codes, rng.integers(0, 16, (channels, groups)).astype(np.uint8), axis, bits)
 
 
 def _same(one: Coded, other: Coded) -> bool:
     kinds = {array.dtype for array in (one.codes, one.multipliers)} == {np.dtype(np.uint8)}
     alike = np.array_equal(one.codes, other.codes) and np.array_equal(one.multipliers, other.multipliers)
-    return kinds and alike and one.axis == other.axis
+    return kinds and alike and (one.axis, one.num_bits) == (other.axis, other.num_bits)
 
 
-def test_levels_lie_evenly_and_are_safe_for_sums_of_two_in_16_bits() -> None:
-    assert LEVELS.dtype == np.int8
-    assert not LEVELS[0].any()
-    assert np.array_equal(LEVELS, -LEVELS[:, ::-1])
-    assert np.abs(LEVELS.astype(int)).max() == 64
+@pytest.mark.parametrize(("bits", "last"), [(3, 17), (4, 33), (5, 65)])
+def test_levels_lie_evenly_and_are_safe_for_sums_of_two_in_16_bits(bits: int, last: int) -> None:
+    levels = RATES[bits].levels
+    assert levels.dtype == np.int8
+    assert levels.shape == (16, last + 1)
+    assert not levels[0].any()
+    assert np.array_equal(levels, -levels[:, ::-1])
+    assert np.abs(levels.astype(int)).max() == 64
     assert 255 * 2 * 64 < 2**15
-    distance = np.diff(LEVELS.astype(float), axis=1)
+    distance = np.diff(levels.astype(float), axis=1)
     assert np.ptp(distance, axis=1).max() <= 1  # what rounding to integers does
-    assert np.allclose(distance.mean(1), np.arange(16) * 128 / (15 * 31), atol=0.04)
+    assert np.allclose(distance.mean(1), np.arange(16) * 128 / (15 * last), atol=0.06)
+    assert len(np.unique(level_numbers(bits))) == last + 1
 
 
 @given(coded())
@@ -48,10 +53,9 @@ def test_a_path_is_walked_as_its_definition_says(values: Coded) -> None:
     for channel, codes in enumerate(values.codes.tolist()):
         newer = older = 0
         for place, code in enumerate(codes):
-            u, bit = divmod(code, 2)
-            level = 4 * u + 2 * (bit ^ older) + newer
-            expected[channel, place] = LEVELS[values.multipliers[channel, place // size], level]
-            newer, older = bit, newer
+            level = 2 * code + newer + 2 * older
+            expected[channel, place] = RATES[values.num_bits].levels[values.multipliers[channel, place // size], level]
+            newer, older = code % 2, newer
     assert values.levels.dtype == np.int8
     assert np.array_equal(values.levels, expected.T if values.axis else expected)
 
@@ -64,44 +68,46 @@ def test_the_form_gives_back_what_it_stored(values: Coded) -> None:
         f"g (int8[1] x) => (int8[{values.shape[0]}, {values.shape[1]}] y) {{ t = Identity(x)\n y = Add(t, w) }}",
         w=values.levels,
     )
-    integers = TRELLIS.store_coded(model.graph, "stored", values)
-    found = TRELLIS.find(integers)
-    assert found is not None
-    assert found.const_value is not None
-    assert found.const_value.nbytes == values.codes.size // 2
-    assert TRELLIS.shape(integers) == values.shape
-    assert TRELLIS.multipliers(integers) == values.multipliers.size
-    assert np.array_equal(TRELLIS.unpack(integers), values.levels)
-    assert not any(other.find(integers) is not None for other in FORMS.values() if other is not TRELLIS)
-    assert _same(TRELLIS.coded(integers), values)
+    form = TRELLISES[values.num_bits]
+    before = set(model.graph.initializers)
+    integers = form.store_coded(model.graph, "stored", values)
+    assert form.find(integers) is not None
+    codes = [value for name, value in model.graph.initializers.items() if name not in before and name[-1] in "pq"]
+    assert sum(value.const_value.nbytes for value in codes) == values.codes.size * values.num_bits / 8
+    assert form.shape(integers) == values.shape
+    assert form.multipliers(integers) == values.multipliers.size
+    assert np.array_equal(form.unpack(integers), values.levels)
+    assert not any(other.find(integers) is not None for other in FORMS.values() if other is not form)
+    assert _same(form.coded(integers), values)
     model.graph.outputs[0].producer().replace_input_with(1, integers)  # type: ignore[union-attr]
     check(model)
     for optimize in (False, True):
         assert np.array_equal(run(model, np.zeros(1, np.int8), optimize=optimize), values.levels)
 
 
-def _model(kind: str) -> tuple[ir.Model, np.ndarray, Coded]:
+def _model(kind: str, bits: int = 4) -> tuple[ir.Model, np.ndarray, Coded]:
     """A graph whose only weight is a path's levels, still int8, and a batch for it."""
-    rng, axis = np.random.default_rng(3), 1 if kind == "product" else 0
+    rng, axis, inputs = np.random.default_rng(3), 1 if kind == "product" else 0, 12 if bits == 4 else 24
     multipliers = rng.integers(1, 16, (5, 3)).astype(np.uint8)
-    values = Coded(rng.integers(0, 16, (5, 12)).astype(np.uint8), multipliers, axis)
+    values = Coded(rng.integers(0, 2**bits, (5, inputs)).astype(np.uint8), multipliers, axis, bits)
     if kind == "product":
-        text = PRODUCT.replace("INPUTS", "12").replace("CHANNELS", "5")
+        text = PRODUCT.replace("INPUTS", str(inputs)).replace("CHANNELS", "5")
         known = {"x_scale": np.float32(0.02), "x_zero": np.uint8(117)}
     else:
-        text, known = GENERAL.replace("n, 5", "n, 12").replace("n, 3", "n, 5"), {}
+        text, known = GENERAL.replace("n, 5", f"n, {inputs}").replace("n, 3", "n, 5"), {}
     model = parse(text, w=values.levels, w_scale=rng.uniform(0.1, 1, 5), **known)
-    return model, rng.standard_normal((4, 12), np.float32), values
+    return model, rng.standard_normal((4, inputs), np.float32), values
 
 
+@pytest.mark.parametrize("width", TRELLISES)
 @pytest.mark.parametrize("kind", ["product", "general"])
-def test_a_path_changes_no_number_and_can_be_unpacked_for_good(kind: str) -> None:
-    model, batch, values = _model(kind)
+def test_a_path_changes_no_number_and_can_be_unpacked_for_good(kind: str, width: int) -> None:
+    model, batch, values = _model(kind, width)
     first, expected, served = model.clone(), run(model, batch, optimize=False), run(model, batch)
-    for form, bits in ((TRELLIS, 4 + 4 / 4), (INT8, 8)):
+    for form, bits in ((TRELLISES[width], width + 4 * 3 / values.codes.shape[1]), (INT8, 8)):
         stored = stored_weight(layer_of(model))
         assert stored is not None
-        if form is TRELLIS:
+        if form is not INT8:
             store_coded(model.graph, stored, values)
         else:
             convert_stored(model.graph, stored, form)
@@ -118,9 +124,10 @@ def test_a_path_changes_no_number_and_can_be_unpacked_for_good(kind: str) -> Non
     assert set(model.graph.initializers) == set(first.graph.initializers)
 
 
+@pytest.mark.parametrize("width", TRELLISES)
 @pytest.mark.parametrize("kind", ["product", "general"])
-def test_a_path_is_recognised_whatever_the_names(kind: str) -> None:
-    model, batch, values = _model(kind)
+def test_a_path_is_recognised_whatever_the_names(kind: str, width: int) -> None:
+    model, batch, values = _model(kind, width)
     stored = stored_weight(layer_of(model))
     assert stored is not None
     store_coded(model.graph, stored, values)
@@ -130,7 +137,7 @@ def test_a_path_is_recognised_whatever_the_names(kind: str) -> None:
     [product] = [entry for entry in model.graph if entry.op_type in ("MatMul", "Gemm")]
     again = stored_weight(product)
     assert again is not None
-    assert again.form is TRELLIS
+    assert again.form is TRELLISES[width]
     assert np.array_equal(again.unpack(), values.levels)
 
 
@@ -143,11 +150,12 @@ def test_other_paths_and_other_forms_are_refused() -> None:
     for narrow in (CAST, NIBBLES, NATIVE):
         with pytest.raises(GraphError, match="do not fit"):
             convert_stored(model.graph, stored, narrow)
-    with pytest.raises(GraphError, match="do not fit"):
-        convert_stored(model.graph, stored, TRELLIS)
+    for form in TRELLISES.values():
+        with pytest.raises(GraphError, match="do not fit"):
+            convert_stored(model.graph, stored, form)
+        with pytest.raises(GraphError, match="no path"):  # even small ones
+            form.store(model.graph.clone(), "small", np.ones((4, 4), np.int8))
     assert snapshot(model) == before
-    with pytest.raises(GraphError, match="no path"):  # even small ones
-        TRELLIS.store(model.graph, "small", np.ones((4, 4), np.int8))
 
 
 def _spoilt(model: ir.Model, kind: str) -> None:
@@ -203,4 +211,41 @@ def test_what_only_looks_like_a_path_is_none(kind: str) -> None:
     assert stored is not None
     store_coded(model.graph, stored, values)
     _spoilt(model, kind)
+    assert layer_bits(model) == []
+
+
+def _spoilt_planes(model: ir.Model, kind: str) -> None:
+    """One thing of a path in planes that is another."""
+    made = {entry.op_type: entry for entry in model.graph}  # of one operator, the last one
+    names = {"shifts": "~h4", "mask": "~k4", "levels": "~l3r", "numbers": "~n3r", "product": "~c3r4"}
+    if kind in names:
+        value = model.graph.initializers[names[kind]]
+        assert value.const_value is not None
+        changed = value.const_value.numpy().copy()
+        changed[-1] -= 1
+        value.const_value = ir.Tensor(changed, name=value.name)
+    elif kind == "direction":
+        made["BitShift"].attributes["direction"] = ir.AttrString("direction", "LEFT")
+    elif kind == "type":
+        stored = made["BitShift"].inputs[0]
+        assert stored is not None
+        assert stored.const_value is not None
+        stored.const_value = ir.Tensor(stored.const_value.numpy().astype(np.int32), name=stored.name)
+        stored.dtype = ir.DataType.INT32
+    elif kind == "once":  # the multipliers
+        made["Concat"].resize_inputs(4)
+    else:  # another multiplier
+        made["Concat"].replace_input_with(4, made["Concat"].inputs[0])
+
+
+@pytest.mark.parametrize(
+    "kind", ["shifts", "mask", "levels", "numbers", "product", "direction", "type", "once", "other"]
+)
+def test_what_only_looks_like_planes_is_none(kind: str) -> None:
+    model, _, values = _model("product", 3)
+    stored = stored_weight(layer_of(model))
+    assert stored is not None
+    store_coded(model.graph, stored, values)
+    assert [layer.bits for layer in layer_bits(model)] == [3.5]
+    _spoilt_planes(model, kind)
     assert layer_bits(model) == []

@@ -9,11 +9,12 @@ from graphs import check, parse, run, stored_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d4c_onnx.graph.forms import INT8, TRELLIS
+from d4c_onnx.graph.forms import INT8
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.model import load_model
 from d4c_onnx.graph.stored import average_bits, convert_stored, find_stored, layer_bits, stored_weight
-from d4c_onnx.graph.trellis import STEPS, levels_of
+from d4c_onnx.graph.trellis import RATES, levels_of
+from d4c_onnx.graph.trellis_form import TRELLIS
 from d4c_onnx.graph.values import nodes_by_name
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rounding import QuantizedWeight
@@ -110,7 +111,7 @@ def test_a_path_is_better_than_rounding_each_input_by_itself(seed: int) -> None:
     weight = np.random.default_rng(seed).standard_normal((16, 256)).astype(np.float32)
     rounded = NearestRounding().round(weight, WeightGrid(4, 16))
     assert rounded.path is not None
-    steps = np.repeat(2 * STEPS[rounded.path.multipliers], 16, axis=1) * rounded.scale[:, None]
+    steps = np.repeat(2 * RATES[4].steps[rounded.path.multipliers], 16, axis=1) * rounded.scale[:, None]
     alone = (np.clip(np.rint(weight / steps + 7.5), 0, 15) - 7.5) * steps
     errors = [np.square(values - weight).sum() for values in (rounded.dequantize(), alone)]
     assert errors[0] < 5 / 6 * errors[1]
@@ -139,7 +140,7 @@ def test_groups_win_where_groups_differ() -> None:
 
 
 def test_multipliers_are_counted() -> None:
-    assert stored_bits(4, 32) == 4.125
+    assert (stored_bits(4, 32), stored_bits(3, 16), stored_bits(5, 16)) == (4.125, 3.25, 5.25)
     assert (stored_bits(4), stored_bits(6), stored_bits(7), stored_bits(8)) == (4, 8, 8, 8)
 
 

@@ -9,9 +9,10 @@ from encoders import material, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d4c_onnx.graph.forms import INT8, TRELLIS
+from d4c_onnx.graph.forms import INT8
 from d4c_onnx.graph.layers import channel_axis, channels_first, weight_position
 from d4c_onnx.graph.stored import stored_weight
+from d4c_onnx.graph.trellis_form import TRELLISES
 from d4c_onnx.graph.values import attribute, node
 from d4c_onnx.quantization.rounding.base import InputMoments, LayerRounding, WeightGrid
 from d4c_onnx.quantization.rounding.gptq import GptqRounding
@@ -126,7 +127,7 @@ def _cut_pairs(made: ir.Model) -> tuple[int, int]:
     cut = widest = 0
     for product in made.graph:
         stored = stored_weight(product)
-        if stored is None or stored.form not in (INT8, TRELLIS):
+        if stored is None or stored.form not in (INT8, *TRELLISES.values()):
             continue
         integers = stored.unpack().astype(int)
         widest = max(widest, np.abs(integers).max())

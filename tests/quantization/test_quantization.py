@@ -11,10 +11,11 @@ from graphs import Feeds, check, ops, parse, run, run_all, stored_weights
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.errors import GraphError, RecipeError
-from d4c_onnx.graph.forms import CAST, INT8, TRELLIS
+from d4c_onnx.graph.forms import CAST, INT8
 from d4c_onnx.graph.model import load_model, opset_of
 from d4c_onnx.graph.stored import average_bits, convert_stored, layer_bits, stored_weight
-from d4c_onnx.graph.trellis import LEVELS
+from d4c_onnx.graph.trellis import RATES
+from d4c_onnx.graph.trellis_form import TRELLIS
 from d4c_onnx.graph.values import name_of, nodes_of
 from d4c_onnx.manifest import EXACT_PRODUCTS
 from d4c_onnx.quantization.calibration_batches import images_at_a_time
@@ -33,11 +34,11 @@ def test_plan_gives_the_ends_eight_bits(vit_bundle: Bundle) -> None:
     wide = [layer.op for layer in plan.layers if plan.weight_bits[layer.weight] == 8]
     assert wide == ["Conv"]
     assert plan.reduce_range
-    assert len(plan.float16) == 1  # the final projection
+    assert len(plan.in_float) == 1  # the final projection
     assert not make_plan(graph, section_of(), reduce_range=False).reduce_range
     assert sorted(set(plan.weight_bits.values())) == [4, 8]
     assert set(plan.op_types) == {"Conv", "MatMul"}
-    wider = make_plan(graph, section_of(), {plan.layers[3].node}, reduce_range=False)
+    wider = make_plan(graph, section_of(), {plan.layers[3].node: 8}, reduce_range=False)
     assert wider.weight_bits[plan.layers[3].weight] == 8
     assert not make_plan(graph, section_of("bits=w4a16", "target=cuda")).activations
     with pytest.raises(GraphError, match="nothing to quantise"):
@@ -69,7 +70,7 @@ def test_w4a8_file(model: str, tower: str, tmp_path: Path, request: pytest.Fixtu
         if stored is not None and stored.form is TRELLIS and stored.integers is not None:
             groups = stored.unpack().astype(int).reshape(-1, 16, stored.shape[1])
             steps = TRELLIS.coded(stored.integers).multipliers.T
-            assert all(np.isin(groups.swapaxes(1, 2)[steps == m], LEVELS[m]).all() for m in range(16))
+            assert all(np.isin(groups.swapaxes(1, 2)[steps == m], RATES[4].levels[m]).all() for m in range(16))
             assert max(len(np.unique(groups[:, :, channel])) for channel in range(4)) > 16
     # every weighted layer but those that stay float runs on an int8 kernel
     kernels = count_kernels(target)
@@ -289,9 +290,9 @@ def test_raised_layers_of_the_last_block_keep_their_eight_bits(request: pytest.F
     """The pooled row's products are named anew: the bit budget's choice must reach them all the same."""
     bundle, dataset = material(request, "vit")
     plan = make_plan(load_model(bundle.image_encoder).graph, section_of())
-    eight_bit_nodes = {layer.node for layer in plan.layers[-6:]}
+    widths = {layer.node: 8 for layer in plan.layers[-6:]}
     keys = ("rounding=nearest", "smoothing=none")
-    report, _ = quantize(bundle.image_encoder, dataset, tmp_path / "q.onnx", *keys, eight_bit_nodes=eight_bit_nodes)
+    report, _ = quantize(bundle.image_encoder, dataset, tmp_path / "q.onnx", *keys, widths=widths)
     assert sum(layer.bits == 8 for layer in report.layers) == 1 + 6
     images = np.array(dataset.held_out)
     exact, got = (EncoderSession(file).run(images) for file in (bundle.image_encoder, tmp_path / "q.onnx"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from d4c_onnx.calibration.observers import QuantParams
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.graph.layers import channels_first
-from d4c_onnx.graph.trellis import LEVELS
+from d4c_onnx.graph.trellis import TOP
 from d4c_onnx.graph.values import constant, name_of, nodes_by_name
 from d4c_onnx.quantization.inside.ranges import collect_ranges
 from d4c_onnx.quantization.inside.statistics import (
@@ -37,7 +37,7 @@ def test_gptq_beats_nearest_on_the_layer_output(seed: int, grid: WeightGrid) -> 
     gram = x.T @ x / len(x)
     learned = GptqRounding(0.01).round(weight, grid, InputMoments(gram, gram))
     nearest = NearestRounding().round(weight, grid)
-    low, high = (LEVELS.min(), LEVELS.max()) if grid.group_size else grid_limits(4)
+    low, high = (-TOP, TOP) if grid.group_size else grid_limits(4)
     assert low <= learned.integers.min()
     assert learned.integers.max() <= high
 

@@ -130,7 +130,7 @@ class _Search:
         self._weights = [
             (
                 channels_first(constant(value_named(graph, layer.weight)), layer.channel_axis),
-                plan.weight_bits[layer.weight],
+                _like(plan.weight_bits[layer.weight]),
             )
             for layer in mapping.consumers
         ]
@@ -162,6 +162,11 @@ class _Search:
             grid = _on_grid(weight * scale, bits)
             total += float(np.square(self._rows @ weight.T - rounded @ grid.T).sum(dtype=np.float64))
         return total
+
+
+def _like(bits: int) -> int:
+    """The width that stands for a grid's: outliers are as large to groups of 3 or 5 bits as to 4."""
+    return 4 if bits <= 5 else bits
 
 
 def _on_grid(weight: np.ndarray, bits: int) -> np.ndarray:

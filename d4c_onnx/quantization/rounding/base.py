@@ -1,7 +1,7 @@
 """The interface that every rounding plugs into."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ class QuantizedWeight:
         integers: int8 [channels, inputs], what kernels multiply; without a path each in
             [-2**(num_bits-1), 2**(num_bits-1) - 1].
         scale: float32 [channels], positive; real = integer * scale.
-        num_bits: width of the grid; 4 bits are stored in 4, wider grids in 8.
+        num_bits: width of the grid, or of the path's codes; 3, 4 and 5 bits are stored in as many, wider grids in 8.
         path: what is stored where groups share multipliers, channels first; its levels are the integers.
     """
 
@@ -32,10 +32,10 @@ class QuantizedWeight:
     path: Coded | None = None
 
     @classmethod
-    def on_path(cls, codes: np.ndarray, multipliers: np.ndarray, scale: np.ndarray) -> "QuantizedWeight":
-        """A weight on 4 bits in groups."""
-        path = Coded(codes, multipliers, axis=0)
-        return cls(path.levels, scale, 4, path)
+    def on_path(cls, codes: np.ndarray, multipliers: np.ndarray, scale: np.ndarray, num_bits: int) -> "QuantizedWeight":
+        """A weight in groups."""
+        path = Coded(codes, multipliers, 0, num_bits)
+        return cls(path.levels, scale, num_bits, path)
 
     def dequantize(self) -> np.ndarray:
         """float32 [channels, inputs]."""
@@ -43,7 +43,9 @@ class QuantizedWeight:
 
     def taken(self, order: np.ndarray) -> "QuantizedWeight":
         """Its channels in another order."""
-        path = None if self.path is None else Coded(self.path.codes[order], self.path.multipliers[order], axis=0)
+        path = self.path
+        if path is not None:
+            path = replace(path, codes=path.codes[order], multipliers=path.multipliers[order])
         return QuantizedWeight(self.integers[order], self.scale[order], self.num_bits, path)
 
 
@@ -54,7 +56,7 @@ def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     path = None
     if paths:
         codes, multipliers = [own.codes for own in paths], [own.multipliers for own in paths]
-        path = Coded(np.concatenate(codes), np.concatenate(multipliers), axis=0)
+        path = replace(paths[0], codes=np.concatenate(codes), multipliers=np.concatenate(multipliers))
     return QuantizedWeight(integers, scale, parts[0].num_bits, path)
 
 
@@ -63,8 +65,8 @@ class WeightGrid:
     """Where the integers of a weight may lie.
 
     Attributes:
-        num_bits: 4, 6 or 8; 7 is a grid of 8 bits of which [-64, 63] is used.
-        group_size: neighbouring inputs that share a multiplier, at 4 bits; 0: one scale a channel.
+        num_bits: 4, 6 or 8; 3, 4 or 5 in groups.
+        group_size: neighbouring inputs that share a multiplier; 0: one scale a channel.
         partners: int [inputs], see `pairs`; None: any two weights may be as large as they want.
     """
 
@@ -176,5 +178,5 @@ def grid_limits(num_bits: int) -> tuple[int, int]:
 def stored_bits(num_bits: int, group_size: int = 0) -> float:
     """What a weight of that grid takes in the file, its share of a multiplier of 4 bits included."""
     if group_size:
-        return 4 + 4 / group_size
+        return num_bits + 4 / group_size
     return 4 if num_bits == 4 else 8

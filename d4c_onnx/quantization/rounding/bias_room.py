@@ -72,5 +72,6 @@ def with_room(
     codes, multipliers = path.codes.copy(), path.multipliers.copy()
     if raised.any():
         near = np.ceil(multipliers[raised] * (rounded.scale / scale)[raised, None])  # steps as wide as before
-        codes[raised], multipliers[raised] = trace_nearest(weight[raised], scale[raised], near.astype(np.uint8))
-    return QuantizedWeight.on_path(codes, multipliers, scale)
+        given = weight[raised], scale[raised], near.astype(np.uint8)
+        codes[raised], multipliers[raised] = trace_nearest(*given, rounded.num_bits)
+    return QuantizedWeight.on_path(codes, multipliers, scale, rounded.num_bits)

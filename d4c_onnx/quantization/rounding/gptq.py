@@ -74,9 +74,9 @@ def round_target(target: np.ndarray, grid: WeightGrid, solved: "Solved") -> Quan
     """
     wanted = target.astype(np.float32)
     if grid.group_size:
-        scale, near = search_groups(wanted, grid.group_size, solved.pivots)
-        codes, multipliers = trace(target / scale[:, None], solved.natural_factor, near)
-        return QuantizedWeight.on_path(codes, multipliers, scale)
+        scale, near = search_groups(wanted, grid.group_size, solved.pivots, grid.num_bits)
+        codes, multipliers = trace(target / scale[:, None], solved.natural_factor, near, grid.num_bits)
+        return QuantizedWeight.on_path(codes, multipliers, scale, grid.num_bits)
     scale, order = search_scales(wanted, grid, solved.importance), solved.order
     before = np.full(len(order), -1)  # where an input's partner came, in act-order; -1: it comes later
     if grid.partners is not None:

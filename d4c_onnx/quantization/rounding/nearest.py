@@ -34,8 +34,9 @@ class NearestRounding:
     ) -> QuantizedWeight:
         """See `LayerRounding.round`."""
         if grid.group_size:
-            scale, multipliers = search_groups(weight, grid.group_size)
-            return QuantizedWeight.on_path(*trace_nearest(weight, scale, multipliers), scale)
+            scale, multipliers = search_groups(weight, grid.group_size, num_bits=grid.num_bits)
+            path = trace_nearest(weight, scale, multipliers, grid.num_bits)
+            return QuantizedWeight.on_path(*path, scale, grid.num_bits)
         scale = search_scales(weight, grid)
         return QuantizedWeight(round_to_grid(weight, scale, grid), scale, grid.num_bits)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d4c_onnx.graph.trellis import STEPS
+from d4c_onnx.graph.trellis import RATES
 from d4c_onnx.quantization.rounding.base import InputMoments, stored_bits
 from d4c_onnx.quantization.rounding.gptq import GptqRounding, repair
 from d4c_onnx.quantization.rounding.groups import search_groups
@@ -70,7 +70,7 @@ def round_token_rows(
     for start in range(0, len(rows), _ROWS):
         part = rows[start : start + _ROWS]
         scale, multipliers = search_groups(part, group_size, solved.pivots)
-        scale = scale * np.float32(2 * STEPS[1])  # of every second level
+        scale = scale * np.float32(2 * RATES[4].steps[1])  # of every second level
         step = np.repeat(multipliers * scale[:, None].astype(np.float64), group_size, axis=1)
         parts.append((_integers(part - step / 2, step, solved.factor, solved.order), scale, multipliers))
     integers, scales, multipliers = map(np.concatenate, zip(*parts, strict=True))

@@ -10,7 +10,7 @@ Source: per-survivor processing (Raheli, Polydoros and Tzou, 1995) in a Viterbi 
 
 import numpy as np
 
-from d4c_onnx.graph.trellis import COSETS, LARGEST, LAST, STEPS
+from d4c_onnx.graph.trellis import COSETS, LARGEST, RATES, Rate
 
 _TRIES = (-1, 0, 1)  # around a group's own best multiplier
 _BLOCK = 64  # inputs after which the best path so far is taken
@@ -19,7 +19,9 @@ _ROWS = 128  # of channels at once
 _COSET = COSETS.astype(np.float64)[..., None]
 
 
-def trace(target: np.ndarray, factor: np.ndarray | None, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def trace(
+    target: np.ndarray, factor: np.ndarray | None, near: np.ndarray, num_bits: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
     """Codes and multipliers of least repaired error.
 
     Args:
@@ -27,30 +29,36 @@ def trace(target: np.ndarray, factor: np.ndarray | None, near: np.ndarray) -> tu
         factor: float64 [inputs, inputs], upper Cholesky factor of the inverse Gram, in the inputs' own order; None: no
             input repairs another.
         near: uint8 [channels, groups], multipliers to try, with their neighbours.
+        num_bits: of a code.
 
     Returns:
         uint8 [channels, inputs] and uint8 [channels, groups].
     """
     parts = [
-        _trace(target[start : start + _ROWS], factor, near[start : start + _ROWS])
+        _trace(target[start : start + _ROWS], factor, near[start : start + _ROWS], RATES[num_bits])
         for start in range(0, len(target), _ROWS)
     ]
     codes, multipliers = zip(*parts, strict=True)
     return np.concatenate(codes), np.concatenate(multipliers)
 
 
-def trace_nearest(weight: np.ndarray, scale: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def trace_nearest(
+    weight: np.ndarray, scale: np.ndarray, near: np.ndarray, num_bits: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
     """`trace` where no input repairs another.
 
     Args:
         weight: float32 [channels, inputs].
         scale: float32 [channels].
         near: uint8 [channels, groups].
+        num_bits: of a code.
     """
-    return trace(weight.astype(np.float64) / scale[:, None], None, near)
+    return trace(weight.astype(np.float64) / scale[:, None], None, near, num_bits)
 
 
-def _trace(target: np.ndarray, factor: np.ndarray | None, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _trace(
+    target: np.ndarray, factor: np.ndarray | None, near: np.ndarray, rate: Rate
+) -> tuple[np.ndarray, np.ndarray]:
     rows, inputs = target.shape
     size = inputs // near.shape[1]
     open_ = np.ascontiguousarray(target.T)  # [inputs, channels]
@@ -60,7 +68,7 @@ def _trace(target: np.ndarray, factor: np.ndarray | None, near: np.ndarray) -> t
     for start in range(0, inputs, width):
         stop = min(start + width, inputs)
         own = None if factor is None else factor[start:stop, start:stop]
-        found, errors, chosen = _block(open_[start:stop], own, near[:, start // size : stop // size], state)
+        found, errors, chosen = _block(open_[start:stop], own, near[:, start // size : stop // size], state, rate)
         codes[start:stop], multipliers[start // size : stop // size] = found, chosen
         state = np.stack([found[-2] & 1, found[-1] & 1]).astype(np.intp)
         if factor is not None:
@@ -69,7 +77,7 @@ def _trace(target: np.ndarray, factor: np.ndarray | None, near: np.ndarray) -> t
 
 
 def _block(
-    target: np.ndarray, factor: np.ndarray | None, near: np.ndarray, state: np.ndarray
+    target: np.ndarray, factor: np.ndarray | None, near: np.ndarray, state: np.ndarray, rate: Rate
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes [inputs, channels], errors over pivots [inputs, channels], multipliers [groups, channels]."""
     inputs, rows = target.shape
@@ -85,7 +93,7 @@ def _block(
         start, stop = group * size, (group + 1) * size
         tried = np.stack([np.clip(near[:, group].astype(np.int64) + step, 0, LARGEST) for step in _TRIES])
         own = None if factor is None else factor[start:stop, start:stop]
-        cost, origin, found, lost, best = _group(open_[start:stop], own, cost, tried)
+        cost, origin, found, lost, best = _group(open_[start:stop], own, cost, tried, rate)
         older, newer = origin >> 1, origin & 1
         for kept in (open_, codes, errors, multipliers):
             kept[:] = kept[:, older, newer, each]
@@ -99,7 +107,7 @@ def _block(
 
 
 def _group(
-    target: np.ndarray, factor: np.ndarray | None, cost: np.ndarray, tried: np.ndarray
+    target: np.ndarray, factor: np.ndarray | None, cost: np.ndarray, tried: np.ndarray, rate: Rate
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One group, all multipliers that are tried.
 
@@ -108,17 +116,17 @@ def _group(
     """
     size, _, _, rows = target.shape
     tries = len(tried)
-    steps = STEPS[tried].reshape(-1)  # [tries * rows]
+    steps = rate.steps[tried].reshape(-1)  # [tries * rows]
     inverse = np.where(steps > 0, 0.25 / np.where(steps > 0, steps, 1), 0)
     total = np.tile(cost, tries)  # [2, 2, tries * rows]
     pending = np.tile(target, tries)
-    shift, base = (LAST / 2 - _COSET) / 4, _COSET - LAST / 2
+    shift, base = (rate.last / 2 - _COSET) / 4, _COSET - rate.last / 2
     walked = []
     for column in range(size):
         wanted = pending[column]
         place = wanted * inverse + shift  # [bit, older, newer, ...]
         np.rint(place, out=place)
-        np.clip(place, 0, LAST // 4, out=place)
+        np.clip(place, 0, rate.places - 1, out=place)
         level = place * 4
         level += base
         level *= steps

@@ -3,12 +3,13 @@
 from d4c_onnx.quantization.storage.names import shorten_names
 from d4c_onnx.quantization.storage.narrow_activations import clip_activations
 from d4c_onnx.quantization.storage.token_table import TokenTable, store_token_table
-from d4c_onnx.quantization.storage.weights import store_float16, store_narrow, store_scaled, stored_of
+from d4c_onnx.quantization.storage.weights import store_blocks, store_float16, store_narrow, store_scaled, stored_of
 
 __all__ = [
     "TokenTable",
     "clip_activations",
     "shorten_names",
+    "store_blocks",
     "store_float16",
     "store_narrow",
     "store_scaled",

@@ -7,13 +7,16 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from d4c_onnx.graph.forms import INT8, TRELLIS, Form
+from d4c_onnx.graph.forms import INT8, Form
 from d4c_onnx.graph.layers import channels_back
 from d4c_onnx.graph.model import opset_of, raise_opset
 from d4c_onnx.graph.stored import convert_stored, store_coded, stored_weight
-from d4c_onnx.graph.values import array, dims, maker, name_of, node, prepend, set_constant
-from d4c_onnx.quantization.rounding.base import QuantizedWeight
+from d4c_onnx.graph.trellis_form import TRELLISES
+from d4c_onnx.graph.values import array, constant, dims, maker, name_of, node, prepend, set_constant
+from d4c_onnx.quantization.rounding.base import QuantizedWeight, WeightGrid
+from d4c_onnx.quantization.rounding.nearest import NearestRounding
 
+BLOCK = 64  # values of a float weight on 8 bits that share a scale
 _FROM_INT4 = 21  # the opset that brought the type
 
 
@@ -24,7 +27,7 @@ def stored_of(model: ir.Model, products: Collection[str]) -> dict[str, ir.Value]
 
 
 def store_narrow(model: ir.Model, held: Mapping[ir.Value, tuple[QuantizedWeight, int]], form: Form) -> int:
-    """Store int8 weights in 4 bits, in place; returns how many initialisers.
+    """Store int8 weights in 3 to 5 bits, in place; returns how many initialisers.
 
     Args:
         held: what initialisers hold: the weight, and the axis of its channels. Those of a wider grid stay; what is not
@@ -40,7 +43,7 @@ def store_narrow(model: ir.Model, held: Mapping[ir.Value, tuple[QuantizedWeight,
         if stored is None or stored.form is not INT8:
             continue
         weight, axis = held.get(stored.initializer, (None, 0))
-        if weight is None or weight.num_bits == 4:
+        if weight is None or weight.num_bits <= 5:
             narrow[stored.initializer] = (
                 stored,
                 None if weight is None or weight.path is None else replace(weight.path, axis=axis),
@@ -51,7 +54,7 @@ def store_narrow(model: ir.Model, held: Mapping[ir.Value, tuple[QuantizedWeight,
             convert_stored(model.graph, stored, form)
         else:
             store_coded(model.graph, stored, coded)
-    used = [form if coded is None else TRELLIS for _, coded in narrow.values()]
+    used = [form if coded is None else TRELLISES[coded.num_bits] for _, coded in narrow.values()]
     opset = max((own.opset for own in used), default=0)
     if opset_of(model) < opset:
         raise_opset(model, opset)
@@ -63,17 +66,41 @@ def store_float16(model: ir.Model, names: Collection[str]) -> None:
 
     What float16 cannot hold stays as it is.
     """
+    for name in names:
+        values = array(model.graph.initializers.get(name))
+        if values is not None and np.abs(values).max(initial=0) <= np.finfo(np.float16).max:
+            stored = set_constant(model.graph, f"{name}_float16", values.astype(np.float16))
+            cast = node("Cast", [stored], f"{name}_float", name=f"{name}_cast", attributes={"to": ir.DataType.FLOAT})
+            _exchange(model.graph, name, [cast])
+
+
+def store_blocks(model: ir.Model, names: Collection[str]) -> None:
+    """Store float32 initialisers in 8 bits and a scale for every 64 values, in place; folded when the file is loaded.
+
+    int8 [blocks, 64] -> Cast -> Mul by float32 [blocks, 1] -> Reshape. What runs is the float product. What does not
+    fall into blocks has 16 bits.
+    """
     graph = model.graph
     for name in names:
-        value = graph.initializers.get(name)
-        values = array(value)
-        if value is None or values is None or not np.abs(values).max(initial=0) <= np.finfo(np.float16).max:
+        values = constant(graph.initializers[name])
+        if values.size % BLOCK:
+            store_float16(model, [name])
             continue
-        stored = set_constant(graph, f"{name}_float16", values.astype(np.float16))
-        cast = node("Cast", [stored], f"{name}_float", name=f"{name}_cast", attributes={"to": ir.DataType.FLOAT})
-        value.replace_all_uses_with(cast.outputs[0])
-        graph.initializers.pop(name)
-        prepend(graph, [cast])
+        rounded = NearestRounding().round(values.reshape(-1, BLOCK).astype(np.float32), WeightGrid(8))
+        stored = set_constant(graph, f"{name}_blocks", rounded.integers)
+        scale = set_constant(graph, f"{name}_scale", rounded.scale[:, None])
+        shape = set_constant(graph, f"{name}_shape", np.array(values.shape, np.int64))
+        cast = node("Cast", [stored], f"{name}_integers", attributes={"to": ir.DataType.FLOAT})
+        scaled = node("Mul", [cast.outputs[0], scale], f"{name}_scaled", name=f"{name}_dequantize")
+        whole = node("Reshape", [scaled.outputs[0], shape], f"{name}_float", name=f"{name}_reshape")
+        _exchange(graph, name, [cast, scaled, whole])
+
+
+def _exchange(graph: ir.Graph, name: str, nodes: list[ir.Node]) -> None:
+    """Let the readers of an initialiser read what the last of the nodes gives."""
+    value = graph.initializers.pop(name)
+    value.replace_all_uses_with(nodes[-1].outputs[0])
+    prepend(graph, nodes)
 
 
 def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, int]]) -> None:
@@ -81,7 +108,7 @@ def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, i
 
     integers -> Cast to float32 -> Mul by one scale a channel (-> Cast to float16, where the initialiser was that):
     standard operators of constants, which onnxruntime folds. What runs is the float graph. Where groups share
-    multipliers the integers lie in the form `trellis`.
+    multipliers the integers lie in the form of a trellis.
 
     Args:
         weights: per initialiser its grid, and the axis of its channels; 4-bit ones are stored in INT4.
@@ -96,7 +123,8 @@ def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, i
             packed = integers.astype(ml_dtypes.int4) if weight.num_bits == 4 else integers
             stored = set_constant(graph, f"{name}_quantized", packed)
         else:
-            stored = TRELLIS.store_coded(graph, f"{name}_quantized", replace(weight.path, axis=axis))
+            form = TRELLISES[weight.path.num_bits]
+            stored = form.store_coded(graph, f"{name}_quantized", replace(weight.path, axis=axis))
         line = [-1 if position == axis else 1 for position in range(len(shape))]
         scale = set_constant(graph, f"{name}_scale", weight.scale.reshape(line).astype(np.float32))
         nodes = [node("Cast", [stored], f"{name}_integers", attributes={"to": ir.DataType.FLOAT})]
