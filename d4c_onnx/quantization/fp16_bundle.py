@@ -1,7 +1,6 @@
 """The FP16 bundle: what a GPU multiplies fastest where no int8 kernel takes QDQ files."""
 
 from pathlib import Path
-from typing import Any
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, is_bundle, open_bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
@@ -99,6 +98,6 @@ def find_fp16_bundle(bundle: Bundle, output_path: Path, section: QuantizationSec
     return made if same_form and same_weights and made_by_same_tools(made) else None
 
 
-def _shaped_by(section: QuantizationSection) -> dict[str, Any]:
+def _shaped_by(section: QuantizationSection) -> dict[str, object]:
     """What of a recipe an FP16 bundle depends on."""
     return {"quantization": {"external_data": section.external_data}}
