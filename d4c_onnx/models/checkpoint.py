@@ -35,7 +35,7 @@ class Checkpoint:
     """The tensors of a file by name, and what the file says beside them."""
 
     file: Path
-    state: dict[str, Any]
+    state: dict[str, torch.Tensor]
     stated: tuple[Source, ...]
 
 
@@ -128,7 +128,7 @@ def load_tensors(
     return _changed(before, after) + (() if image_size is None else set_image_size(model, image_size))
 
 
-def _converted(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+def _converted(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors under the model's names, where only names and layouts differ."""
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
@@ -147,7 +147,7 @@ def _converted(model: Any, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _refuse_values(file: str, model: Any, state: Mapping[str, Any]) -> None:
+def _refuse_values(file: str, model: Any, state: Mapping[str, torch.Tensor]) -> None:
     """Refuse what no training ends in: numbers that are not finite, and integers where floats belong."""
     own = model.state_dict()
     for name, value in state.items():
@@ -178,7 +178,7 @@ def _changed(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Resam
     return tuple(Resampled(name, count, after[name]) for name, count in before.items() if after[name] != count)
 
 
-def _positions(state: Mapping[str, Any]) -> dict[str, int]:
+def _positions(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: int(state[name].shape[0]) for name in (_IMAGE, *_TEXT) if name in state}
 
 

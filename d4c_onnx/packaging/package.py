@@ -6,15 +6,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.bundle import open_bundle
 from d4c_onnx.errors import BundleError
-from d4c_onnx.files import claimed, refuse_existing, sha256, staged_folder, write_json
+from d4c_onnx.files import claimed, refuse_existing, staged_folder
 from d4c_onnx.graph.door import check_graph
-from d4c_onnx.manifest import FileRecord
-from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST
+from d4c_onnx.manifest_file import GOLDEN_FOLDER
 from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.needs import remark_on_release, unit_vectors
-from d4c_onnx.packaging.package_manifest import PACKAGE, PackageContent, PackageManifest
+from d4c_onnx.packaging.package_manifest import PackageContent, recorded, write_package
 from d4c_onnx.packaging.proof import prove
 from d4c_onnx.packaging.stacks import STACKS
 from d4c_onnx.progress import OnStep, silent
@@ -79,27 +78,10 @@ def package_bundle(
         on_step("package", 2, 3, {})
         shutil.copytree(source.path / GOLDEN_FOLDER, stage / GOLDEN_FOLDER)
         content = _content(job, stack.use)
-        write_json(stage / PACKAGE, _manifest(source, content).as_dict())
+        write_package(stage, source, content)
     on_step("package", 3, 3, {})
     return PackageReport(folder, content)
 
 
 def _content(job: Job, use: str) -> PackageContent:
-    files = {
-        file.relative_to(job.folder).as_posix(): FileRecord(sha256(file), file.stat().st_size)
-        for file in sorted(job.folder.rglob("*"))
-        if file.is_file()
-    }
-    return PackageContent(job.target, tuple(job.models), files, tuple(job.remarks), use)
-
-
-def _manifest(bundle: Bundle, content: PackageContent) -> PackageManifest:
-    told = bundle.manifest
-    return PackageManifest(
-        model=told.model.name,
-        bits=told.bits,
-        bundle_manifest_sha256=sha256(bundle.path / MANIFEST),
-        preprocess=told.preprocess,
-        tokenizer=told.tokenizer,
-        content=content,
-    )
+    return PackageContent(job.target, tuple(job.models), recorded(job.folder), tuple(job.remarks), use)

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from d4c_onnx.bundle import EXTERNAL_DATA, GOLDEN, check_inside
+from d4c_onnx.bundle import EXTERNAL_DATA, GOLDEN, Bundle, check_inside
 from d4c_onnx.errors import BundleError
+from d4c_onnx.files import sha256, write_json
 from d4c_onnx.manifest import FileRecord, Preprocess, Signature, TokenizerInfo
-from d4c_onnx.manifest_file import file_name, file_of, preprocess_of, tensor_of, tokenizer_of
+from d4c_onnx.manifest_file import MANIFEST, file_name, file_of, preprocess_of, tensor_of, tokenizer_of
 from d4c_onnx.ownership import PACKAGE
 from d4c_onnx.untrusted_json import Node, integer, mapping, one_of, read_json, sequence, sha256_text, text
 
@@ -98,6 +99,29 @@ class PackageManifest:
             "tokenizer": self.tokenizer.as_dict(),
             **self.content.as_dict(),
         }
+
+
+def recorded(folder: Path) -> dict[str, FileRecord]:
+    """Hash and size of every file below a folder."""
+    return {
+        file.relative_to(folder).as_posix(): FileRecord(sha256(file), file.stat().st_size)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def write_package(folder: Path, bundle: Bundle, content: PackageContent) -> None:
+    """Write the manifest of a package that was made of a bundle."""
+    told = bundle.manifest
+    manifest = PackageManifest(
+        model=told.model.name,
+        bits=told.bits,
+        bundle_manifest_sha256=sha256(bundle.path / MANIFEST),
+        preprocess=told.preprocess,
+        tokenizer=told.tokenizer,
+        content=content,
+    )
+    write_json(folder / PACKAGE, manifest.as_dict())
 
 
 def is_package(folder: Path) -> bool:

@@ -59,10 +59,10 @@ def write_fp16_bundle(
             model = load_model(bundle.path / name)
             clear_notes(model)
             try:
-                half, _ = in_float16(model)
+                converted, _ = in_float16(model)
             except GraphError as error:
                 raise GraphError(f"{bundle.path / name}: {error}") from error
-            save_model(half, stage / name, limit_bytes=0 if section.external_data else None)
+            save_model(converted, stage / name, limit_bytes=0 if section.external_data else None)
         session = Session()
         effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
         made = Quantization(
