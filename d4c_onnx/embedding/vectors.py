@@ -28,7 +28,7 @@ from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.runtime.clip_session import ClipSession, batches
 from d4c_onnx.untrusted_json import quoted
 
-_PART = 1024  # items: what an interruption costs at most, and what is in memory at a time
+PART_ITEMS = 1024  # what an interruption costs at most, and what is in memory at a time
 _SHOWN = 5
 
 
@@ -126,7 +126,7 @@ def _ask(bundle: Bundle, source: Source) -> Ask:
         form=source.form,
         total=source.total,
         changed=source.path.stat().st_mtime_ns if source.form != "folder" else 0,
-        part=_PART,
+        part=PART_ITEMS,
     )
 
 
@@ -138,7 +138,7 @@ def _embed(session: ClipSession, source: Source, parts: Parts, resumed: int, on_
     broken = sum(counts.broken for counts in parts.finished)
 
     def told() -> Iterator[Item]:
-        for item in islice(items, _PART):
+        for item in islice(items, PART_ITEMS):
             on_step("embed", min(item.done, source.total - 1), source.total, {"broken": broken})
             yield item
 
