@@ -5,7 +5,7 @@ That loader resamples position embeddings of another image size or text length a
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import LARGEST_SIDE, Resampled
 from d4c_onnx.models.misfit import differences, misfit
-from d4c_onnx.models.preprocessing import WITHIN, Source, default_settings
+from d4c_onnx.models.preprocessing import WITHIN, default_settings
+from d4c_onnx.models.settings import Source
 from d4c_onnx.models.torchscript import is_torchscript, read_torchscript
 from d4c_onnx.models.wrappers import peel
 from d4c_onnx.untrusted_json import check_readable, quoted, short
@@ -50,7 +51,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
     if len(own) < len(_OPENAI):
         return Checkpoint(file, state, ())
     side = _number(file, "input_resolution", own["input_resolution"])
-    said = default_settings() | {"quick_gelu": True, "size": (side, side)}
+    said = replace(default_settings(), quick_gelu=True, size=(side, side))
     return Checkpoint(file, state, ((f"OpenAI's {', '.join(_OPENAI)} {WITHIN}", said),))
 
 
