@@ -97,10 +97,9 @@ def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[None
                     calibration = calibration_set(model, source, seed, output, args.train)
                     origin = stress_bundle(bundle, factor, folder / f"stress-{number}") if factor > 1 else bundle
                     clock = time.perf_counter()
-                    dump = recipe.model_dump(mode="json")
                     data = open_calibration_set(calibration, verify=False)
                     target = folder / str(number)
-                    quantize_bundle_files(origin, data, target, recipe.quantization, recipe_dump=dump)
+                    quantize_bundle_files(origin, data, target, recipe)
                     seconds.append(time.perf_counter() - clock)
                     made.append(target)
                 report = measuring.evaluate_bundles([bundle.path, *made], load_recipe())

@@ -51,7 +51,7 @@ def tried(path: Path, target: str, name: str | None) -> dict[str, Any]:
         found = verify_package(report.path)
         if not found.ok:
             raise SystemExit(f"{row['bundle']} for {target}: {[check for check in found.checks if check.ok is False]}")
-        size = sum(entry["size_bytes"] for entry in report.files.values())
+        size = sum(entry.size_bytes for entry in report.content.files.values())
     return row | {"megabytes": round(size / 1e6, 1), "seconds": round(seconds, 1)}
 
 

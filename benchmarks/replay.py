@@ -92,8 +92,8 @@ CASES: dict[str, tuple[tuple[str, str], ...]] = {
     "mini-vit": ALL,
     "mini-rn": ALL,
     **dict.fromkeys(TINY, (*FEW, *PORTABLE)),
-    "ViT-B-32": FEW[1:],
-    "RN50": FEW[1:],
+    "ViT-B-32": FEW,
+    "RN50": FEW,
 }
 
 

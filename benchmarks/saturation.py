@@ -33,8 +33,7 @@ def main() -> None:
             made = {}
             for name, reduced in (("7 of 8 bits", "true"), ("8 bits", "false")):
                 recipe = load_recipe(None, ["quantization.bits=w8a8", f"quantization.reduce_range={reduced}"])
-                target, dump = Path(folder) / reduced, recipe.model_dump(mode="json")
-                made[name] = quantize_bundle_files(bundle, data, target, recipe.quantization, recipe_dump=dump)
+                made[name] = quantize_bundle_files(bundle, data, Path(folder) / reduced, recipe)
             full = made["8 bits"]
             quantization = replace(full.manifest.quantization, session=Session())
             plain = Bundle(full.path, replace(full.manifest, quantization=quantization))

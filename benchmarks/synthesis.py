@@ -131,10 +131,9 @@ def _measure_group(args: argparse.Namespace, results: dict[str, dict], model: st
             seconds[name] = spent
         for bits in BITS:
             # The quantisation is the default recipe's for every row: only the images differ.
-            quantization = load_recipe(None, [f"quantization.bits={bits}"])
+            recipe = load_recipe(None, [f"quantization.bits={bits}"])
             target = folder / f"{number}-{bits}"
-            dump = quantization.model_dump(mode="json")
-            quantize_bundle_files(bundle, data, target, quantization.quantization, recipe_dump=dump)
+            quantize_bundle_files(bundle, data, target, recipe)
             made.append(target)
     report = measuring.evaluate_bundles([bundle.path, *made], load_recipe())
     measured = iter(report.bundles[1:])

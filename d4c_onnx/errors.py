@@ -11,13 +11,13 @@ D4CError
 └── CheckFailed        a requested check ran and failed (exit code 1; all others are 2)
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class Report(Protocol):
     """What a command measured."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For --json."""
 
 

@@ -254,7 +254,7 @@ def temporary_room(needed: int = 0) -> Iterator[Path]:
         raise BundleError(f"{place}: no space left for temporary files ({left} are free). {_MORE_ROOM}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write one JSON file atomically, keys in the given order, so that equal values give equal bytes."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 

@@ -9,7 +9,6 @@ and do not keep them when a manifest is written again.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from d4c_onnx.results import Accuracy, Promise
 from d4c_onnx.untrusted_json import printable, short
@@ -144,7 +143,7 @@ class TokenizerInfo:
     zeroed_id: int | None = None
     last_id: int | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         ids = {name: getattr(self, name) for name in ("sot_id", "eot_id", "pad_id", "zeroed_id", "last_id")}
         return {
@@ -301,7 +300,7 @@ class Quantization:
     bits: str
     target: str
     target_note: str
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, object]
     minimum_onnxruntime: str
     accuracy_mode_only: bool
     source_files: Mapping[str, str]
@@ -314,7 +313,7 @@ class Quantization:
     accuracy: Accuracy | None = None
     promise: Promise | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: what an FP16 bundle or an unmeasured one does not have is left out."""
         content = asdict(replace(self, accuracy=None, promise=None))
         if self.promise is not None:
@@ -357,7 +356,7 @@ class Manifest:
         assert self.quantization is not None
         return replace(self, quantization=replace(self.quantization, accuracy=accuracy))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         parity = self.parity_max_abs_difference
         return {

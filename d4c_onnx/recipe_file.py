@@ -74,16 +74,17 @@ def _read(name: str) -> tuple[str, str]:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text ({short(error)}).") from error
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _apply(data: dict[str, object], override: str) -> None:
     shown = override if len(override) <= QUOTED else f"{override[:QUOTED]}..."
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"--set {shown}: use section.key=value, such as synthesis.steps=100.")
     *sections, last = key.strip().split(".")
     for section in sections:
-        data = data.setdefault(section, {})
-        if not isinstance(data, dict):
+        inner = data.setdefault(section, {})
+        if not isinstance(inner, dict):
             raise RecipeError(f"--set {shown}: {short(section)} is not a section.")
+        data = inner
     data[last] = _yaml(value, f"--set {shown}: the value is not valid YAML", "Write it otherwise.")
 
 

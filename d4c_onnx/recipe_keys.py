@@ -21,7 +21,7 @@ class RecipeKey:
     """
 
     name: str
-    default: Any
+    default: object
     takes: str
     help: str
 

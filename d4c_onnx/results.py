@@ -1,7 +1,6 @@
 """What measuring says of accuracy, as values: `evaluate` returns them, manifests keep them, --json prints them."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Versus:
         """Percentage points of top-1 below the first bundle; 0 where there are no labels."""
         return -self.top1_difference.points if self.top1_difference else 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: what was not measured is left out."""
         return _measured(
             top1_difference=asdict(self.top1_difference) if self.top1_difference else None,
@@ -66,7 +65,7 @@ class BundleAccuracy:
     top5: float | None = None
     versus_first: Versus | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: what was not measured is left out."""
         versus = self.versus_first.as_dict() if self.versus_first else None
         return _measured(bundle=self.bundle, top1=self.top1, top5=self.top5, versus_first=versus)
@@ -90,7 +89,7 @@ class Accuracy:
     dataset: str | None = None
     prompts: int | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: what does not apply is left out."""
         rows = [row.as_dict() for row in self.bundles]
         return _measured(kind=self.kind, dataset=self.dataset, images=self.images, prompts=self.prompts, bundles=rows)
@@ -116,7 +115,7 @@ class PromiseTry:
     cosine_text: float | None = None
     top1_lost: float | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: what was not measured is left out."""
         return _measured(**asdict(self))
 
@@ -138,7 +137,7 @@ class Promise:
     tries: tuple[PromiseTry, ...]
     chosen: PromiseTry | None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: what was not asked is left out."""
         return _measured(
             target_cosine=self.target_cosine,
@@ -149,5 +148,5 @@ class Promise:
         )
 
 
-def _measured(**values: Any) -> dict[str, Any]:
+def _measured(**values: object) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None}

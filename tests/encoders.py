@@ -74,8 +74,7 @@ def quantize(
 def quantized_bundle(bundle: Bundle, dataset: CalibrationSet, folder: Path, *keys: str, **options: Any) -> Bundle:
     """Both encoders as a bundle, the recipe's keys and `quantize_bundle_files`' own options."""
     recipe = load_recipe(None, [f"quantization.{key}" for key in keys])
-    dump = recipe.model_dump(mode="json")
-    return quantize_bundle_files(bundle, dataset, folder, recipe.quantization, recipe_dump=dump, **options)
+    return quantize_bundle_files(bundle, dataset, folder, recipe, **options)
 
 
 def prepared(request: pytest.FixtureRequest, mini: str, *keys: str, tower: str = "image", batch: int = 8) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from miniatures import TEXT_TOWER, add_miniatures
 
 from d4c_onnx import pipeline
-from d4c_onnx.bundle import Bundle, open_bundle
+from d4c_onnx.bundle import open_bundle
 from d4c_onnx.calibration import open_calibration_set
 from d4c_onnx.models.load import load_model
 from d4c_onnx.quantization.rewrites.fused_attention import FUSE_ATTENTION
@@ -151,19 +151,5 @@ def test_a_member_of_each_family_is_covered(coverage_config: ModuleType, tmp_pat
         found = record.found[bits]
         assert found["int8"] >= 0.9 * found["products"] > 9
         assert found["cosine"] > 0.85
-        assert min(_mean_cosines(original, open_bundle(original.path / bits))) > least
-
-
-def _mean_cosines(original: Bundle, quantized: Bundle) -> list[float]:
-    """To FP32, over 64 images and over 64 texts."""
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((64, 3, *original.manifest.preprocess.size), dtype=np.float32)
-    words = ["cat", "dog", "red", "house", "river", "boat", "two", "photo", "a", "the", "of", "small", "old", "blue"]
-    texts = [" ".join(rng.choice(words, size)) for size in rng.integers(1, 6, 64)]
-    feeds = {"image": images, "text": TextTokenizer(original.tokenizer)(texts)}
-    means = []
-    for tower, feed in feeds.items():
-        expected = EncoderSession(original.encoders[tower]).run(feed)
-        answers = EncoderSession(quantized.encoders[tower], entries=quantized.session_entries).run(feed)
-        means.append(float((answers * expected).sum(1).mean()))
-    return means
+        means = coverage_config.mean_cosines(original, open_bundle(original.path / bits))
+        assert min(means.values()) > least

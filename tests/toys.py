@@ -8,14 +8,14 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from graphs import parse
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle
-from d4c_onnx.graph.forms import CAST
-from d4c_onnx.graph.model import raise_opset, save_model, signature_of
-from d4c_onnx.graph.values import node, set_constant
+from d4c_onnx.graph.model import save_model, signature_of
 from d4c_onnx.manifest import PUBLISHED_PIXELS, Manifest, ModelInfo, Preprocess, Quantization, TokenizerInfo
 from d4c_onnx.manifest_file import write_manifest
 from d4c_onnx.runtime.golden import Bounds, write_golden
@@ -143,62 +143,52 @@ def right(ids: np.ndarray, context: int) -> np.ndarray:
 
 
 def _image(toy: Toy, rng: np.random.Generator) -> ir.Model:
-    pixels = _value("pixel_values", ir.DataType.FLOAT, ["batch", 3, *toy.side])
-    graph = ir.Graph([pixels], [], nodes=[], opset_imports={"": 18}, name="image")
-    axes = set_constant(graph, "axes", np.array([2, 3], np.int64))
-    mean = node("ReduceMean", [pixels, axes], "mean", attributes={"keepdims": 0})
-    graph.append(mean)
-    return _mapped(graph, mean.outputs[0], 3, "image_embeds", toy, rng)
+    pixels = ", ".join(map(str, ("batch", 3, *toy.side)))
+    text = f"""image (float[{pixels}] pixel_values) => (float[batch, {toy.dimensions}] image_embeds) {{
+        [mean] pooled = ReduceMean<keepdims = 0>(pixel_values, axes)
+        {_MAPPED.format("image_embeds")}
+    }}"""
+    return _mapped(text, 3, toy, rng, axes=[2, 3])
 
 
 def _text(toy: Toy, rng: np.random.Generator) -> ir.Model:
     length = "sequence" if toy.dynamic else toy.context
-    ids = _value("input_ids", ir.DataType.INT64, ["batch", length])
-    graph = ir.Graph([ids], [], nodes=[], opset_imports={"": 18}, name="text")
-    table = set_constant(graph, "table", rng.standard_normal((len(VOCABULARY), 6)).astype(np.float32))
-    end, axis = set_constant(graph, "end_id", np.array(END)), set_constant(graph, "axis", np.array(1))
-    last = set_constant(graph, "last", np.array([-1], np.int64))
-    rows = node("Gather", [table, ids], "rows")
-    sums = node("CumSum", [rows.outputs[0], axis], "sums")
-    ends = node("Equal", [ids, end], "ends")
-    ones = node("Cast", [ends.outputs[0]], "ones", attributes={"to": ir.DataType.INT32})
-    first = node("ArgMax", [ones.outputs[0]], "first", attributes={"axis": 1, "keepdims": 1})
-    place = node("Concat", [first.outputs[0]], "place", attributes={"axis": 1})
-    pooled = node("GatherND", [sums.outputs[0], place.outputs[0]], "pooled", attributes={"batch_dims": 1})
-    graph.extend([rows, sums, ends, ones, first, place, pooled])
-    fixed = node("Reshape", [pooled.outputs[0], set_constant(graph, "pair", np.array([-1, 6]))], "flat")
-    if not toy.dynamic:  # a tower that has read its whole context: rows of another length do not fit
-        shape = set_constant(graph, "whole", np.array([-1, toy.context, 6]))
-        whole = node("Reshape", [rows.outputs[0], shape], "whole_rows")
-        total = node("ReduceSum", [whole.outputs[0], set_constant(graph, "over", np.array([1, 2]))], "total")
-        tiny = node("Mul", [total.outputs[0], set_constant(graph, "tiny", np.array(0.01, np.float32))], "tiny_total")
-        line = node("Squeeze", [tiny.outputs[0], last], "tiny_line")
-        mixed = node("Add", [fixed.outputs[0], line.outputs[0]], "mixed")
-        graph.extend([fixed, whole, total, tiny, line, mixed])
-        return _mapped(graph, mixed.outputs[0], 6, "text_embeds", toy, rng)
-    graph.append(fixed)
-    return _mapped(graph, fixed.outputs[0], 6, "text_embeds", toy, rng)
+    flat, mixed = ("pooled", "") if toy.dynamic else ("flat", _WHOLE)
+    text = f"""text (int64[batch, {length}] input_ids) => (float[batch, {toy.dimensions}] text_embeds) {{
+        [rows] rows = Gather(table, input_ids)
+        [sums] sums = CumSum(rows, axis)
+        [ends] ends = Equal(input_ids, end_id)
+        [ones] ones = Cast<to = 6>(ends)
+        [first] first = ArgMax<axis = 1, keepdims = 1>(ones)
+        [place] place = Concat<axis = 1>(first)
+        [last_sums] at_end = GatherND<batch_dims = 1>(sums, place)
+        [flat] {flat} = Reshape(at_end, pair)
+        {mixed}
+        {_MAPPED.format("text_embeds")}
+    }}"""
+    table = rng.standard_normal((len(VOCABULARY), 6))
+    known = {"table": table, "axis": np.array(1), "end_id": np.array(END), "pair": [-1, 6]}
+    if not toy.dynamic:
+        known |= {"whole": [-1, toy.context, 6], "over": [1, 2], "tiny": 0.01, "last": [-1]}
+    return _mapped(text, 6, toy, rng, **known)
 
 
-def _mapped(graph: ir.Graph, value: ir.Value, width: int, name: str, toy: Toy, rng: np.random.Generator) -> ir.Model:
-    """A 4-bit weight, and unit vectors."""
-    integers = rng.integers(-8, 8, (width, toy.dimensions)).astype(np.int8)
-    scale = set_constant(graph, "scale", np.array(0.1, np.float32))
-    zero = set_constant(graph, "zero", np.array(0, np.int8))
-    real = node("DequantizeLinear", [CAST.store(graph, "weight", integers), scale, zero], "real")
-    product = node("MatMul", [value, real.outputs[0]], "product")
-    unit = node("LpNormalization", [product.outputs[0]], name, attributes={"axis": -1, "p": 2})
-    graph.extend([real, product, unit])
-    unit.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    unit.outputs[0].shape = ir.Shape(["batch", toy.dimensions])
-    graph.outputs.append(unit.outputs[0])
-    model = ir.Model(graph, ir_version=8)
-    raise_opset(model, CAST.opset)
-    return model
+# A tower that has read its whole context: rows of another length do not fit.
+_WHOLE = """[whole] whole_rows = Reshape(rows, whole)
+        [total] total = ReduceSum(whole_rows, over)
+        [tiny] tiny_total = Mul(total, tiny)
+        [line] line = Squeeze(tiny_total, last)
+        [mixed] pooled = Add(flat, line)"""
+# A 4-bit weight in the form that Casts unpack, and unit vectors.
+_MAPPED = """[weight_cast] weight = Cast<to = 3>(weight_int4)
+        [real] real = DequantizeLinear(weight, scale, zero)
+        [product] product = MatMul(pooled, real)
+        [unit] {} = LpNormalization<axis = -1, p = 2>(product)"""
 
 
-def _value(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+def _mapped(text: str, width: int, toy: Toy, rng: np.random.Generator, **constants: object) -> ir.Model:
+    integers = rng.integers(-8, 8, (width, toy.dimensions)).astype(ml_dtypes.int4)
+    return parse(text, weight_int4=integers, scale=[0.1], zero=np.array([0], np.int8), **constants)
 
 
 def json_of(path: Path) -> dict[str, object]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from d4c_onnx.calibration.method import METHODS, Method
 from d4c_onnx.recipe import PromptSection, SynthesisSection
@@ -39,9 +38,9 @@ class CalibrationKey:
     generator: int
     weights_sha256: str
     seed: int
-    synthesis: Mapping[str, Any]
-    method: Mapping[str, Any] | None
-    text: Mapping[str, Any]
+    synthesis: Mapping[str, object]
+    method: Mapping[str, object] | None
+    text: Mapping[str, object]
     nouns: tuple[str, ...]
     texts_sha256: str | None = None
     id: str = ""
@@ -56,7 +55,7 @@ class CalibrationKey:
         """`synthesis.template`, with one `{}`."""
         return str(self.synthesis["template"])
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """As JSON holds it."""
         told = {"id": self.id, **asdict(self), "nouns": list(self.nouns)}
         return {name: value for name, value in told.items() if name != "texts_sha256" or value is not None}

@@ -11,7 +11,7 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.calibration.dataset import CalibrationSet, open_calibration_set
-from d4c_onnx.calibration.views import views
+from d4c_onnx.calibration.image_views import views
 from d4c_onnx.errors import CalibrationError
 
 _MOST_VIEWS = 3

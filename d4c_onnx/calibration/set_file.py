@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class SetManifest:
     versions: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """As JSON holds it."""
         return {**asdict(self), "key": self.key.record()}
 
@@ -154,7 +154,7 @@ def _key(node: Node) -> CalibrationKey:
     )
 
 
-def _synthesis(node: Node) -> dict[str, Any]:
+def _synthesis(node: Node) -> dict[str, object]:
     told = {"method": node.take("method", text), "template": node.take("template", _template)}
     return mapping(recorded)(node) | told | {"source": node.take("source", nullable(text), None)}
 

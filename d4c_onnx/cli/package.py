@@ -31,10 +31,13 @@ def command(
     if as_json:
         show.print_json(report.as_dict())
         return
-    sizes = {file: entry["size_bytes"] for file, entry in report.files.items()}
-    rows = [[model.file, show.size(sizes[model.file]), "; ".join(model.edits) or "as it is"] for model in report.models]
+    sizes = {file: entry.size_bytes for file, entry in report.content.files.items()}
+    rows = [
+        [model.file, show.size(sizes[model.file]), "; ".join(model.edits) or "as it is"]
+        for model in report.content.models
+    ]
     show.table(f"{bundle} -> {report.path}", ["file", "size", "changed at its boundary"], rows)
     click.echo(f"answers are the bundle's, bit by bit; {len(sizes)} files")
-    for remark in report.remarks:
+    for remark in report.content.remarks:
         click.echo(f"note: {remark}")
-    click.echo(f"use: {report.use}")
+    click.echo(f"use: {report.content.use}")

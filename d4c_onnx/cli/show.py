@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import click
 
@@ -25,7 +25,7 @@ def progress(quiet: bool) -> Iterator[OnStep]:
         yield silent
         return
     from rich.console import Console, RenderableType
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.text import Text
 
     class Stages(Progress):
@@ -47,7 +47,7 @@ def progress(quiet: bool) -> Iterator[OnStep]:
         TimeRemainingColumn(),
     )
     with Stages(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def on_step(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
             if stage not in tasks or (bar.tasks[tasks[stage]].finished and done < total):
@@ -84,7 +84,7 @@ def measured(
     table: Callable[[R], None],
     as_json: bool,
     quiet: bool,
-    beside: Callable[[], dict[str, Any]] = dict,
+    beside: Callable[[], Mapping[str, object]] = dict,
 ) -> None:
     """Measure under a progress bar and show what came out, also where a check at the end has failed.
 
@@ -110,7 +110,7 @@ def measured(
         raise failed
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """The one object of --json."""
     click.echo(json.dumps(value, ensure_ascii=False))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -103,25 +103,30 @@ def command(
     if not first:
         return
     seconds = round(time.perf_counter() - start, 2)
-    result = {"model": model, **_result(folder, made, page), "seconds": seconds, **effort.as_dict()}
-    (show.print_json if as_json else _print)(result)
+    if as_json:
+        show.print_json({"model": model, **_as_dict(folder, made, page), "seconds": seconds, **effort.as_dict()})
+    else:
+        _print(folder, made, page, seconds)
 
 
-def _result(folder: Path, made: CalibrationSet, page: Path | None) -> dict[str, Any]:
+def _as_dict(folder: Path, made: CalibrationSet, page: Path | None) -> dict[str, object]:
     return {
         "calibration": str(folder),
         "images": len(made.pixel_values),
         "held_out": len(made.held_out),
         "prompts": len(made.texts),
-        "contact_sheet": str(folder / "contact_sheet.png"),
+        "contact_sheet": str(_contact_sheet(folder)),
         "report": str(page) if page else None,
     }
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(folder: Path, made: CalibrationSet, page: Path | None, seconds: float) -> None:
     from d4c_onnx.bundle import open_bundle
 
-    spent = f"{result['seconds']:.0f} s"
-    click.echo(f"{result['images']} images and {result['prompts']} prompts in {result['calibration']} ({spent})")
-    show.made_for(open_bundle(Path(result["calibration"]).parent, verify=False).manifest)
-    click.echo(f"look at {result['report'] or result['contact_sheet']}")
+    click.echo(f"{len(made.pixel_values)} images and {len(made.texts)} prompts in {folder} ({seconds:.0f} s)")
+    show.made_for(open_bundle(folder.parent, verify=False).manifest)
+    click.echo(f"look at {page or _contact_sheet(folder)}")
+
+
+def _contact_sheet(folder: Path) -> Path:
+    return folder / "contact_sheet.png"

@@ -10,15 +10,16 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from d4c_onnx.errors import BundleError
 from d4c_onnx.files import translate_os_error, write_file, write_json
+from d4c_onnx.manifest import Preprocess
 from d4c_onnx.ownership import staged_for
 from d4c_onnx.untrusted_json import Node, holds, quoted, read_json, sequence
 
@@ -70,10 +71,31 @@ class Counts:
     broken: int
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What another run must ask to go on with the parts of this one.
+
+    Attributes:
+        files: SHA-256 of the bundle's files, by name.
+        preprocess: from an image to pixels.
+        source, form, total, changed: the source's path, what it is, its length and when it was written; a folder's
+            files are counted.
+        part: items of a part.
+    """
+
+    files: Mapping[str, str]
+    preprocess: Preprocess
+    source: str
+    form: str
+    total: int
+    changed: int
+    part: int
+
+
 class Parts:
     """The parts beside an output."""
 
-    def __init__(self, output: Path, ask: dict[str, Any]) -> None:
+    def __init__(self, output: Path, ask: Ask) -> None:
         """Find what an interrupted run of this ask left; what another one left is removed.
 
         Args:
@@ -91,9 +113,9 @@ class Parts:
                     f"{self.folder}: holds {quoted(odd)}, which d4c-onnx did not write there, and would be removed. "
                     "Move that away, or choose another --output."
                 )
-            if not holds(self.folder / _ASK, ask):
+            if not holds(self.folder / _ASK, asdict(ask)):
                 _clear(self.folder)
-                write_json(self.folder / _ASK, ask)
+                write_json(self.folder / _ASK, asdict(ask))
         except OSError as error:
             raise translate_os_error(error, self.folder) from error
         self.finished: list[Counts] = []
@@ -209,7 +231,7 @@ def write_parquet(output: Path, parts: Parts, width: int) -> None:
     write_file(output, write)
 
 
-def write_lines(path: Path, values: Iterator[Any]) -> None:
+def write_lines(path: Path, values: Iterator[object]) -> None:
     """JSON lines: a name may hold a line break."""
 
     def write(file: BinaryIO) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ class LatencyRow:
     loading: Loading
     batches: Mapping[int, BatchTiming]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         batches = {size: asdict(found) for size, found in self.batches.items()}
         return {"name": self.name, "size_bytes": self.size_bytes, **asdict(self.loading), "batches": batches}
@@ -86,7 +85,7 @@ class BenchmarkReport:
     towers: Mapping[str, Sequence[LatencyRow]]
     failed: Sequence[FailedPeer] = ()
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return {
             "machine": asdict(self.machine),

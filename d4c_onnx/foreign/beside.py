@@ -7,9 +7,9 @@ None of it is trusted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -17,7 +17,8 @@ from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import LONGEST_CONTEXT, Preprocess
 from d4c_onnx.models.beside import configs_beside
 from d4c_onnx.models.model_options import ModelOptions
-from d4c_onnx.models.preprocessing import BESIDE, architecture_settings, first_said, liked_tag, said_by, tag_settings
+from d4c_onnx.models.preprocessing import BESIDE, architecture_settings, first_said, liked_tag, tag_settings
+from d4c_onnx.models.settings import ModelSettings, Source
 from d4c_onnx.runtime.panics import tokenizer_of
 from d4c_onnx.untrusted_json import Node, check_readable, integer, nullable, read_json, text
 
@@ -52,15 +53,15 @@ def pixels_beside(
     Raises:
         ModelError: nobody says a setting, `like` is no tag, or a config is damaged or contradicts the graph.
     """
-    said = list(said_by(options))
+    said = options.stated()
     for folder in folders_of(image):
         said += [(f"{name} {BESIDE}", found) for name, found in configs_beside(folder / image.name)]
     said += _liked(options)
     if taken is not None:
-        said.append(("the graph", {"size": taken}))
-    said.append(("default", {"fill_color": 0}))
+        said.append(("the graph", ModelSettings(size=taken)))
+    said.append(("default", ModelSettings(fill_color=0)))
     settings = first_said(said)
-    missing = [option for name, option in _ASKED.items() if name not in settings.values]
+    missing = [option for name, option in _ASKED.items() if name not in settings.sources]
     if missing:
         raise ModelError(
             f"{image}: nothing says which pixels it was trained with. Put its preprocessor_config.json, "
@@ -180,7 +181,7 @@ def _token(node: Node) -> str:
     return node.take("content", text) if isinstance(node.value, dict) else text(node)
 
 
-def _liked(options: ModelOptions) -> list[tuple[str, Mapping[str, Any]]]:
+def _liked(options: ModelOptions) -> list[Source]:
     if options.like is None:
         return []
     model, tag = liked_tag(options.like)
@@ -191,7 +192,7 @@ def _liked(options: ModelOptions) -> list[tuple[str, Mapping[str, Any]]]:
             f"--like {options.like}: is no published tag. A file has no architecture's name, so this takes MODEL:TAG, "
             "such as ViT-B-32:laion2b_s34b_b79k."
         )
-    settings = tag_settings(model, tag) | {"size": architecture_settings(model)["size"]}
+    settings = replace(tag_settings(model, tag), size=architecture_settings(model).size)
     return [(f"tag {options.like}, by --like", settings)]
 
 

@@ -34,7 +34,7 @@ def drop_casts(model: ir.Model) -> None:
             cast.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
 
 
-def settle_shapes(model: ir.Model, probe: Probe) -> None:
+def fix_shapes(model: ir.Model, probe: Probe) -> None:
     """Reshapes get constant shapes: each entry a number, 0 (the same as before) or the one -1."""
     known: dict[ir.Value, bool] = {}
     open_ones = [
@@ -50,14 +50,14 @@ def settle_shapes(model: ir.Model, probe: Probe) -> None:
             for value in (entry.inputs[0], entry.outputs[0])
             if value is not None
         )
-        shape = _settled(before, after)
+        shape = _fixed_shape(before, after)
         if shape is not None:
             name = f"{entry.name}_shape"
             entry.replace_input_with(1, set_constant(model.graph, name, np.array(shape, np.int64)))
             entry.attributes.pop("allowzero", None)
 
 
-def _settled(before: list[list[int]], after: list[list[int]]) -> list[int] | None:
+def _fixed_shape(before: list[list[int]], after: list[list[int]]) -> list[int] | None:
     """The entries of a shape that gives all of `after`, of inputs of the shapes `before`."""
     found: list[int] = []
     for axis in range(len(after[0])):

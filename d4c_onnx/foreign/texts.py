@@ -95,7 +95,7 @@ def texts_of(
         raise ModelError(f"{tower.original.path}: nothing says how long a text may be. Add --context-length N.")
     found.no_padding()
     rows = _cut_rows(tower.original.path, found, length)
-    return _Trial(tower, original, found, rows, length).settle(known, fixed is not None)
+    return _Trial(tower, original, found, rows, length).decide(known, fixed is not None)
 
 
 def _cut_rows(path: Path, tokenizer: Tokenizer, length: int) -> list[list[int]]:
@@ -125,7 +125,7 @@ class _Trial:
     rows: list[list[int]]
     context: int
 
-    def settle(self, pad: int | None, fixed: bool) -> Texts:
+    def decide(self, pad: int | None, fixed: bool) -> Texts:
         """What of padding, masks and lengths the file shows."""
         hidden = self._hidden(0, self._all_count, fixed) and self._hidden(1, self._all_count, fixed)
         if hidden:  # whatever it is: a token sees those before it only

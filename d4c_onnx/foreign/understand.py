@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
-from d4c_onnx.foreign.attention import express_attentions
-from d4c_onnx.foreign.decomposed import drop_casts, fuse_gelus, fuse_layer_norms, settle_shapes
+from d4c_onnx.foreign.decomposed import drop_casts, fix_shapes, fuse_gelus, fuse_layer_norms
 from d4c_onnx.foreign.layout import fold_moved_weights
+from d4c_onnx.foreign.plain_attention import express_attentions
 from d4c_onnx.foreign.probe import Probe
 from d4c_onnx.graph.model import drop_unused
 
@@ -28,7 +28,7 @@ def understand(model: ir.Model, feeds: Sequence[np.ndarray], context: int | None
     fuse_layer_norms(model)
     fuse_gelus(model)
     drop_unused(model)
-    settle_shapes(model, Probe(model, feeds))
+    fix_shapes(model, Probe(model, feeds))
     drop_unused(model)  # what computed shapes also read the values themselves
     express_attentions(model, Probe(model, feeds), context)
     drop_unused(model)

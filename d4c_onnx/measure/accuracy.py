@@ -78,22 +78,31 @@ def evaluate(
     from d4c_onnx.evaluation.zero_shot import evaluate_zero_shot
 
     name = _dataset_name(recipe, bundles[0])
-    placed: dict[str, Any] = {
-        "provider": machine.provider,
-        "threads": machine.threads,
-        "baselines": baselines,
-        "on_step": on_step,
-    }
     if name != "fidelity":
-        upright = recipe.evaluation.exif_rotation
-        data = open_dataset(name)
-        return evaluate_zero_shot(bundles, data, batch=recipe.evaluation.batch, exif_rotation=upright, **placed)
+        return evaluate_zero_shot(
+            bundles,
+            open_dataset(name),
+            batch=recipe.evaluation.batch,
+            exif_rotation=recipe.evaluation.exif_rotation,
+            provider=machine.provider,
+            threads=machine.threads,
+            baselines=baselines,
+            on_step=on_step,
+        )
     if calibration is None:
         raise BundleError(
             f"{bundles[0].model_name}: has no labelled set. "
             "Add --dataset FILE.parquet, or --calibration DIR for fidelity."
         )
-    return evaluate_fidelity(bundles, calibration, batch=16, **placed)
+    return evaluate_fidelity(
+        bundles,
+        calibration,
+        batch=16,
+        provider=machine.provider,
+        threads=machine.threads,
+        baselines=baselines,
+        on_step=on_step,
+    )
 
 
 def _dataset_name(recipe: Recipe, bundle: Bundle) -> str:

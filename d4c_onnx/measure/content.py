@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import open_bundle
 from d4c_onnx.manifest import EncoderRecord
@@ -33,7 +33,7 @@ class BundleInspection:
     encoders: Mapping[str, Inspection]
     records: Mapping[str, EncoderRecord]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: what was found in the files, and what the manifest says of rewrites."""
         rewrites = {name: [asdict(entry) for entry in record.rewrites] for name, record in self.records.items()}
         return {

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, PUBLISHED_PIXELS, RESIZE_MODES
+from d4c_onnx.models.settings import ModelSettings, Source
 from d4c_onnx.untrusted_json import Node, flag, integer, nullable, number, one_of, positive, read_json, sequence
 
 _MEND = "Mend it, or move it away and say --mean, --std, --interpolation, --resize-mode and --image-size."
@@ -28,10 +29,8 @@ CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")  # how names of files of w
 _side = integer(1, LARGEST_SIDE)
 
 
-def configs_beside(checkpoint: Path) -> list[tuple[str, dict[str, Any]]]:
+def configs_beside(checkpoint: Path) -> list[Source]:
     """Name and settings of each config in a checkpoint's folder, the nearest to open_clip first.
-
-    Settings are those of the manifest's `preprocess`, and `quick_gelu`; what a config does not say is missing.
 
     Raises:
         ModelError: a config is damaged, or says what a bundle cannot.
@@ -40,15 +39,12 @@ def configs_beside(checkpoint: Path) -> list[tuple[str, dict[str, Any]]]:
     for name, read in _READERS.items():
         file = checkpoint.parent / name
         if file.is_file():
-            settings = {
-                key: value for key, value in read(read_json(file, ModelError, _MEND)).items() if value is not None
-            }
-            found.append((name, settings))
+            found.append((name, read(read_json(file, ModelError, _MEND))))
     return found
 
 
-def config_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An architecture, and what its file says of preprocessing, as `configs_beside`.
+def config_of(file: Path) -> tuple[dict[str, Any], ModelSettings]:
+    """An architecture, open_clip's `model_cfg`, and what its file says of preprocessing.
 
     Args:
         file: open_clip's: an architecture alone, or in an `open_clip_config.json`.
@@ -62,8 +58,7 @@ def config_of(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     model.take("embed_dim", integer(1))
     for tower in ("vision_cfg", "text_cfg"):
         model.take(tower, _object)
-    said = {key: value for key, value in _open_clip(top).items() if value is not None}
-    return dict(model.value), said
+    return dict(model.value), _open_clip(top)
 
 
 def weights_in(folder: Path) -> Path:
@@ -82,33 +77,34 @@ def weights_in(folder: Path) -> Path:
     return others[0]
 
 
-def _open_clip(top: Node) -> dict[str, Any]:
+def _open_clip(top: Node) -> ModelSettings:
     """`open_clip_config.json`: what `preprocess_cfg` leaves out is open_clip's default, as open_clip has it."""
     mean, std = PUBLISHED_PIXELS["OpenAI"]
-    settings: dict[str, Any] = {}
+    settings = ModelSettings()
     if "preprocess_cfg" in _object(top).value:
         cfg = top.take("preprocess_cfg", _without_nulls)
-        settings = {
-            "size": cfg.take("size", _size, None),
-            "mean": cfg.take("mean", sequence(number, 3), mean),
-            "std": cfg.take("std", sequence(positive, 3), std),
-            "interpolation": cfg.take("interpolation", one_of(*INTERPOLATIONS), "bicubic"),
-            "resize_mode": cfg.take("resize_mode", one_of(*RESIZE_MODES), "shortest"),
-            "fill_color": cfg.take("fill_color", integer(0, 255), 0),
-        }
+        settings = ModelSettings(
+            size=cfg.take("size", _size, None),
+            mean=cfg.take("mean", sequence(number, 3), mean),
+            std=cfg.take("std", sequence(positive, 3), std),
+            interpolation=cfg.take("interpolation", one_of(*INTERPOLATIONS), "bicubic"),
+            resize_mode=cfg.take("resize_mode", one_of(*RESIZE_MODES), "shortest"),
+            fill_color=cfg.take("fill_color", integer(0, 255), 0),
+        )
     model = top.take("model_cfg", _object, top)
     if "vision_cfg" in model.value:  # an architecture, and the size that open_clip goes by
         size = model.take("vision_cfg", _object).take("image_size", nullable(_size), None)
-        settings |= {"quick_gelu": model.take("quick_gelu", flag, False), **({"size": size} if size else {})}
+        own = ModelSettings(size=size, quick_gelu=model.take("quick_gelu", flag, False))
+        settings = own.over(settings)
     return settings
 
 
-def _preprocess_cfg(top: Node) -> dict[str, Any]:
+def _preprocess_cfg(top: Node) -> ModelSettings:
     """`preprocess_cfg.json`: open_clip's settings alone, as Immich writes them beside its ONNX files."""
     return _open_clip(Node({"preprocess_cfg": _object(top).value}, top.file, top.place, top.error, top.mend))
 
 
-def _hugging_face(top: Node) -> dict[str, Any]:
+def _hugging_face(top: Node) -> ModelSettings:
     """`preprocessor_config.json` of CLIP's, SigLIP's and other image processors."""
     if not top.take("do_resize", flag, True):
         _cannot(top, "does not resize images")
@@ -117,19 +113,19 @@ def _hugging_face(top: Node) -> dict[str, Any]:
     size, resize_mode = _resizing(top)
     normalized = top.take("do_normalize", flag, True)
     resample = top.take("resample", nullable(integer(0, max(_RESAMPLE))), None)
-    return {
-        "size": size,
-        "mean": top.take("image_mean", nullable(_channels(number)), None) if normalized else (0.0, 0.0, 0.0),
-        "std": top.take("image_std", nullable(_channels(positive)), None) if normalized else (1.0, 1.0, 1.0),
-        "interpolation": None if resample is None else _RESAMPLE[resample],
-        "resize_mode": resize_mode,
-    }
+    return ModelSettings(
+        size=size,
+        mean=top.take("image_mean", nullable(_channels(number)), None) if normalized else (0.0, 0.0, 0.0),
+        std=top.take("image_std", nullable(_channels(positive)), None) if normalized else (1.0, 1.0, 1.0),
+        interpolation=None if resample is None else _RESAMPLE[resample],
+        resize_mode=resize_mode,
+    )
 
 
-def _processor(top: Node) -> dict[str, Any]:
+def _processor(top: Node) -> ModelSettings:
     """`processor_config.json`, in which newer releases of transformers keep the image processor's."""
     inner = top.take("image_processor", nullable(_object), None)
-    return {} if inner is None else _hugging_face(inner)
+    return ModelSettings() if inner is None else _hugging_face(inner)
 
 
 def _resizing(top: Node) -> tuple[tuple[int, int] | None, str | None]:
@@ -196,7 +192,7 @@ def _without_nulls(node: Node) -> Node:
     return Node(kept, node.file, node.place, node.error, node.mend)
 
 
-_READERS: dict[str, Callable[[Node], dict[str, Any]]] = {
+_READERS: dict[str, Callable[[Node], ModelSettings]] = {
     "open_clip_config.json": _open_clip,
     "preprocessor_config.json": _hugging_face,
     "processor_config.json": _processor,

@@ -5,7 +5,7 @@ That loader resamples position embeddings of another image size or text length a
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import LARGEST_SIDE, Resampled
 from d4c_onnx.models.misfit import differences, misfit
-from d4c_onnx.models.preprocessing import WITHIN, Source, default_settings
+from d4c_onnx.models.preprocessing import WITHIN, default_settings
+from d4c_onnx.models.settings import Source
 from d4c_onnx.models.torchscript import is_torchscript, read_torchscript
 from d4c_onnx.models.wrappers import peel
 from d4c_onnx.untrusted_json import check_readable, quoted, short
@@ -35,7 +36,7 @@ class Checkpoint:
     """The tensors of a file by name, and what the file says beside them."""
 
     file: Path
-    state: dict[str, Any]
+    state: dict[str, torch.Tensor]
     stated: tuple[Source, ...]
 
 
@@ -50,7 +51,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
     if len(own) < len(_OPENAI):
         return Checkpoint(file, state, ())
     side = _number(file, "input_resolution", own["input_resolution"])
-    said = default_settings() | {"quick_gelu": True, "size": (side, side)}
+    said = replace(default_settings(), quick_gelu=True, size=(side, side))
     return Checkpoint(file, state, ((f"OpenAI's {', '.join(_OPENAI)} {WITHIN}", said),))
 
 
@@ -128,7 +129,7 @@ def load_tensors(
     return _changed(before, after) + (() if image_size is None else set_image_size(model, image_size))
 
 
-def _converted(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+def _converted(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors under the model's names, where only names and layouts differ."""
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
@@ -147,7 +148,7 @@ def _converted(model: Any, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _refuse_values(file: str, model: Any, state: Mapping[str, Any]) -> None:
+def _refuse_values(file: str, model: Any, state: Mapping[str, torch.Tensor]) -> None:
     """Refuse what no training ends in: numbers that are not finite, and integers where floats belong."""
     own = model.state_dict()
     for name, value in state.items():
@@ -178,7 +179,7 @@ def _changed(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Resam
     return tuple(Resampled(name, count, after[name]) for name, count in before.items() if after[name] != count)
 
 
-def _positions(state: Mapping[str, Any]) -> dict[str, int]:
+def _positions(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: int(state[name].shape[0]) for name in (_IMAGE, *_TEXT) if name in state}
 
 

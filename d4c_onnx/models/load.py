@@ -123,8 +123,8 @@ def _load_embedded(asked: _Asked) -> LoadedModel:
             f"--pretrained {pretrained}: {entry.name} ships with its weights. Leave --pretrained away, or name a "
             f"checkpoint ({', '.join(CHECKPOINTS)})."
         )
-    if said := [*asked.options.said(), *asked.options.places()]:
-        raise ModelError(f"{', '.join(said)}: {entry.name} ships with its preprocessing. Leave it away.")
+    if options := [*asked.options.said(), *asked.options.places()]:
+        raise ModelError(f"{', '.join(options)}: {entry.name} ships with its preprocessing. Leave it away.")
     torch.manual_seed(asked.seed)
     model: Any = CLIP(**copy.deepcopy(entry.model_cfg))
     if pretrained == "embedded":
@@ -132,8 +132,8 @@ def _load_embedded(asked: _Asked) -> LoadedModel:
         state = unpack_token_table(load_safetensors(blob))
         model.load_state_dict({key: value.float() for key, value in state.items()})
     size = entry.model_cfg["vision_cfg"]["image_size"]
-    settings_said = default_settings() | {"size": (size, size), "quick_gelu": entry.model_cfg["quick_gelu"]}
-    settings = Settings(settings_said, dict.fromkeys(settings_said, f"{entry.name} as it ships"))
+    said = replace(default_settings(), size=(size, size), quick_gelu=entry.model_cfg["quick_gelu"])
+    settings = Settings(said, dict.fromkeys(said.given(), f"{entry.name} as it ships"))
     tokenizer = SimpleTokenizer(context_length=entry.model_cfg["text_cfg"]["context_length"])
     return _loaded(entry.name, pretrained, Created(model, tokenizer, ()), settings, entry)
 
@@ -290,7 +290,7 @@ def _created(
     entry: EmbeddedModel | None = None,
 ) -> LoadedModel:
     said = settings.values
-    created = create(architecture, shown, said["size"], said["quick_gelu"], asked.seed, fill)
+    created = create(architecture, shown, said.size, said.quick_gelu, asked.seed, fill)
     _refuse_resampled(created.resampled, architecture.name, asked.options)
     return _loaded(architecture.name, shown, created, settings, entry)
 
@@ -331,7 +331,7 @@ def _loaded(
         pretrained=pretrained,
         model=model,
         tokenizer=created.tokenizer,
-        preprocess=replace(settings.preprocess(), size=size),
+        preprocess=settings.preprocess(size),
         weights_sha256=hash_weights(model),
         quick_gelu=uses_quick_gelu(model),
         embedded=entry,

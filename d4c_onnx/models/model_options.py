@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from d4c_onnx.errors import ModelError
 from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, RESIZE_MODES
+from d4c_onnx.models.settings import ModelSettings, Source
 
 LOCAL = "local-dir:"  # open_clip's prefix of a model that is a folder
 _PLACES = ("--config", "--tokenizer")
@@ -58,7 +57,7 @@ class ModelOptions:
         if self.image_size is not None and not all(1 <= side <= LARGEST_SIDE for side in self.image_size):
             raise ModelError(f"--image-size {self.image_size}: takes pixels from 1 to {LARGEST_SIDE}.")
 
-    def said(self) -> dict[str, Any]:
+    def said(self) -> dict[str, object]:
         """What was said of the weights, by option; `strict`, and where files lie, say nothing of them."""
         given = {f"--{entry.name.replace('_', '-')}": getattr(self, entry.name) for entry in fields(self)}
         if self.quick_gelu is False:
@@ -79,14 +78,17 @@ class ModelOptions:
             words += [name] if isinstance(value, bool) else [name, shown]
         return words
 
-    def settings(self) -> Mapping[str, tuple[str, Any]]:
-        """Option and value of each setting that was said outright."""
-        names = {"--image-size": "size", "--no-quick-gelu": "quick_gelu"}
-        return {
-            names.get(option, option[2:].replace("-", "_")): (option, value)
-            for option, value in self.said().items()
-            if option != "--like"
-        }
+    def stated(self) -> list[Source]:
+        """What was said outright, an option each."""
+        every = [
+            ("--mean", ModelSettings(mean=self.mean)),
+            ("--std", ModelSettings(std=self.std)),
+            ("--interpolation", ModelSettings(interpolation=self.interpolation)),
+            ("--resize-mode", ModelSettings(resize_mode=self.resize_mode)),
+            ("--image-size", ModelSettings(size=self.image_size)),
+            ("--quick-gelu" if self.quick_gelu else "--no-quick-gelu", ModelSettings(quick_gelu=self.quick_gelu)),
+        ]
+        return [(option, said) for option, said in every if said.given()]
 
 
 def is_local(model: str) -> bool:

@@ -9,13 +9,15 @@ do not, the user is asked. Settings are looked for one by one: a mean given by a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 from d4c_onnx.errors import ModelError
 from d4c_onnx.extras import need_extra
 from d4c_onnx.manifest import ModelInfo, Preprocess
 from d4c_onnx.models.model_options import ModelOptions
+from d4c_onnx.models.settings import ModelSettings
+from d4c_onnx.models.settings import Source as Source  # for those who bring what configs say
 
 # What may be asked for, and the options that say it; size is the architecture's own, unless somebody says another.
 _OPTIONS = {
@@ -31,30 +33,43 @@ _NAMED = 4  # tags of a kind that a question lists
 
 BESIDE, WITHIN, BY_CONFIG = "beside the weights", "in the checkpoint", "by --config"  # how those sources end
 
-Source = tuple[str, Mapping[str, Any]]  # who, and what they say of each setting
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What was decided, and by whom.
+    """What was decided, and by whom, by setting."""
 
-    Attributes:
-        values: by setting: those of the manifest's `preprocess`, and `quick_gelu`.
-        sources: by setting.
-    """
-
-    values: Mapping[str, Any]
+    values: ModelSettings
     sources: Mapping[str, str]
 
-    def preprocess(self) -> Preprocess:
-        """For the manifest."""
-        return Preprocess(**{name: value for name, value in self.values.items() if name != "quick_gelu"})
+    def preprocess(self, size: tuple[int, int] | None = None) -> Preprocess:
+        """For the manifest.
+
+        Args:
+            size: what the model takes; None: what was said.
+        """
+        said = self.values
+        return Preprocess(
+            size or _known(said.size),
+            _known(said.mean),
+            _known(said.std),
+            _known(said.interpolation),
+            _known(said.resize_mode),
+            _known(said.fill_color),
+        )
+
+
+def _known(value: T | None) -> T:
+    """A setting that was decided: where nobody says one, somebody was asked before."""
+    assert value is not None
+    return value
 
 
 def settings_of_tag(name: str, tag: str, options: ModelOptions) -> Settings:
     """Of a published tag's own weights."""
-    size = (f"architecture {name}", {"size": architecture_settings(name)["size"]})
-    return first_said([*said_by(options), (f"tag {tag}", tag_settings(name, tag)), size])
+    size = (f"architecture {name}", architecture_settings(name).only(["size"]))
+    return first_said([*options.stated(), (f"tag {tag}", tag_settings(name, tag)), size])
 
 
 def settings_of_random(
@@ -72,11 +87,11 @@ def settings_of_random(
     """
     source, agreed = _agreed(name, _published(name))
     rest = [
-        (source, {setting: value for setting, value in agreed.items() if setting != "quick_gelu"}),
+        (source, replace(agreed, quick_gelu=None)),
         (f"architecture {name}", architecture_settings(name, config)),
         ("open_clip's default, for random weights", default_settings()),
     ]
-    return first_said([*said_by(options), *stated, *_liked(name, options), *rest])
+    return first_said([*options.stated(), *stated, *_liked(name, options), *rest])
 
 
 def settings_of_file(
@@ -93,16 +108,16 @@ def settings_of_file(
     Raises:
         ModelError: `like` is no tag, or nobody says a setting in which the published tags differ: the choices.
     """
-    said = [*said_by(options), *stated, *_liked(name, options)]
+    said = [*options.stated(), *stated, *_liked(name, options)]
     tags, own = _published(name), architecture_settings(name, config)
     if not tags:
         unknown = f"open_clip's default, {name} has no published tags"
-        said.append((unknown, default_settings() | {"quick_gelu": own["quick_gelu"]}))
-    said += [_agreed(name, tags), (f"architecture {name}", {"size": own["size"]})]
-    missing = [setting for setting in _SETTINGS if not any(setting in values for _, values in said)]
+        said.append((unknown, replace(default_settings(), quick_gelu=own.quick_gelu)))
+    found = first_said([*said, _agreed(name, tags), (f"architecture {name}", own.only(["size"]))])
+    missing = [setting for setting in _SETTINGS if setting not in found.sources]
     if missing:
         raise ModelError(_question(name, file, missing, tags))
-    return first_said(said)
+    return found
 
 
 def settings_of_folder(name: str, options: ModelOptions, stated: Iterable[Source]) -> Settings:
@@ -111,9 +126,9 @@ def settings_of_folder(name: str, options: ModelOptions, stated: Iterable[Source
     Raises:
         ModelError: `like` is no tag, or nothing in the folder says a setting.
     """
-    color = ("open_clip's default", {"fill_color": default_settings()["fill_color"]})
-    said = [*said_by(options), *stated, *_liked(name, options), color]
-    missing = [setting for setting in _SETTINGS if not any(setting in values for _, values in said)]
+    color = ("open_clip's default", default_settings().only(["fill_color"]))
+    found = first_said([*options.stated(), *stated, *_liked(name, options), color])
+    missing = [setting for setting in _SETTINGS if setting not in found.sources]
     if missing:
         what = _listed([_SHOWN.get(setting, setting) for setting in missing])
         raise ModelError(
@@ -121,13 +136,13 @@ def settings_of_folder(name: str, options: ModelOptions, stated: Iterable[Source
             "wrong embeddings. Put their preprocessor_config.json there, name a published tag that they are like "
             f"(--like MODEL:TAG), or say it yourself ({', '.join(_OPTIONS[setting] for setting in missing)})."
         )
-    return first_said(said)
+    return found
 
 
 def settings_of_hub(name: str, cfg: Mapping[str, Any], quick_gelu: bool, options: ModelOptions) -> Settings:
     """Of a repository of the hub: what open_clip read there, and which GELU the model was made with."""
-    own = _plain(cfg) | {"size": square_or_sides(cfg["size"]), "quick_gelu": quick_gelu}
-    return first_said([*said_by(options), (name, own)])
+    own = replace(_plain(cfg), size=square_or_sides(cfg["size"]), quick_gelu=quick_gelu)
+    return first_said([*options.stated(), (name, own)])
 
 
 def square_or_sides(size: int | Sequence[int]) -> tuple[int, int]:
@@ -136,44 +151,40 @@ def square_or_sides(size: int | Sequence[int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def said_by(options: ModelOptions) -> list[Source]:
-    """What options say outright."""
-    return [(option, {setting: value}) for setting, (option, value) in options.settings().items()]
-
-
-def default_settings() -> dict[str, Any]:
+def default_settings() -> ModelSettings:
     """open_clip's own, where nothing is said."""
     from open_clip.transform import PreprocessCfg
 
-    return _plain(asdict(PreprocessCfg())) | {"quick_gelu": False}
+    return replace(_plain(asdict(PreprocessCfg())), quick_gelu=False)
 
 
-def tag_settings(name: str, tag: str) -> dict[str, Any]:
+def tag_settings(name: str, tag: str) -> ModelSettings:
     """What open_clip's table says of a tag, and its architecture's config where that is a QuickGELU's."""
     import open_clip
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     cfg = open_clip.get_pretrained_cfg(name, tag)
     # A tag trained with QuickGELU under an architecture that defaults to GELU gives wrong embeddings, silently.
-    quick = bool(cfg.get("quick_gelu")) or architecture_settings(name)["quick_gelu"]
-    return _plain(merge_preprocess_dict(PreprocessCfg(), cfg)) | {"quick_gelu": quick}
+    quick = bool(cfg.get("quick_gelu")) or architecture_settings(name).quick_gelu
+    return replace(_plain(merge_preprocess_dict(PreprocessCfg(), cfg)), quick_gelu=quick)
 
 
-def architecture_settings(name: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def architecture_settings(name: str, config: Mapping[str, Any] | None = None) -> ModelSettings:
     """What an architecture's config says: image size, and which GELU."""
     if config is None:
         import open_clip
 
         config = open_clip.get_model_config(name) or {}
     size = config.get("vision_cfg", {}).get("image_size", 224)
-    return {"size": square_or_sides(size), "quick_gelu": bool(config.get("quick_gelu"))}
+    return ModelSettings(size=square_or_sides(size), quick_gelu=bool(config.get("quick_gelu")))
 
 
 def contradictions(options: ModelOptions, preprocess: Preprocess, model: ModelInfo) -> list[str]:
     """What options say otherwise than a bundle that was exported, as `mean (0.5, 0.5, 0.5), not (0.0, 0.0, 0.0)`."""
     known = asdict(preprocess) | {"quick_gelu": model.quick_gelu}
-    asked = {setting: value for setting, (_, value) in options.settings().items()}
-    for _, values in _liked(model.name, options):
+    asked = {setting: value for _, one in options.stated() for setting, value in one.given().items()}
+    for _, liked in _liked(model.name, options):
+        values = liked.given()
         # a config goes before --like, and so do the weights themselves: what they said is no contradiction
         open_to_it = (name for name in values if not model.sources.get(name, "").endswith((BESIDE, WITHIN, BY_CONFIG)))
         asked = {name: values[name] for name in open_to_it} | asked
@@ -182,34 +193,33 @@ def contradictions(options: ModelOptions, preprocess: Preprocess, model: ModelIn
 
 def first_said(sources: Iterable[Source]) -> Settings:
     """Each setting as the first says it who says it at all."""
-    values: dict[str, Any] = {}
-    found: dict[str, str] = {}
+    values, found = ModelSettings(), dict[str, str]()
     for source, said in sources:
-        for setting, value in said.items():
-            if setting not in values:
-                values[setting], found[setting] = value, source
+        for setting in said.given():
+            found.setdefault(setting, source)
+        values = values.over(said)
     return Settings(values, found)
 
 
-def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(cfg: Mapping[str, Any]) -> ModelSettings:
     """open_clip's settings as the manifest has them, but for the size, which is the architecture's there."""
     mean, std = (tuple(float(value) for value in cfg[name]) for name in ("mean", "std"))
-    words = {name: cfg[name] for name in ("interpolation", "resize_mode")}
-    return {"mean": mean, "std": std, **words, "fill_color": int(cfg.get("fill_color") or 0)}
+    return ModelSettings(mean, std, cfg["interpolation"], cfg["resize_mode"], int(cfg.get("fill_color") or 0))
 
 
-def _published(name: str) -> dict[str, dict[str, Any]]:
+def _published(name: str) -> dict[str, ModelSettings]:
     """Tag -> what the table says of it."""
     import open_clip
 
     return {tag: tag_settings(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
 
 
-def _agreed(name: str, tags: Mapping[str, Mapping[str, Any]]) -> Source:
+def _agreed(name: str, tags: Mapping[str, ModelSettings]) -> Source:
     """The settings that an architecture's published tags have in common."""
     source = f"all {len(tags)} published tags of {name}" if len(tags) > 1 else f"the one published tag of {name}"
-    first, *others = tags.values() if tags else [{}]
-    return source, {key: first[key] for key in _SETTINGS if key in first and all(o[key] == first[key] for o in others)}
+    first, *others = tags.values() if tags else [ModelSettings()]
+    alike = [key for key in _SETTINGS if all(getattr(other, key) == getattr(first, key) for other in others)]
+    return source, first.only(alike)
 
 
 def liked_tag(like: str) -> tuple[str, str]:
@@ -240,11 +250,11 @@ def _liked(name: str, options: ModelOptions) -> list[Source]:
     return [(f"tag {options.like}, by --like", tag_settings(model, tag))]
 
 
-def _question(name: str, file: str, missing: Sequence[str], tags: Mapping[str, Mapping[str, Any]]) -> str:
+def _question(name: str, file: str, missing: Sequence[str], tags: Mapping[str, ModelSettings]) -> str:
     """What to ask: the choices are groups of tags that agree in what is missing."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[tuple[object, ...], list[str]] = {}
     for tag, said in tags.items():
-        groups.setdefault(tuple(said[setting] for setting in missing), []).append(tag)
+        groups.setdefault(tuple(getattr(said, setting) for setting in missing), []).append(tag)
     width = max(len(alike[0]) for alike in groups.values())
     lines = [
         f"  --like {alike[0]:<{width}}  {_shown(missing, values)}{_others(alike)}" for values, alike in groups.items()
@@ -271,7 +281,7 @@ def _others(alike: Sequence[str]) -> str:
     return f" (also {', '.join(alike[1:_NAMED])}{more})" if len(alike) > 1 else ""
 
 
-def _shown(settings: Sequence[str], values: Sequence[Any]) -> str:
+def _shown(settings: Sequence[str], values: Sequence[object]) -> str:
     return ", ".join(describe(setting, value) for setting, value in zip(settings, values, strict=True))
 
 
@@ -285,7 +295,7 @@ def described(preprocess: Preprocess, model: ModelInfo) -> str:
     return "; ".join(parts)
 
 
-def describe(setting: str, value: Any) -> str:
+def describe(setting: str, value: object) -> str:
     """A setting as a person reads it: `mean 0.5, 0.5, 0.5`, `squash`, `QuickGELU`."""
     if setting == "quick_gelu":
         return "QuickGELU" if value else "plain GELU"

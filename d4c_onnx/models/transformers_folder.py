@@ -19,6 +19,7 @@ from d4c_onnx.files import temporary_folder
 from d4c_onnx.manifest import LARGEST_SIDE
 from d4c_onnx.models.beside import weights_in
 from d4c_onnx.models.checkpoint import Checkpoint, read_checkpoint
+from d4c_onnx.models.settings import ModelSettings
 from d4c_onnx.models.transformers_names import renamed_chinese, renamed_clip, renamed_siglip
 from d4c_onnx.untrusted_json import Node, integer, mapping, nullable, positive, quoted, read_json, text
 
@@ -79,7 +80,7 @@ class Converted:
 
     config: _Config
     bert: _Config | None
-    said: _Config
+    said: ModelSettings
     rename: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
     finish: Callable[[Any], None]
 
@@ -101,7 +102,7 @@ def convert_config(file: Path) -> Converted:
     embed_dim = top.take("projection_dim", integer(1, 2**16), 512)
     visual = _vit(file, vision)
     quick = vision["hidden_act"] == "quick_gelu"
-    said = {"quick_gelu": quick, "size": (vision["image_size"],) * 2}
+    said = ModelSettings(quick_gelu=quick, size=(vision["image_size"],) * 2)
     config = {"embed_dim": embed_dim, "quick_gelu": quick, "vision_cfg": visual}
     if kind == "chinese_clip":
         context = min(texts["max_position_embeddings"], 512)
@@ -217,7 +218,7 @@ def _siglip(file: Path, texts: _Config, vision: _Config) -> Converted:
             if isinstance(getattr(module, "act", None), nn.Module):
                 module.act = nn.GELU(**_GELU[vision["hidden_act"]])
 
-    said = {"quick_gelu": False, "size": (vision["image_size"],) * 2}
+    said = ModelSettings(quick_gelu=False, size=(vision["image_size"],) * 2)
     return Converted(config, None, said, renamed_siglip, finish)
 
 

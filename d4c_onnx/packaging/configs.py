@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tokenizers import Tokenizer
 
 from d4c_onnx.errors import BundleError
@@ -14,7 +12,7 @@ from d4c_onnx.runtime.preprocess import FILTERS, filter_of
 WEB_CONFIG = "web.json"
 
 
-def preprocessor_config(job: Job) -> dict[str, Any]:
+def preprocessor_config(job: Job) -> dict[str, object]:
     """`preprocessor_config.json` of CLIP's image processor."""
     config = job.preprocess
     height, width = config.size
@@ -37,7 +35,7 @@ def preprocessor_config(job: Job) -> dict[str, Any]:
     }
 
 
-def open_clip_pixels(job: Job) -> dict[str, Any]:
+def open_clip_pixels(job: Job) -> dict[str, object]:
     """open_clip's own keys, with the filter that is used."""
     config = job.preprocess
     return {
@@ -50,7 +48,7 @@ def open_clip_pixels(job: Job) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(job: Job) -> dict[str, Any]:
+def tokenizer_config(job: Job) -> dict[str, object]:
     """`tokenizer_config.json`: where texts are cut, and what fills rows up; all else is in tokenizer.json."""
     info, name = job.tokenizer, _tokenizer(job).id_to_token
     found = {
@@ -68,7 +66,7 @@ def tokenizer_config(job: Job) -> dict[str, Any]:
     }
 
 
-def clip_config(job: Job) -> dict[str, Any]:
+def clip_config(job: Job) -> dict[str, object]:
     """`config.json` that says `clip`, whatever the towers are: what runs is the graph."""
     info = job.tokenizer
     ids = {"bos_token_id": info.sot_id, "eos_token_id": info.eot_id, "pad_token_id": info.pad_id}

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -112,7 +111,7 @@ class Job:
         """Put a file of the bundle into the package."""
         shutil.copyfile(source, self._place(file))
 
-    def json(self, file: str, value: Mapping[str, Any]) -> None:
+    def json(self, file: str, value: Mapping[str, object]) -> None:
         """Write a JSON file."""
         write_json(self._place(file), value)
 

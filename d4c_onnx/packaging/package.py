@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from d4c_onnx.bundle import GOLDEN, Bundle, open_bundle
+from d4c_onnx.bundle import open_bundle
 from d4c_onnx.errors import BundleError
-from d4c_onnx.files import claimed, refuse_existing, sha256, staged_folder, write_json
+from d4c_onnx.files import claimed, refuse_existing, staged_folder
 from d4c_onnx.graph.door import check_graph
-from d4c_onnx.manifest_file import GOLDEN_FOLDER, MANIFEST
+from d4c_onnx.manifest_file import GOLDEN_FOLDER
 from d4c_onnx.packaging.job import Job
 from d4c_onnx.packaging.needs import remark_on_release, unit_vectors
-from d4c_onnx.packaging.package_manifest import FORMAT, PACKAGE, PackagedModel
+from d4c_onnx.packaging.package_manifest import PackageContent, recorded, write_package
 from d4c_onnx.packaging.proof import prove
 from d4c_onnx.packaging.stacks import STACKS
 from d4c_onnx.progress import OnStep, silent
@@ -23,34 +22,14 @@ from d4c_onnx.untrusted_json import quoted
 
 @dataclass(frozen=True, slots=True)
 class PackageReport:
-    """What was written.
-
-    Attributes:
-        path: the package's folder.
-        target: the stack.
-        models: each .onnx, and what was done at its boundary.
-        files: SHA-256 and size by name, the package's own manifest not counted.
-        remarks: what the stack does badly, and what is left to the user.
-        use: how the stack is pointed to the folder.
-    """
+    """What was written, and the folder that it lies in."""
 
     path: Path
-    target: str
-    models: tuple[PackagedModel, ...]
-    files: dict[str, dict[str, Any]]
-    remarks: tuple[str, ...]
-    use: str
+    content: PackageContent
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        return {
-            "package": str(self.path),
-            "target": self.target,
-            "models": [asdict(model) for model in self.models],
-            "files": self.files,
-            "remarks": list(self.remarks),
-            "use": self.use,
-        }
+        return {"package": str(self.path), **self.content.as_dict()}
 
 
 def package_bundle(
@@ -98,34 +77,11 @@ def package_bundle(
         prove(source, stage, job.models)
         on_step("package", 2, 3, {})
         shutil.copytree(source.path / GOLDEN_FOLDER, stage / GOLDEN_FOLDER)
-        report = _report(job, folder, stack.use)
-        write_json(stage / PACKAGE, _manifest(source, report))
+        content = _content(job, stack.use)
+        write_package(stage, source, content)
     on_step("package", 3, 3, {})
-    return report
+    return PackageReport(folder, content)
 
 
-def _report(job: Job, folder: Path, use: str) -> PackageReport:
-    files = {
-        file.relative_to(job.folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
-        for file in sorted(job.folder.rglob("*"))
-        if file.is_file()
-    }
-    return PackageReport(folder, job.target, tuple(job.models), files, tuple(job.remarks), use)
-
-
-def _manifest(bundle: Bundle, report: PackageReport) -> dict[str, Any]:
-    """What the package says of itself: no times, no machine's paths."""
-    content = report.as_dict()
-    content.pop("package")
-    manifest = bundle.manifest
-    return {
-        "format": FORMAT,
-        "kind": "package",
-        "model": manifest.model.name,
-        "bits": manifest.bits,
-        "bundle_manifest_sha256": sha256(bundle.path / MANIFEST),
-        "golden": GOLDEN,
-        "preprocess": asdict(manifest.preprocess),
-        "tokenizer": manifest.tokenizer.as_dict(),
-        **content,
-    }
+def _content(job: Job, use: str) -> PackageContent:
+    return PackageContent(job.target, tuple(job.models), recorded(job.folder), tuple(job.remarks), use)

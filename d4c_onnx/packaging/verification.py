@@ -52,7 +52,7 @@ def verify_package(
     try:
         golden = read_golden(folder)
         idle = _idle(golden, manifest)
-        sessions = [PackagedSession(folder, model, idle, provider, threads) for model in manifest.models]
+        sessions = [PackagedSession(folder, model, idle, provider, threads) for model in manifest.content.models]
         checks.append(check_contract({one.model.file: (one.encoder, one.model.io) for one in sessions}))
         named = _named(folder, manifest, _TOKENIZER)
         tokenizers = {listed: TextTokenizer(file, manifest.tokenizer) for listed, file in named}
@@ -72,17 +72,17 @@ def _changed(folder: Path, manifest: PackageManifest) -> list[str]:
     """Files that are missing, or not those that were written."""
 
     def same(name: str) -> bool:
-        file, record = folder / name, manifest.files[name]
+        file, record = folder / name, manifest.content.files[name]
         return file.is_file() and file.stat().st_size == record.size_bytes and sha256(file) == record.sha256
 
-    return [name for name in manifest.files if not same(name)]
+    return [name for name in manifest.content.files if not same(name)]
 
 
 def _files(manifest: PackageManifest, changed: list[str]) -> Check:
     if changed:
         detail = f"{', '.join(changed[:5])}: missing, or not as the manifest's SHA-256 says. {AGAIN}"
         return Check("files", False, detail)
-    return Check("files", True, f"{len(manifest.files)} files as the manifest's SHA-256 says")
+    return Check("files", True, f"{len(manifest.content.files)} files as the manifest's SHA-256 says")
 
 
 def _idle(golden: GoldenVectors, manifest: PackageManifest) -> dict[str, np.ndarray]:
@@ -112,7 +112,7 @@ _TOKENIZER = "tokenizer.json"
 
 def _named(folder: Path, manifest: PackageManifest, name: str = "") -> Iterator[tuple[str, Path]]:
     """The stack's own files of that name, or all; what is missing is told by the hashes."""
-    for listed in sorted(manifest.files):
+    for listed in sorted(manifest.content.files):
         file = folder / listed
         if not listed.startswith(f"{GOLDEN_FOLDER}/") and name in ("", file.name) and file.is_file():
             yield listed, file

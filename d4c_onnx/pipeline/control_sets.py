@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration.method import METHODS
 from d4c_onnx.models.model_options import is_local
-from d4c_onnx.pipeline.controls import draw_real_images
+from d4c_onnx.pipeline.control_images import draw_real_images
 from d4c_onnx.pipeline.lazy_model import LazyModel
 from d4c_onnx.recipe import Recipe
 from d4c_onnx.vocabulary import OwnWords

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from d4c_onnx.bundle import Bundle, encoder_size_bytes
 from d4c_onnx.results import Accuracy, Promise
@@ -73,7 +73,7 @@ class QuantizeReport:
     seconds: Mapping[str, float]
     promise: Promise | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         promise = {} if self.promise is None else {"promise": self.promise.as_dict()}
         content = asdict(replace(self, promise=None)) | {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from d4c_onnx.bundle import Bundle, is_bundle, open_bundle
 from d4c_onnx.errors import RecipeError
@@ -147,12 +148,12 @@ def _unmeasured_bundle(folder: Path, recipe: Recipe, whole: bool) -> Bundle | No
     made = bundle.manifest.quantization
     if made is None or made.accuracy is not None:
         return None
-    own, known = (_without_source(dump) for dump in (recipe.model_dump(mode="json"), dict(made.recipe)))
+    own, known = (_without_source(dump) for dump in (recipe.model_dump(mode="json"), made.recipe))
     compared = own.keys() - {"evaluation"} - (set() if whole else {"synthesis", "text"})
     return bundle if all(known.get(section) == own[section] for section in compared) else None
 
 
-def _without_source(recipe: dict[str, Any]) -> dict[str, Any]:
+def _without_source(recipe: Mapping[str, object]) -> dict[str, object]:
     """Without what images were read from: a path in a recipe, a SHA-256 in a manifest, and part of the set's id."""
     synthesis = recipe.get("synthesis")
     return {**recipe, "synthesis": {**synthesis, "source": None} if isinstance(synthesis, dict) else synthesis}

@@ -33,19 +33,29 @@ def quantized_files(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -
         if made.calibration != key.id:  # of other images: not this run's to finish
             refuse_existing(task.output_path, overwrite=False)
         return resumed
-    # Which images and texts calibrated is the set's word: it may have been given, and it holds no machine's paths.
-    dump = task.recipe.model_dump(mode="json") | {"synthesis": dict(key.synthesis), "text": dict(key.text)}
-    placed: dict[str, Any] = {
-        "recipe_dump": dump,
-        "provider": resolve_provider(task.machine.provider),
-        "threads": task.machine.threads,
-        "overwrite": task.overwrite,
-        "on_step": task.on_step,
-    }
-    section = task.recipe.quantization
-    if section.promised:
-        return quantize_to_promise(fp32, dataset, task.output_path, section, _judges(task, fp32, dataset), **placed)
-    return quantize_bundle_files(fp32, dataset, task.output_path, section, **placed)
+    output_path, provider, threads = task.output_path, resolve_provider(task.machine.provider), task.machine.threads
+    if not task.recipe.quantization.promised:
+        return quantize_bundle_files(
+            fp32,
+            dataset,
+            output_path,
+            task.recipe,
+            provider=provider,
+            threads=threads,
+            overwrite=task.overwrite,
+            on_step=task.on_step,
+        )
+    return quantize_to_promise(
+        fp32,
+        dataset,
+        output_path,
+        task.recipe,
+        _judges(task, fp32, dataset),
+        provider=provider,
+        threads=threads,
+        overwrite=task.overwrite,
+        on_step=task.on_step,
+    )
 
 
 def _judges(task: QuantizeTask, fp32: Bundle, dataset: CalibrationSet) -> Judges:

@@ -1,7 +1,6 @@
 """One budget of bits for both encoders of a bundle."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from onnxruntime.quantization import CalibrationDataReader
 
@@ -35,12 +34,13 @@ def spend_budget(
     grouped = section.weight_bits == 4 and section.activation_bits == 8 and section.group_size and target.grouped
     if asked is None and not grouped:
         return {}
-    given: dict[str, Any] = {"provider": provider, "threads": threads, "on_step": on_step}
     models = {name: load_model(bundle.path / name) for name in readers}
     plans = {name: EncoderTask(section, target, readers[name]).plan(model.graph) for name, model in models.items()}
     costs = [
         cost
         for name, reader in readers.items()
-        for cost in measure_costs(name, models[name], plans[name], reader, **given)
+        for cost in measure_costs(
+            name, models[name], plans[name], reader, provider=provider, threads=threads, on_step=on_step
+        )
     ]
     return spend(costs, asked or _DEFAULT_BITS, RESERVE)

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, Bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
@@ -13,7 +12,7 @@ from d4c_onnx.manifest import Manifest, Quantization, Session
 from d4c_onnx.manifest_file import GOLDEN_FOLDER, versions, write_manifest
 from d4c_onnx.quantization.encoder_report import MINIMUM_ORT, EncoderReport
 from d4c_onnx.quantization.targets import target_of
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import Recipe
 from d4c_onnx.runtime.golden import Bounds, read_golden, write_golden
 from d4c_onnx.runtime.optimizer import OptimizerEffect
 
@@ -24,12 +23,11 @@ FP16_MINIMUM_ORT = MINIMUM_ORT
 
 
 def describe_quantization(
-    section: QuantizationSection,
+    recipe: Recipe,
     dataset: CalibrationSet,
     reports: Mapping[str, EncoderReport],
     effects: Mapping[str, OptimizerEffect],
     session: Session,
-    recipe_dump: Mapping[str, Any],
     source_files: Mapping[str, str],
 ) -> Quantization:
     """For the manifest.
@@ -37,15 +35,16 @@ def describe_quantization(
     Args:
         reports, effects: by encoder file: how it was quantised, and what onnxruntime's optimiser does to it.
         session: what the files are served with.
-        recipe_dump: the whole resolved recipe.
         source_files: SHA-256 of the FP32 encoders.
     """
+    section, key = recipe.quantization, dataset.manifest.key
     layers = [layer for report in reports.values() for layer in report.layers]
     return Quantization(
         bits=section.bits.lower(),
         target=section.target,
         target_note=target_of(section).note,
-        recipe=recipe_dump,
+        # which images and texts calibrated is the set's word: it may have been given, and it holds no machine's paths
+        recipe=recipe.model_dump(mode="json") | {"synthesis": dict(key.synthesis), "text": dict(key.text)},
         minimum_onnxruntime=max(report.minimum_onnxruntime for report in reports.values()),
         accuracy_mode_only=section.activation_bits < 8 or section.weight_bits == 6,
         source_files=source_files,
@@ -53,8 +52,8 @@ def describe_quantization(
         optimizer_effect={name: effect.record() for name, effect in effects.items()},
         weight_bits_average=round(average_bits(layers), 4),
         encoders={name: report.record() for name, report in reports.items()},
-        calibration=dataset.manifest.key.id,
-        calibration_seed=dataset.manifest.key.seed,
+        calibration=key.id,
+        calibration_seed=key.seed,
     )
 
 

@@ -1,7 +1,6 @@
 """The FP16 bundle: what a GPU multiplies fastest where no int8 kernel takes QDQ files."""
 
 from pathlib import Path
-from typing import Any
 
 from d4c_onnx.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle, is_bundle, open_bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
@@ -60,10 +59,10 @@ def write_fp16_bundle(
             model = load_model(bundle.path / name)
             clear_notes(model)
             try:
-                half, _ = in_float16(model)
+                converted, _ = in_float16(model)
             except GraphError as error:
                 raise GraphError(f"{bundle.path / name}: {error}") from error
-            save_model(half, stage / name, limit_bytes=0 if section.external_data else None)
+            save_model(converted, stage / name, limit_bytes=0 if section.external_data else None)
         session = Session()
         effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
         made = Quantization(
@@ -99,6 +98,6 @@ def find_fp16_bundle(bundle: Bundle, output_path: Path, section: QuantizationSec
     return made if same_form and same_weights and made_by_same_tools(made) else None
 
 
-def _shaped_by(section: QuantizationSection) -> dict[str, Any]:
+def _shaped_by(section: QuantizationSection) -> dict[str, object]:
     """What of a recipe an FP16 bundle depends on."""
     return {"quantization": {"external_data": section.external_data}}

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.graph.stored import average_bits
@@ -92,8 +91,15 @@ class EncoderLadder:
     def rungs(self) -> tuple[Rung, ...]:
         """The smallest first; what they cost is measured once."""
         task, prepared = self.task, self._prepared
-        placed: dict[str, Any] = {"provider": task.provider, "threads": task.threads, "on_step": task.on_step}
-        costs = measure_costs(self.source.name, prepared.model, prepared.exact.plan, task.reader, **placed)
+        costs = measure_costs(
+            self.source.name,
+            prepared.model,
+            prepared.exact.plan,
+            task.reader,
+            provider=task.provider,
+            threads=task.threads,
+            on_step=task.on_step,
+        )
         return rungs_of(costs, task.section)
 
     def write(self, number: int) -> WrittenRung:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -46,8 +45,16 @@ def prepare_encoder(source: Path, task: EncoderTask) -> PreparedEncoder:
     exact = rewrite_exactly(model, task)
     release_freed()
     task.on_step("fold", 1, 1, {})
-    placed: dict[str, Any] = {"provider": task.provider, "threads": task.threads, "on_step": task.on_step}
-    ranges = collect_ranges(model, exact.plan, task.reader, task.section, symmetric=task.target.symmetric, **placed)
+    ranges = collect_ranges(
+        model,
+        exact.plan,
+        task.reader,
+        task.section,
+        symmetric=task.target.symmetric,
+        provider=task.provider,
+        threads=task.threads,
+        on_step=task.on_step,
+    )
     outputs = OutputMoments()
     if METHODS[task.section.rounding_method].uses_outputs:
         outputs = output_moments(model, exact.plan.layers, task.reader, task.on_step)

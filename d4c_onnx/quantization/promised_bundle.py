@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
@@ -14,17 +13,16 @@ from d4c_onnx.quantization.ladder import EncoderLadder
 from d4c_onnx.quantization.promise_search import Judges, PromiseSearch
 from d4c_onnx.quantization.quantized_completion import finish_quantized
 from d4c_onnx.quantization.targets import target_of
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import Recipe
 
 
 def quantize_to_promise(
     bundle: Bundle,
     dataset: CalibrationSet,
     output_path: Path,
-    section: QuantizationSection,
+    recipe: Recipe,
     judges: Judges,
     *,
-    recipe_dump: dict[str, Any],
     provider: str = "cpu",
     threads: int = 0,
     overwrite: bool = False,
@@ -33,15 +31,16 @@ def quantize_to_promise(
     """Search the ladder of widths for the section's promise, and write the bundle; or leave nothing behind.
 
     Args:
-        bundle, dataset, output_path, recipe_dump, overwrite: see `quantize_bundle_files`.
-        section: with `target_cosine`, `max_drop` or both.
+        bundle, dataset, output_path, overwrite: see `quantize_bundle_files`.
+        recipe: with `target_cosine`, `max_drop` or both.
 
     Raises:
         CheckFailed: no configuration keeps the promise; its `report` is the `Promise` with all that was tried, and
             what was in `output_path` is still there.
         GraphError, BundleError, RecipeError: see `quantize_bundle_files`.
     """
-    readers, served = calibration_readers(bundle, dataset), target_of(section)
+    readers, section = calibration_readers(bundle, dataset), recipe.quantization
+    served = target_of(section)
     with staged_folder(output_path, overwrite) as stage:
         ladders = {}
         for name, reader in readers.items():
@@ -55,6 +54,6 @@ def quantize_to_promise(
         shutil.rmtree(stage / "ladder")
         made = {name: written.report for name, written in chosen.items()}
         written_bundle = finish_quantized(
-            bundle, dataset, stage, section, readers, made, promise, recipe_dump, threads=threads, on_step=on_step
+            bundle, dataset, stage, recipe, readers, made, promise, threads=threads, on_step=on_step
         )
     return Bundle(output_path, written_bundle)

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -177,15 +176,15 @@ def _keep_float(model: ir.Model, plan: Plan) -> None:
     drop_unused(model)
 
 
-def _activation_override(params: QuantParams, symmetric: bool) -> dict[str, Any]:
+def _activation_override(params: QuantParams, symmetric: bool) -> dict[str, object]:
     scale = np.array(params.scale, np.float32)
     if symmetric:  # zero lies in the middle of the unsigned grid: the same grid, signed, has zero point 0
         return {"quant_type": QuantType.QInt8, "scale": scale, "zero_point": np.array(0, np.int8)}
     return {"quant_type": QuantType.QUInt8, "scale": scale, "zero_point": np.array(params.zero_point, np.uint8)}
 
 
-def _weight_override(weight: QuantizedWeight, axis: int) -> list[dict[str, Any]]:
-    channels: list[dict[str, Any]] = [
+def _weight_override(weight: QuantizedWeight, axis: int) -> list[dict[str, object]]:
+    channels: list[dict[str, object]] = [
         {"quant_type": QuantType.QInt8, "scale": np.array(scale, np.float32), "zero_point": np.array(0, np.int8)}
         for scale in weight.scale
     ]

@@ -1,7 +1,6 @@
 """Both encoders of an FP32 bundle, quantised into a bundle of the same form."""
 
 from pathlib import Path
-from typing import Any
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.calibration.dataset import CalibrationSet
@@ -11,16 +10,15 @@ from d4c_onnx.quantization.bit_budget import spend_budget
 from d4c_onnx.quantization.calibration_batches import calibration_readers
 from d4c_onnx.quantization.encoder import quantize_encoder
 from d4c_onnx.quantization.quantized_completion import finish_quantized
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import Recipe
 
 
 def quantize_bundle_files(
     bundle: Bundle,
     dataset: CalibrationSet,
     output_path: Path,
-    section: QuantizationSection,
+    recipe: Recipe,
     *,
-    recipe_dump: dict[str, Any],
     provider: str = "cpu",
     threads: int = 0,
     overwrite: bool = False,
@@ -32,8 +30,7 @@ def quantize_bundle_files(
         bundle: in FP32.
         dataset: calibration images and prompts of the bundle's model.
         output_path: the quantised bundle's folder.
-        section: widths, rounding, ranges.
-        recipe_dump: the whole resolved recipe, for the manifest.
+        recipe: widths, rounding, ranges; the manifest holds all of it, and of images and texts what the set says.
         overwrite: replace what d4c-onnx wrote there.
 
     Raises:
@@ -42,7 +39,7 @@ def quantize_bundle_files(
         CheckFailed: onnxruntime's optimiser changes the answers beyond the rounding of quantised activations.
         RecipeError: keys contradict the target; the bit budget is smaller than what the first and last layers take.
     """
-    readers = calibration_readers(bundle, dataset)
+    readers, section = calibration_readers(bundle, dataset), recipe.quantization
     widths = spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
     with staged_folder(output_path, overwrite) as stage:
         reports = {
@@ -59,6 +56,6 @@ def quantize_bundle_files(
             for name, reader in readers.items()
         }
         written = finish_quantized(
-            bundle, dataset, stage, section, readers, reports, None, recipe_dump, threads=threads, on_step=on_step
+            bundle, dataset, stage, recipe, readers, reports, None, threads=threads, on_step=on_step
         )
     return Bundle(output_path, written)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from onnxruntime.quantization import CalibrationDataReader
 
@@ -21,7 +20,7 @@ from d4c_onnx.quantization.bundle_completion import (
 from d4c_onnx.quantization.encoder_report import EncoderReport
 from d4c_onnx.quantization.optimizer_check import check_optimizer
 from d4c_onnx.quantization.targets import target_of
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationSection, Recipe
 from d4c_onnx.results import Promise
 
 
@@ -36,11 +35,10 @@ def finish_quantized(
     bundle: Bundle,
     dataset: CalibrationSet,
     stage: Path,
-    section: QuantizationSection,
+    recipe: Recipe,
     readers: Mapping[str, CalibrationDataReader],
     reports: Mapping[str, EncoderReport],
     promise: Promise | None,
-    recipe_dump: dict[str, Any],
     *,
     threads: int,
     on_step: OnStep,
@@ -55,9 +53,10 @@ def finish_quantized(
     Raises:
         CheckFailed: onnxruntime's optimiser changes the answers.
     """
+    section = recipe.quantization
     session = session_of(section)
     effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
-    made = describe_quantization(section, dataset, reports, effects, session, recipe_dump, source_files(bundle))
+    made = describe_quantization(recipe, dataset, reports, effects, session, source_files(bundle))
     bounds = FP16_GOLDEN_BOUNDS if section.weights_only else GOLDEN_BOUNDS
     made = replace(made, promise=promise)
-    return finish_bundle(bundle, stage, made, seed=recipe_dump["seed"], bounds=bounds)
+    return finish_bundle(bundle, stage, made, seed=recipe.seed, bounds=bounds)

@@ -66,9 +66,11 @@ def to_float16(
 ) -> tuple[ir.Model, tuple[RewriteRecord, ...]]:
     """Weights only: the float16 graph, whose weights are unpacked when it is loaded."""
     _place_biases(model, rounded)
-    half, applied = in_float16(model, rounded=True)
-    store_scaled(half, {layer.weight: (rounded.weights[layer.weight], layer.channel_axis) for layer in plan.layers})
-    return half, applied
+    converted, applied = in_float16(model, rounded=True)
+    store_scaled(
+        converted, {layer.weight: (rounded.weights[layer.weight], layer.channel_axis) for layer in plan.layers}
+    )
+    return converted, applied
 
 
 def _place_biases(model: ir.Model, rounded: RoundedWeights) -> None:

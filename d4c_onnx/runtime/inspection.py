@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -70,7 +69,7 @@ class Inspection:
         """Stored bits a weight."""
         return round(average_bits(list(self.stored)), 4)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For --json."""
         return {
             "layers": [asdict(layer) for layer in self.layers],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -150,7 +150,7 @@ def _add_encoders(app: FastAPI, served: Served, limits: Limits) -> None:
         return JSONResponse({"labels": question.labels, "results": results})
 
 
-def _body(kinds: dict[str, Any]) -> dict[str, Any]:
+def _body(kinds: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
     content = {kind: {"schema": {"type": "object", **schema}} for kind, schema in kinds.items()}
     return {"requestBody": {"required": True, "content": content}}
 

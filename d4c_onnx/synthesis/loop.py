@@ -6,7 +6,7 @@ images are one unit, whose minibatches step one Adam in turn (images outside the
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,16 @@ from d4c_onnx.synthesis.perturb import perturb
 CHECKPOINT_STEPS = 200
 
 StepReport = Callable[[int, dict[str, float]], None]
+
+
+class _State(TypedDict):
+    """What a checkpoint holds."""
+
+    step: int
+    values: torch.Tensor
+    optimizer: dict[str, Any]  # torch's own
+    generator: torch.Tensor
+    history: dict[str, list[float]]
 
 
 def optimize_unit(
@@ -124,7 +134,7 @@ def _save(
     generator: torch.Generator,
     history: dict[str, list[float]],
 ) -> None:
-    state = {
+    state: _State = {
         "step": step,
         "values": values.detach().cpu(),
         "optimizer": optimizer.state_dict(),
@@ -140,7 +150,7 @@ def _resume(
     """The step that a checkpoint was written at, and the losses until then; what it is not, or damaged, begins anew."""
     fresh = optimizer.state_dict(), generator.get_state()
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        state: _State = torch.load(path, weights_only=True, map_location="cpu")
         kept, step, history = state["values"], int(state["step"]), state["history"]
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])

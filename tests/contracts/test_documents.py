@@ -120,6 +120,11 @@ def test_the_readme_imports_what_is_there() -> None:
                 assert all(hasattr(module, name.name) for name in node.names), node.module
 
 
+def test_a_line_of_the_design_fits_on_a_screen() -> None:
+    """One page is no page where its lines have no end."""
+    assert max(map(len, (ROOT / "docs" / "design.md").read_text("utf-8").splitlines())) <= 140
+
+
 def test_design_says_how_large_the_library_is() -> None:
     design = (ROOT / "docs" / "design.md").read_text("utf-8")
     said = re.search(r"([\d,]+) now\.", design)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from d4c_onnx.bundle import Bundle
 from d4c_onnx.cli.main import group
-from d4c_onnx.embedding import embed_source, run
+from d4c_onnx.embedding import embed_source, vectors
 from d4c_onnx.errors import BundleError, D4CError, DatasetError
 from d4c_onnx.runtime import ClipSession
 
@@ -84,7 +84,7 @@ def test_lines_of_a_file_are_texts(vit_bundle: Bundle, tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on(
     vit_bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_PART", 2)
+    monkeypatch.setattr(vectors, "PART_ITEMS", 2)
     whole, output = tmp_path / "whole.npy", tmp_path / "out.npy"
     embed_source(vit_bundle.path, folder, whole)
     _interrupted(vit_bundle, folder, output, monkeypatch)
@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on(
 
 def _interrupted(bundle: Bundle, source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of parts that a run left which was stopped after four of nine items."""
-    monkeypatch.setattr(run, "_PART", 2)
+    monkeypatch.setattr(vectors, "PART_ITEMS", 2)
     calls = 0
 
     def stop(*_: object) -> None:

@@ -61,6 +61,13 @@ def test_a_folder_without_pixels_is_asked_about(folder: Path, tiny_models: tuple
     assert load_model(str(folder), options=ModelOptions(like="ViT-B-16-SigLIP:webli")).preprocess.std == (0.5, 0.5, 0.5)
 
 
+def test_a_folder_that_leaves_the_size_to_open_clip_gets_its_default(folder: Path) -> None:
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    del config["model_cfg"]["vision_cfg"]["image_size"]
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert load_model(str(folder)).preprocess.size == (224, 224)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -13,6 +13,7 @@ from d4c_onnx.manifest import Preprocess
 from d4c_onnx.models.beside import configs_beside
 from d4c_onnx.models.model_options import ModelOptions
 from d4c_onnx.models.preprocessing import Settings, settings_of_file, settings_of_random, settings_of_tag
+from d4c_onnx.models.settings import ModelSettings
 
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -40,8 +41,8 @@ def test_like_gives_open_clips_own_preprocessing_for_every_published_tag() -> No
             settings_of_file(name, "mine.pt", like, []),
             settings_of_tag(name, tag, ModelOptions()),
         ):
-            assert (made.preprocess(), made.values["quick_gelu"]) == _own(name, tag), (name, tag)
-        kinds.add((made.values["mean"], made.values["std"], made.values["interpolation"], made.values["resize_mode"]))
+            assert (made.preprocess(), made.values.quick_gelu) == _own(name, tag), (name, tag)
+        kinds.add((made.values.mean, made.values.std, made.values.interpolation, made.values.resize_mode))
     assert len(kinds) >= 7
 
 
@@ -56,14 +57,14 @@ def test_a_file_without_a_word_gets_what_every_tag_agrees_in_or_a_question() -> 
             asked.append(name)
             assert len(own) > 1
         else:
-            assert {(made.preprocess(), made.values["quick_gelu"])} == own
+            assert {(made.preprocess(), made.values.quick_gelu)} == own
     assert asked == ["ViT-B-16", "ViT-B-32", "ViT-H-14", "ViT-H-14-quickgelu", "ViT-L-14", "ViT-bigG-14"]
 
 
 @pytest.mark.parametrize("name", ["MobileCLIP-S1", "ViT-B-16-SigLIP", "PE-Core-B-16", "ViT-L-14-CLIPA"])
 def test_the_families_that_differ_from_openai_are_not_asked_about(name: str) -> None:
     made = settings_of_file(name, "mine.pt", ModelOptions(), [])
-    assert (made.values["mean"], made.values["std"]) != OPENAI
+    assert (made.values.mean, made.values.std) != OPENAI
     assert made.sources["mean"] == f"the one published tag of {name}"
     assert made.sources["size"] == f"architecture {name}"
 
@@ -92,11 +93,11 @@ def test_what_nobody_says_is_asked(name: str, options: dict[str, Any], message: 
 
 def test_the_order_is_options_configs_the_checkpoint_the_tag_and_the_architecture() -> None:
     options = ModelOptions(mean=(0.1,) * 3, image_size=(32, 48), like="ViT-H-14:dfn5b")
-    config = {"mean": (0.2,) * 3, "std": (0.2,) * 3}
-    file = {"mean": (0.3,) * 3, "std": (0.3,) * 3, "interpolation": "bilinear"}
+    config = ModelSettings(mean=(0.2,) * 3, std=(0.2,) * 3)
+    file = ModelSettings(mean=(0.3,) * 3, std=(0.3,) * 3, interpolation="bilinear")
     made = settings_of_file("ViT-L-14", "mine.pt", options, [("config", config), ("file", file)])
     preprocess = Preprocess((32, 48), (0.1,) * 3, (0.2,) * 3, "bilinear", "squash", 0)
-    assert (made.preprocess(), made.values["quick_gelu"]) == (preprocess, True)
+    assert (made.preprocess(), made.values.quick_gelu) == (preprocess, True)
     like = "tag ViT-H-14:dfn5b, by --like"
     told = {"size": "--image-size", "mean": "--mean", "std": "config", "interpolation": "file"}
     assert made.sources == told | dict.fromkeys(("resize_mode", "fill_color", "quick_gelu"), like)
@@ -107,12 +108,12 @@ def test_without_published_tags_open_clips_default_holds_and_says_so() -> None:
     assert made.preprocess() == Preprocess((224, 224), *OPENAI)
     assert made.sources["mean"] == "open_clip's default, ViT-S-32 has no published tags"
     named = settings_of_file("ViT-L-14-worldwide-quickgelu", "mine.pt", ModelOptions(), [])
-    assert named.values["quick_gelu"]
+    assert named.values.quick_gelu
 
 
 def test_random_weights_are_not_asked_about() -> None:
     made: Settings = settings_of_random("ViT-L-14", ModelOptions())
-    assert (made.preprocess(), made.values["quick_gelu"]) == (Preprocess((224, 224), *OPENAI), False)
+    assert (made.preprocess(), made.values.quick_gelu) == (Preprocess((224, 224), *OPENAI), False)
     assert made.sources["mean"] == "open_clip's default, for random weights"
 
 
@@ -182,7 +183,7 @@ PREPROCESSOR, OPEN_CLIP = "preprocessor_config.json", "open_clip_config.json"
 )
 def test_configs_beside_the_weights_are_read(tmp_path: Path, file: str, config: object, said: dict[str, Any]) -> None:
     (tmp_path / file).write_text(json.dumps(config))
-    assert configs_beside(tmp_path / "mine.pt") == [(file, said)]
+    assert configs_beside(tmp_path / "mine.pt") == [(file, ModelSettings(**said))]
 
 
 def test_open_clips_config_goes_before_the_other(tmp_path: Path) -> None:

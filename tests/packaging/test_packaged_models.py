@@ -48,7 +48,7 @@ def test_minis_are_packaged(
         return
     report = _packaged(open_bundle(folder), target, output)
     if target == "transformersjs":
-        assert {model.io.opset for model in report.models} == {18}
+        assert {model.io.opset for model in report.content.models} == {18}
 
 
 SIGLIP = {

@@ -27,7 +27,7 @@ TOY = Toy()
 
 
 def _io(report: PackageReport, file: str) -> tuple[list[tuple[str, str, tuple]], list[tuple[str, tuple]]]:
-    io = next(model.io for model in report.models if model.file == file)
+    io = next(model.io for model in report.content.models if model.file == file)
     return [(entry.name, entry.dtype, entry.shape) for entry in io.inputs], [(e.name, e.shape) for e in io.outputs]
 
 
@@ -50,7 +50,7 @@ def test_answers_are_the_bundles(target: str, packages: dict[str, PackageReport]
     bundle, report = toys[target], packages[target]
     ids = [text.input_ids for text in read_golden(bundle.path).texts]
     feeds = {"image": trial_pixels(bundle.manifest.preprocess), "text": np.array(ids[:1])}
-    for model in report.models:
+    for model in report.content.models:
         session = EncoderSession(report.path / model.file)
         given = {}
         for entry in model.io.inputs:
@@ -83,7 +83,7 @@ def test_transformersjs(packages: dict[str, PackageReport]) -> None:
     assert pixels["size"] == {"shortest_edge": 8}
     assert pixels["crop_size"] == {"height": 8, "width": 8}
     assert pixels["resample"] == 3
-    for model in report.models:  # browsers have no kernel for INT4
+    for model in report.content.models:  # browsers have no kernel for INT4
         loaded = load_model(report.path / model.file)
         assert model.io.opset <= 18
         assert loaded.ir_version == 8
@@ -114,7 +114,7 @@ def test_immich(packages: dict[str, PackageReport]) -> None:
 
 def test_fastembed(packages: dict[str, PackageReport]) -> None:
     report = packages["fastembed"]
-    assert [len(model.io.outputs) for model in report.models] == [1, 1]  # the first one is used, silently
+    assert [len(model.io.outputs) for model in report.content.models] == [1, 1]  # the first one is used, silently
     assert _io(report, "text/model.onnx")[0] == [("input_ids", "int64", ("batch", "sequence"))]
     assert {"model.onnx", "preprocessor_config.json"} == {file.name for file in (report.path / "image").iterdir()}
     wanted = {"model.onnx", "tokenizer.json", "tokenizer_config.json", "config.json"}
@@ -133,7 +133,7 @@ def test_triton(packages: dict[str, PackageReport]) -> None:
     assert not any((repository / "embed_text" / "1").iterdir())  # an ensemble has no file
     assert "dims: [ 3, 8, 8 ]" in (repository / "image_encoder" / "config.pbtxt").read_text()
     assert "dims: [ -1 ]" in (repository / "text_ids" / "config.pbtxt").read_text()
-    for model in packages["triton"].models:
+    for model in packages["triton"].content.models:
         assert all(entry.shape[0] == "batch" for entry in (*model.io.inputs, *model.io.outputs))
 
 
@@ -188,7 +188,9 @@ def test_optimum(packages: dict[str, PackageReport], toys: dict[str, Bundle]) ->
     image, text = EncoderSession(bundle.image_encoder).run(pixels), EncoderSession(bundle.text_encoder).run(ids)
     np.testing.assert_allclose(answers["logits_per_image"], 10 * image @ text.T, rtol=1e-5)
     np.testing.assert_array_equal(answers["logits_per_text"], answers["logits_per_image"].T)
-    assert {"config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"} <= {*report.files}
+    assert {"config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"} <= {
+        *report.content.files
+    }
 
 
 def test_a_bias_is_added_to_similarities(tmp_path: Path) -> None:
@@ -213,7 +215,7 @@ def test_openvino(packages: dict[str, PackageReport]) -> None:
 def test_librephotos(packages: dict[str, PackageReport]) -> None:
     folder = packages["librephotos"].path / "clip_vit_b32"
     assert {file.name for file in folder.iterdir()} == {"vision_model.onnx", "text_model.onnx", "tokenizer.json"}
-    assert all(len(model.io.inputs) == len(model.io.outputs) == 1 for model in packages["librephotos"].models)
+    assert all(len(model.io.inputs) == len(model.io.outputs) == 1 for model in packages["librephotos"].content.models)
 
 
 def test_rclip(packages: dict[str, PackageReport]) -> None:
@@ -275,7 +277,7 @@ def test_pixels_of_the_example_are_the_bundles(
     bundle = bundle_of(tmp_path / "toy", changed(TOY, side=side, resize_mode=mode, interpolation=interpolation))
     report = package_bundle(bundle.path, "onnxruntime", tmp_path / "to")
     assert verify_package(report.path).ok
-    in_javascript = {"example.mjs", "config.json", "preprocessor_config.json"} & set(report.files)
+    in_javascript = {"example.mjs", "config.json", "preprocessor_config.json"} & set(report.content.files)
     assert len(in_javascript) == (3 if mode == "squash" or (mode == "shortest" and side == (8, 8)) else 0)
     source = (report.path / "example.py").read_text().rpartition("print(")[0]
     example: dict[str, object] = {"__file__": str(report.path / "example.py")}
@@ -337,7 +339,9 @@ GUARDED = {
 def test_the_guard_is_on_where_a_stack_needs_it_and_off_elsewhere(
     target: str, packages: dict[str, PackageReport]
 ) -> None:
-    guarded = {model.file for model in packages[target].models if any("ids cut" in words for words in model.edits)}
+    guarded = {
+        model.file for model in packages[target].content.models if any("ids cut" in words for words in model.edits)
+    }
     assert (GUARDED[target] in guarded) if target in GUARDED else not guarded
 
 
@@ -363,7 +367,7 @@ def test_ids_that_servers_get_wrong(
 def test_towers_of_a_fixed_length_take_what_stacks_feed(target: str, tmp_path: Path) -> None:
     bundle = bundle_of(tmp_path / "toy", changed(TOY, dynamic=False))
     report = package_bundle(bundle.path, target, tmp_path / "to")
-    model = next(model for model in report.models if "text" in model.towers)
+    model = next(model for model in report.content.models if "text" in model.towers)
     [ids] = [entry for entry in model.io.inputs if entry.name == "input_ids"]
     assert ids.shape[1] == "sequence"
     for lengths in ([3, 5], [8], [12]):

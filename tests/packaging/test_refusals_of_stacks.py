@@ -72,7 +72,7 @@ def test_a_folder_in_the_way_is_refused_and_replaced_on_demand(
     before = (out / "d4c-package.json").read_bytes()
     with pytest.raises(BundleError, match="--overwrite"):
         package_bundle(bundle, target, out)
-    for stray in (out / "stray", (out / report.models[0].file).parent / "stray"):
+    for stray in (out / "stray", (out / report.content.models[0].file).parent / "stray"):
         stray.write_text("")
         with pytest.raises(BundleError, match="did not write"):
             package_bundle(bundle, target, out, overwrite=True)

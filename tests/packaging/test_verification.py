@@ -48,7 +48,7 @@ def test_a_package_passes(target: str, packages: dict[str, PackageReport]) -> No
     found = verify_package(packages[target].path)
     assert found.ok, found.checks
     names = [check.name for check in found.checks]
-    for model in packages[target].models:
+    for model in packages[target].content.models:
         assert any(name.endswith(f"embeddings of {model.file}") for name in names)
 
 

@@ -77,12 +77,5 @@ def test_optimizer_that_changes_answers_fails_the_bundle(
     recipe = load_recipe(None, ["quantization.rounding=nearest", "quantization.smoothing=none"])
     monkeypatch.setattr(optimizer, "EncoderSession", Careless)
     with pytest.raises(CheckFailed, match="graph optimiser"):
-        quantize_bundle_files(
-            vit_bundle,
-            vit_calibration[1],
-            tmp_path / "w4a8",
-            recipe.quantization,
-            recipe_dump=recipe.model_dump(),
-            threads=1,
-        )
+        quantize_bundle_files(vit_bundle, vit_calibration[1], tmp_path / "w4a8", recipe, threads=1)
     assert not (tmp_path / "w4a8").exists()

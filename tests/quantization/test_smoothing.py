@@ -63,7 +63,7 @@ def test_a_weight_that_two_nodes_share_is_no_mapping(vit_bundle: Bundle) -> None
     model = load_model(vit_bundle.image_encoder)
     before = _mappings(model)
     value = next(mapping for mapping in before if mapping.kind == "value")
-    extra = node("Identity", [value.shrunk[0][0]], "copy_of_v")
+    extra = node("Identity", [value.absorber.shrunk[0][0]], "copy_of_v")
     model.graph.append(extra)
     model.graph.outputs.append(extra.outputs[0])
     # v's weight is read by v alone no more: neither v -> out_proj nor the LayerNorm before v may touch it
@@ -172,7 +172,7 @@ def _outlying_mlp(path: Path, factor: float, gelu: bool) -> ir.Model:
             continue
         scale = np.ones(mapping.width, np.float32)
         scale[rng.choice(mapping.width, mapping.width // 25, replace=False)] = factor
-        for value, _ in mapping.shrunk:  # [width, channels] and [channels]
+        for value, _ in mapping.absorber.shrunk:  # [width, channels] and [channels]
             set_constant(model.graph, name_of(value), constant(value) * scale)
         weight = model.graph.initializers[mapping.consumers[0].weight]
         set_constant(model.graph, name_of(weight), constant(weight) / scale[:, None])

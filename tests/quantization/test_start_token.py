@@ -26,9 +26,9 @@ def _outlying_start(path: Path) -> ir.Model:
     model = load_model(path)
     mappings = find_mappings(model.graph, weighted_layers(model.graph))
     hidden = next(mapping for mapping in mappings if mapping.kind == "quick_gelu")
-    (weight, axis), (bias, _) = hidden.shrunk
+    (weight, axis), (bias, _) = hidden.absorber.shrunk
     norm = next(mapping for mapping in mappings if mapping.consumers[0].weight == name_of(weight))
-    changed = (model.graph.initializers["positional_embedding"], weight, bias, norm.shrunk[0][0])
+    changed = (model.graph.initializers["positional_embedding"], weight, bias, norm.absorber.shrunk[0][0])
     position, rows, offsets, gain = values = [constant(value).copy() for value in changed]
     position[0, 0] = 1000  # the LayerNorm turns it into the square root of the width, 8
     gain[0] = 1

@@ -62,9 +62,7 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
     bundle, data = material(request, model)
     recipe = load_recipe(None, ["quantization.bits=w4a16", "quantization.target=cuda"])
     assert recipe.quantization.rounding_method == "yaqa"
-    made = quantize_bundle_files(
-        bundle, data, tmp_path / "w4a16", recipe.quantization, recipe_dump=recipe.model_dump(mode="json"), threads=1
-    )
+    made = quantize_bundle_files(bundle, data, tmp_path / "w4a16", recipe, threads=1)
     half = write_fp16_bundle(bundle, tmp_path / "fp16", recipe.quantization, data)
     assert made.manifest.quantization.minimum_onnxruntime == "1.23"
     assert made.manifest.quantization.session.config_entries == {}

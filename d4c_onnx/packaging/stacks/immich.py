@@ -6,8 +6,6 @@ known by name: what is not on its list is not loaded, and its database expects t
 
 from __future__ import annotations
 
-from typing import Any
-
 from d4c_onnx.packaging import configs, needs
 from d4c_onnx.packaging.edits import NarrowIds, RenameInput
 from d4c_onnx.packaging.job import Job
@@ -81,9 +79,9 @@ def _name(job: Job) -> str:
     return found
 
 
-def _config(job: Job) -> dict[str, Any]:
+def _config(job: Job) -> dict[str, object]:
     """What open_clip says of an architecture, as far as it is read."""
-    text: dict[str, Any] = {"context_length": job.tokenizer.context_length}
+    text: dict[str, object] = {"context_length": job.tokenizer.context_length}
     if job.tokenizer.clean is not None:
         text["tokenizer_kwargs"] = {"clean": job.tokenizer.clean}
     return {"embed_dim": job.dimensions, "vision_cfg": {"image_size": job.preprocess.size[0]}, "text_cfg": text}

@@ -6,8 +6,6 @@ lie as nibbles, which any build of onnxruntime-web reads; the tokenizer does not
 
 from __future__ import annotations
 
-from typing import Any
-
 from d4c_onnx.packaging import configs, needs
 from d4c_onnx.packaging.edits import LooseLayout
 from d4c_onnx.packaging.job import Job
@@ -33,7 +31,7 @@ def _write(job: Job) -> None:
     job.remarks.append("browsers turn pictures upright and mix in what is transparent, which open_clip does not.")
 
 
-def _web_config(job: Job) -> dict[str, Any]:
+def _web_config(job: Job) -> dict[str, object]:
     """What the page has to know."""
     model = job.bundle.manifest.model
     return {

@@ -34,10 +34,10 @@ def in_float16(model: ir.Model, *, rounded: bool = False) -> tuple[ir.Model, tup
         GraphError: onnxruntime's converter refused it.
     """
     before = apply_all(_BEFORE_ROUNDED if rounded else _BEFORE, model)
-    half = convert_to_float16(model)
-    after = apply_all(_AFTER, half)
-    clear_notes(half)
-    return half, (*before, *after)
+    converted = convert_to_float16(model)
+    after = apply_all(_AFTER, converted)
+    clear_notes(converted)
+    return converted, (*before, *after)
 
 
 def convert_to_float16(model: ir.Model) -> ir.Model:
@@ -58,11 +58,11 @@ def convert_to_float16(model: ir.Model) -> ir.Model:
         proto = with_shapes(model)
         for tensor in model.graph.initializers.values():
             tensor.const_value = None  # its weights are in `proto` now
-        half: onnx.ModelProto = convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=True)
+        found: onnx.ModelProto = convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=True)
     except Exception as error:  # the converter and onnx's shape inference raise kinds of their own
         raise GraphError(f"onnxruntime's float16 converter refused the graph ({str(error)[:300]}).") from error
-    OnnxModel.graph_topological_sort(half.graph)  # it puts the input's Cast last, which ONNX forbids
-    converted = model_of(half)
+    OnnxModel.graph_topological_sort(found.graph)  # it puts the input's Cast last, which ONNX forbids
+    converted = model_of(found)
     if tail is not None:
         _join_tail(converted, tail)
     return converted

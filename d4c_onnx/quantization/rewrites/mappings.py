@@ -52,26 +52,42 @@ _ACTIVATIONS = ("Gelu", f"{CONTRIB}:QuickGelu", "Relu")
 
 
 @dataclass(frozen=True, slots=True)
+class Absorber:
+    """What takes 1 / s in front of an activation.
+
+    Attributes:
+        kind: layer_norm, value, quick_gelu, mul, or activation.
+        shrunk: initialisers that are divided by the scale, each with the axis of its channels.
+        gate: QuickGELU's node that multiplies by the constant inside the sigmoid.
+    """
+
+    kind: str
+    shrunk: tuple[tuple[ir.Value, int], ...] = ()
+    gate: ir.Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SmoothingMapping:
     """An activation whose channels can be rescaled exactly.
 
     Attributes:
-        kind: layer_norm, value, quick_gelu, mul, or activation.
         node: the node that makes the activation.
         output: the activation.
         width: its channels.
-        shrunk: initialisers that are divided by the scale, each with the axis of its channels.
-        gate: QuickGELU's node that multiplies by the constant inside the sigmoid.
-        consumers: the layers that read the activation.
+        absorber: what is divided by the scale.
+        consumers: the layers that read the activation, whose weights are multiplied by it.
     """
 
-    kind: str
     node: ir.Node
     output: ir.Value
     width: int
-    shrunk: tuple[tuple[ir.Value, int], ...]
-    gate: ir.Node | None
+    absorber: Absorber
     consumers: tuple[WeightedLayer, ...]
+
+    @property
+    def kind(self) -> str:
+        """The absorber's."""
+        return self.absorber.kind
 
 
 def find_mappings(graph: ir.Graph, layers: Sequence[WeightedLayer]) -> list[SmoothingMapping]:
@@ -95,19 +111,18 @@ def find_mappings(graph: ir.Graph, layers: Sequence[WeightedLayer]) -> list[Smoo
             width = (dims(reading[0].inputs[1]) or ())[1 - consumers[0].channel_axis]
             absorber = _absorber(made, width, attentions)
             if absorber is not None:
-                kind, shrunk, gate = absorber
-                found.append(SmoothingMapping(kind, made, value, width, shrunk, gate, consumers))
+                found.append(SmoothingMapping(made, value, width, absorber, consumers))
     return found
 
 
 def apply_scale(graph: ir.Graph, mapping: SmoothingMapping, scale: np.ndarray) -> None:
     """Divide the activation's channels by `scale`, float32 [width], in place; the encoder's output stays the same."""
-    for value, axis in mapping.shrunk:
+    for value, axis in mapping.absorber.shrunk:
         values = constant(value)
         line = scale.reshape([-1 if position == axis % values.ndim else 1 for position in range(values.ndim)])
         set_constant(graph, name_of(value), (values / line).astype(np.float32))
-    if mapping.gate is not None:
-        _scale_gate(graph, mapping, mapping.gate, scale)
+    if mapping.absorber.gate is not None:
+        _scale_gate(graph, mapping, mapping.absorber.gate, scale)
     if mapping.kind == "activation":
         _insert_mul(graph, mapping, scale)
     nodes = nodes_by_name(graph)
@@ -118,31 +133,27 @@ def apply_scale(graph: ir.Graph, mapping: SmoothingMapping, scale: np.ndarray) -
         set_constant(graph, layer.weight, columns)
 
 
-# kind, shrunk, gate: see `SmoothingMapping`
-_Absorber = tuple[str, tuple[tuple[ir.Value, int], ...], ir.Node | None]
-
-
-def _absorber(made: ir.Node, width: int, attentions: dict[ir.Value, Attention]) -> _Absorber | None:
+def _absorber(made: ir.Node, width: int, attentions: dict[ir.Value, Attention]) -> Absorber | None:
     """How the activation that a node makes takes 1 / s."""
     if is_op(made, "LayerNormalization"):
         parameters = [entry for entry in made.inputs[1:] if entry is not None]
         if all(_owned(entry) and dims(entry) == (width,) for entry in parameters):
-            return "layer_norm", tuple((entry, 0) for entry in parameters), None
+            return Absorber("layer_norm", tuple((entry, 0) for entry in parameters))
     elif made.outputs[0] in attentions:
         source = _value_source(attentions[made.outputs[0]])
         if source is not None and _owned_source(source, width):
-            return "value", _rows_of(source), None
+            return Absorber("value", _rows_of(source))
     elif is_op(made, "Mul"):
         return _absorber_of_mul(made, width)
     elif is_op(made, *_ACTIVATIONS):
-        return "activation", (), None
+        return Absorber("activation")
     return None
 
 
-def _absorber_of_mul(made: ir.Node, width: int) -> _Absorber | None:
+def _absorber_of_mul(made: ir.Node, width: int) -> Absorber | None:
     for entry in made.inputs:
         if entry is not None and dims(entry) == (width,) and _owned(entry):
-            return "mul", ((entry, 0),), None
+            return Absorber("mul", ((entry, 0),))
     gate = quick_gelu_gate(made)
     if gate is not None:
         hidden = next((entry for entry in gate.inputs if entry is not None and entry in made.inputs), None)
@@ -150,8 +161,8 @@ def _absorber_of_mul(made: ir.Node, width: int) -> _Absorber | None:
         if source is not None and hidden is not None:
             alone = len(list(hidden.uses())) == 2 and not hidden.is_graph_output()
             if alone:
-                return ("quick_gelu", _rows_of(source), gate) if _owned_source(source, width) else None
-    return ("activation", (), None) if is_silu(made) else None
+                return Absorber("quick_gelu", _rows_of(source), gate) if _owned_source(source, width) else None
+    return Absorber("activation") if is_silu(made) else None
 
 
 def _value_source(attention: Attention) -> LinearSource | None:

@@ -19,7 +19,7 @@ from d4c_onnx.quantization.rewrites.rewrite import Result, Rewrite
 def _fold(model: ir.Model) -> Result:
     """A QuickGELU whose constant is a vector (a stress variant's) stays; so does one without two layers of its own."""
     count, refused = 0, []
-    mapped = {found.gate: found for found in find_mappings(model.graph, weighted_layers(model.graph))}
+    mapped = {found.absorber.gate: found for found in find_mappings(model.graph, weighted_layers(model.graph))}
     for gate in quick_gelu_gates(model.graph):
         mapping = mapped.get(gate)
         if mapping is None:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from onnxruntime.quantization import CalibrationDataReader
 
+from d4c_onnx.calibration.image_views import views
 from d4c_onnx.calibration.readers import OneBatchReader, ViewsReader
-from d4c_onnx.calibration.views import views
 
 
 def _images(count: int) -> np.ndarray:

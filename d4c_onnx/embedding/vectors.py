@@ -11,6 +11,7 @@ import numpy as np
 
 from d4c_onnx.bundle import Bundle, open_bundle
 from d4c_onnx.embedding.parts import (
+    Ask,
     Part,
     Parts,
     clear_finished,
@@ -27,7 +28,7 @@ from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.runtime.clip_session import ClipSession, batches
 from d4c_onnx.untrusted_json import quoted
 
-_PART = 1024  # items: what an interruption costs at most, and what is in memory at a time
+PART_ITEMS = 1024  # what an interruption costs at most, and what is in memory at a time
 _SHOWN = 5
 
 
@@ -54,7 +55,7 @@ class EmbedReport:
     first_broken: tuple[tuple[str, str], ...]
     resumed: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For --json."""
         return asdict(self)
 
@@ -117,17 +118,16 @@ def _refuse(output: Path, overwrite: bool) -> None:
             raise BundleError(f"{path}: may not be written here, so it is not replaced. Choose another --output.")
 
 
-def _ask(bundle: Bundle, source: Source) -> dict[str, Any]:
-    """What another run must ask to go on with the parts of this one."""
-    return {
-        "files": {name: record.sha256 for name, record in bundle.manifest.files.items()},
-        "preprocess": asdict(bundle.manifest.preprocess),
-        "source": str(source.path.resolve()),
-        "form": source.form,
-        "total": source.total,
-        "changed": source.path.stat().st_mtime_ns if source.form != "folder" else 0,
-        "part": _PART,
-    }
+def _ask(bundle: Bundle, source: Source) -> Ask:
+    return Ask(
+        files={name: record.sha256 for name, record in bundle.manifest.files.items()},
+        preprocess=bundle.manifest.preprocess,
+        source=str(source.path.resolve()),
+        form=source.form,
+        total=source.total,
+        changed=source.path.stat().st_mtime_ns if source.form != "folder" else 0,
+        part=PART_ITEMS,
+    )
 
 
 def _embed(session: ClipSession, source: Source, parts: Parts, resumed: int, on_step: OnStep) -> None:
@@ -138,7 +138,7 @@ def _embed(session: ClipSession, source: Source, parts: Parts, resumed: int, on_
     broken = sum(counts.broken for counts in parts.finished)
 
     def told() -> Iterator[Item]:
-        for item in islice(items, _PART):
+        for item in islice(items, PART_ITEMS):
             on_step("embed", min(item.done, source.total - 1), source.total, {"broken": broken})
             yield item
 
