@@ -131,10 +131,10 @@ class QuantizationSection(_Section):
     )
     average_bits: float | None = Field(
         None,
-        ge=4,
+        ge=3.5,
         le=8,
-        description="spend this many bits per weight: the layers that gain most get 8. none: 4.5 where w4a8 has "
-        "groups, as far as the first and last layers leave any",
+        description="spend this many bits per weight: in groups a layer has 3, 4, 5 or 8, without them 4 or 8, by what "
+        "its error does to the embeddings. none: 4.5 where w4a8 has groups, else 4",
     )
     target_cosine: float | None = Field(
         None,
@@ -151,11 +151,11 @@ class QuantizationSection(_Section):
     )
     group: Literal[0, 16, 32, 64, 128] = Field(
         16,
-        description="input channels of a 4-bit matrix that share a multiplier of the channel's scale, another 4 bits; "
+        description="input channels of a matrix that share a multiplier of the channel's scale, another 4 bits; "
         "0, and adaround, tensorrt and openvino anyway: one scale a channel, and no paths through a trellis",
     )
     boundary_bits: Literal[4, 6, 8] = Field(
-        8, description="weight bits of the first layer, and of a final projection that is not small: that has 16"
+        8, description="weight bits of the first layer, and of a final projection; a small one stays a float product"
     )
     ranges: Literal["mse", "mse-plain", "minmax"] = Field(
         "mse",
