@@ -21,7 +21,7 @@ from d4c_onnx.quantization.rounding import QuantizedWeight
 from d4c_onnx.quantization.rounding.base import InputMoments, LayerRounding, WeightGrid, stored_bits
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding, GptqRounding
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
-from d4c_onnx.quantization.rounding.trellis import trace, trace_nearest
+from d4c_onnx.quantization.rounding.trellis_search import trace, trace_nearest
 from d4c_onnx.quantization.storage.weights import store_scaled
 from d4c_onnx.quantization.targets import target_of
 from d4c_onnx.runtime.inspection import inspect_encoder

@@ -21,7 +21,7 @@ import numpy as np
 from d4c_onnx.graph.values import array, dims, nodes_by_name
 from d4c_onnx.quantization.rounding.base import QuantizedWeight, RoundingTask, WeightGrid
 from d4c_onnx.quantization.rounding.nearest import round_to_grid
-from d4c_onnx.quantization.rounding.trellis import trace_nearest
+from d4c_onnx.quantization.rounding.trellis_search import trace_nearest
 
 _LARGEST_BIAS = 2.0**29  # in steps of its scale; onnxruntime asks for 2**31
 _TINY = float(np.finfo(np.float32).tiny)  # below it float32 loses bits: the least scale of products

@@ -24,7 +24,7 @@ from d4c_onnx.quantization.rounding.groups import search_groups
 from d4c_onnx.quantization.rounding.layerwise import Layerwise
 from d4c_onnx.quantization.rounding.nearest import search_scales
 from d4c_onnx.quantization.rounding.pairs import limits_beside
-from d4c_onnx.quantization.rounding.trellis import trace
+from d4c_onnx.quantization.rounding.trellis_search import trace
 
 _BLOCK = 128  # columns repaired one by one before the rest is repaired in one product
 

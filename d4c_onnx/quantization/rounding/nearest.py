@@ -5,7 +5,7 @@ import numpy as np
 from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, WeightGrid, grid_limits
 from d4c_onnx.quantization.rounding.groups import search_groups
 from d4c_onnx.quantization.rounding.pairs import fit_pairs
-from d4c_onnx.quantization.rounding.trellis import trace_nearest
+from d4c_onnx.quantization.rounding.trellis_search import trace_nearest
 
 # Fractions of max|w| that may become the grid's top. Above 1 the grid's lone lowest level (-8 beside +7) pays off.
 _FRACTIONS = {

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from d4c_onnx.graph.model import drop_unused
 from d4c_onnx.graph.token_table import find_token_table
-from d4c_onnx.graph.values import constant, dims, insert_before, name_of, node, set_constant, take_over
+from d4c_onnx.graph.values import constant, insert_before, name_of, node, set_constant, take_over
 from d4c_onnx.quantization.rounding.base import QuantizedWeight
 from d4c_onnx.quantization.rounding.token_rows import TokenRows, round_token_rows
 from d4c_onnx.quantization.storage.weights import store_scaled
@@ -79,7 +79,7 @@ def _store_packed(model: ir.Model, gather: ir.Node, table: ir.Value, rows: Token
 
     def reshaped(value: ir.Value, *after: int) -> ir.Value:
         """The dimensions of ids stay, by zeros."""
-        rank = len(dims(ids) or (0, 0))  # [batch, sequence], where a graph does not say
+        rank = 2 if ids is None or ids.shape is None else len(ids.shape)  # [batch, sequence]
         shape = set_constant(graph, "rows_" + "_".join(map(str, after)), np.array([0] * rank + list(after), np.int64))
         return add("Reshape", [value, shape], f"{name_of(value)}_{len(after)}")
 
