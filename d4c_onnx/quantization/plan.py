@@ -75,7 +75,7 @@ def make_plan(
     """Decide what is quantised.
 
     The first layer gets `boundary_bits`, and so does the final projection, unless it is small: then it stays a float
-    product, stored in 16 bits, or in 8.5 where others have 4. Every other weight has the recipe's width.
+    product, stored in 16 bits, or in 8.5 beside groups. Every other weight has the recipe's width.
 
     Args:
         widths: by node, of weights that have another width than these: 8, or 3 and 5 where groups share multipliers.
@@ -108,6 +108,7 @@ def make_plan(
         cut = node.inputs[0]
         if cut_at(node) is not None and cut is not None:  # what it cuts is never rounded
             del names[name_of(cut)]
+    groups = _groups(graph, layers, bits, section.group_size if grouped else 0)
     return Plan(
         layers,
         bits,
@@ -115,8 +116,8 @@ def make_plan(
         tuple(sorted({node.op_type for node in nodes})),
         () if section.weights_only else tuple(names),
         tuple(sorted(in_float)),
-        8.5 if section.weight_bits == 4 else 16,
-        groups=_groups(graph, layers, bits, section.group_size if grouped else 0),
+        8.5 if groups else 16,
+        groups=groups,
         reduce_range=reduce_range,
     )
 

@@ -50,9 +50,10 @@ def to_qdq(
     second = add_second_terms(quantized, ranges) if task.target.two_terms else ()
     verify = same_answers(first_batches(task.reader, 2), _BETWEEN_QUANTISERS) if task.verify else None
     applied = (*second, *apply_all(task.target.served_rewrites, quantized, verify))
-    (store_float16 if plan.float_bits == 16 else store_blocks)(quantized, plan.in_float)
     if any(weight.num_bits <= 5 for weight in weights.values()):
         store_narrow(quantized, held, task.target.int4)
+    # behind it, for what no layer holds is taken for 4 bits there
+    (store_float16 if plan.float_bits == 16 else store_blocks)(quantized, plan.in_float)
     shorten_names(quantized)
     return quantized, applied
 

@@ -154,7 +154,7 @@ def test_weights_of_products_have_no_zero_points(tower: str, made: Made) -> None
     for target, inputs_of in (("cpu", 2), ("portable", 2), ("openvino", 3), ("tensorrt", 3)):
         _, model = made(tower, target)
         found = [stored_weight(product) for product in nodes_of(model.graph, "MatMul")]
-        weights = [stored.dequantize for stored in found if stored is not None]
+        weights = [stored.dequantize for stored in found if stored is not None and stored.num_bits <= 8]
         assert len(weights) > 10
         assert {len(node.inputs) for node in weights if node is not None} == {inputs_of}
 

@@ -158,7 +158,7 @@ def test_served_towers_have_int8_kernels_for_both_terms(
     shared = Counter(name_of(entry.inputs[1]) for entry in products)
     assert sorted(shared.values(), reverse=True)[:4] == [2, 2, 2, 1]
     layers = inspect_encoder(path).layers
-    assert all(layer.int8 for layer in layers if layer.bits is not None and layer.bits < 16)
+    assert all(layer.int8 for layer in layers if layer.bits is not None and layer.bits <= 8)
     weights = {layer.weight for layer in layer_bits(made)}
     assert len(weights) == len(layer_bits(made)) == len([layer for layer in layers if layer.shape]) - 3
     assert 4 <= average_bits(report.layers) <= 8.2
