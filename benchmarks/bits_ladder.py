@@ -32,7 +32,7 @@ from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
 from d4c_onnx.quantization.sensitivity import RESERVE, LayerCost, measure_costs, spend
 from d4c_onnx.quantization.targets import target_of
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.runtime import ClipSession
 from d4c_onnx.vocabulary import templates
@@ -75,35 +75,35 @@ class Tower:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One row: its name, the section, and by encoder the widths of nodes that have another one."""
+    """One row: its name, the config, and by encoder the widths of nodes that have another one."""
 
     name: str
-    section: QuantizationSection
+    config: QuantizationConfig
     widths: Mapping[str, Mapping[str, int]]
 
 
-def prepare(bundle: Bundle, args: argparse.Namespace, section: QuantizationSection) -> dict[str, Tower]:
+def prepare(bundle: Bundle, args: argparse.Namespace, config: QuantizationConfig) -> dict[str, Tower]:
     """Both encoders."""
     dataset = open_calibration_set(args.calibration)
     dataset = replace(dataset, pixel_values=dataset.pixel_values[: args.images])
     towers = {}
     for name, reader in calibration_readers(bundle, dataset).items():
-        task = EncoderTask(section, target_of(section), reader, threads=args.threads)
+        task = EncoderTask(config, target_of(config), reader, threads=args.threads)
         made = prepare_encoder(bundle.path / name, task)
         costs = measure_costs(name, made.model, made.exact.plan, reader, threads=args.threads)
         towers[name] = Tower(task, made, costs)
     return towers
 
 
-def choices(towers: dict[str, Tower], section: QuantizationSection, budgets: list[float]) -> list[Choice]:
+def choices(towers: dict[str, Tower], config: QuantizationConfig, budgets: list[float]) -> list[Choice]:
     """Every row; what bounds the others comes first."""
     costs = [cost for tower in towers.values() for cost in tower.costs]
     none: dict[str, dict[str, int]] = {name: {} for name in towers}
-    by_error = [Choice(f"by error, {budget:g} bits", section, spend(costs, budget, RESERVE)) for budget in budgets]
+    by_error = [Choice(f"by error, {budget:g} bits", config, spend(costs, budget, RESERVE)) for budget in budgets]
     kinds = [
-        Choice(f"all {kind}", section, {name: tower.kind(kind) for name, tower in towers.items()}) for kind in KINDS
+        Choice(f"all {kind}", config, {name: tower.kind(kind) for name, tower in towers.items()}) for kind in KINDS
     ]
-    ends = [Choice("as asked", section, none), Choice("w8", section.model_copy(update={"bits": "w8a8"}), none)]
+    ends = [Choice("as asked", config, none), Choice("w8", config.model_copy(update={"bits": "w8a8"}), none)]
     return [*ends, *by_error, *kinds]
 
 
@@ -132,7 +132,7 @@ def write(bundle: Bundle, towers: dict[str, Tower], choice: Choice, folder: Path
     shutil.copyfile(bundle.tokenizer, folder / TOKENIZER)
     layers = {}
     for name, tower in towers.items():
-        task = replace(tower.task, section=choice.section, widths=choice.widths[name])
+        task = replace(tower.task, config=choice.config, widths=choice.widths[name])
         layers[name] = write_encoder(tower.prepared, folder / name, task).layers
     written = Bundle(folder, bundle.manifest)
     image, text = (average_bits(found) for found in layers.values())
@@ -147,13 +147,13 @@ def write(bundle: Bundle, towers: dict[str, Tower], choice: Choice, folder: Path
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Quantise and ask, row by row."""
-    bundle, section = open_bundle(args.bundle), load_recipe(None, args.set).quantization
+    bundle, config = open_bundle(args.bundle), load_recipe(None, args.set).quantization
     labelled = open_dataset(args.dataset)
     labelled = labelled.select(range(0, len(labelled), max(1, len(labelled) // args.crops)))
-    towers = prepare(bundle, args, section)
+    towers = prepare(bundle, args, config)
     exact = ask(bundle, labelled, args.threads)
     right = 100 * float((exact.best == labelled.labels).mean())
-    for number, choice in enumerate(choices(towers, section, args.budgets)):
+    for number, choice in enumerate(choices(towers, config, args.budgets)):
         written, row = write(bundle, towers, choice, args.output / str(number))
         seen = ask(written, labelled, args.threads)
         row |= {

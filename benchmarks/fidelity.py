@@ -28,7 +28,7 @@ from d4c_onnx.quantization.rewrites.stress import stress_bundle
 from d4c_onnx.recipe_file import load_recipe
 
 MODELS = ("mini-vit", "mini-rn")
-# bits, calibration source, stress factor, overrides of the quantization section
+# bits, calibration source, stress factor, overrides of the quantization config
 ROWS: list[tuple[str, str, int, str]] = [
     ("w8a8", "d4c", 1, ""),
     ("w8a8", "noise", 1, ""),

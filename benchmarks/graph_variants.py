@@ -49,13 +49,13 @@ def main() -> None:
     args = parser.parse_args()
     sizes = [int(size) for size in args.batches.split(",")]
     base, dataset = open_bundle(args.fp32), open_calibration_set(args.calibration)
-    section = load_recipe(None, [f"quantization.bits={args.bits}", "quantization.rounding=nearest"]).quantization
+    config = load_recipe(None, [f"quantization.bits={args.bits}", "quantization.rounding=nearest"]).quantization
     plain = replace(TARGETS["cpu"], served_rewrites=())
     readers = {"image": D4CCalibrationDataReader(dataset, 8), "text": PromptCalibrationDataReader(dataset, 8)}
     with tempfile.TemporaryDirectory() as folder:
         quantized = {tower: Path(folder) / f"{tower}.onnx" for tower in base.encoders}
         for tower, path in base.encoders.items():
-            quantize_encoder(path, quantized[tower], readers[tower], section, target=plain)
+            quantize_encoder(path, quantized[tower], readers[tower], config, target=plain)
         contenders = [Contender("FP32", base.encoders)]
         for path in args.beside:
             made = open_bundle(path)

@@ -44,7 +44,7 @@ class Row:
 
     Attributes:
         recipe: a shipped recipe.
-        keys: overrides of its synthesis section.
+        keys: overrides of its synthesis config.
         changes: of the method's constants.
         models: those it applies to.
     """
@@ -165,8 +165,8 @@ def _changed_set(model: str, recipe: Recipe, method: Method, output: Path) -> tu
     target = pipeline.bundle_folder(output, model) / f"calibration-{key.id}"
     if target.exists():
         return target, open_calibration_set(target)
-    section, text = recipe.synthesis, recipe.text
-    return target, synthesize(loaded, target, section, text, nouns, seed=recipe.seed, device="auto", method=method)
+    config, text = recipe.synthesis, recipe.text
+    return target, synthesize(loaded, target, config, text, nouns, seed=recipe.seed, device="auto", method=method)
 
 
 def _key(model: str, name: str, seed: int) -> str:

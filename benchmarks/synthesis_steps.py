@@ -102,13 +102,13 @@ def _perturb_one(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> 
 
 def ours(loaded: LoadedModel, nouns: tuple[str, ...], batch: int, recipe: str, precision: str) -> Callable[[], None]:
     """A step through the library."""
-    section = load_recipe(recipe).synthesis
-    method = METHODS[section.method]
+    config = load_recipe(recipe).synthesis
+    method = METHODS[config.method]
     mean, std = loaded.normalization()
     generator = torch.Generator().manual_seed(0)
     images = start_images(method.image, (batch, 3, *loaded.preprocess.size), mean, std, generator)
     values = images.values.requires_grad_(True)
-    guide = build_guide(loaded, method, section, nouns, CPU, resolve_precision(precision, CPU))
+    guide = build_guide(loaded, method, config, nouns, CPU, resolve_precision(precision, CPU))
     labels = torch.arange(batch) % len(nouns)
     optimizer = torch.optim.Adam([values], lr=method.learning_rate)
     boxes = draw_boxes(batch, method.box_area, generator)
@@ -142,8 +142,8 @@ def measure(name: str, batch: int, rounds: int, variants: Sequence[str]) -> dict
     default, published = (load_recipe(recipe).synthesis for recipe in ("default", "paper"))
     images = {"straightforward": published, "default": default}
     schedule = {
-        label: medians[label] * section.steps * math.ceil((section.images + section.held_out) / batch)
-        for label, section in images.items()
+        label: medians[label] * config.steps * math.ceil((config.images + config.held_out) / batch)
+        for label, config in images.items()
         if label in medians
     }
     ratios = {label: round(medians[variants[0]] / value, 2) for label, value in medians.items()}

@@ -1,6 +1,6 @@
 """Recipes: every choice of a run in one validated, immutable value.
 
-Each room receives its own section, never the whole recipe; the resolved recipe goes into the manifest. `recipe_file`
+Each room receives its own config, never the whole recipe; the resolved recipe goes into the manifest. `recipe_file`
 reads one.
 """
 
@@ -37,11 +37,11 @@ def parse_bits(bits: str) -> tuple[int, int]:
     raise RecipeError(f"--bits {short(bits)}: not supported. Use w<4|6|8>a<4|6|8|16>, such as w4a8, w8a8 or w4a16.")
 
 
-class _Section(BaseModel):
+class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class SynthesisSection(_Section):
+class SynthesisConfig(_Config):
     """How calibration images come into being; the constants of each method are values (`calibration.method`)."""
 
     method: Literal["d4c", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"] = Field(
@@ -92,7 +92,7 @@ class SynthesisSection(_Section):
         return template
 
 
-class PromptSection(_Section):
+class PromptConfig(_Config):
     """Which texts calibrate the text tower."""
 
     prompts: int = Field(768, ge=1, le=1_000_000, description="calibration prompts; fewer where nouns are few")
@@ -105,7 +105,7 @@ class PromptSection(_Section):
     held_out: int = Field(128, ge=0, le=1_000_000, description="further prompts for fidelity, all with nouns")
 
 
-class QuantizationSection(_Section):
+class QuantizationConfig(_Config):
     """How both encoders are quantised."""
 
     bits: str = Field(
@@ -280,7 +280,7 @@ class QuantizationSection(_Section):
         return 4 if self.weight_bits == 4 else 8
 
 
-class EvaluationSection(_Section):
+class EvaluationConfig(_Config):
     """What the written files are measured on."""
 
     dataset: str = Field("auto", description="auto, cifar10, fidelity, or a .parquet file in the Hugging Face layout")
@@ -298,14 +298,14 @@ class EvaluationSection(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(_Config):
     """All sections of one run."""
 
     seed: int = Field(0, ge=0, lt=2**31, description="of every draw: the same one gives the same files")
-    synthesis: SynthesisSection = SynthesisSection()
-    text: PromptSection = PromptSection()
-    quantization: QuantizationSection = QuantizationSection()
-    evaluation: EvaluationSection = EvaluationSection()
+    synthesis: SynthesisConfig = SynthesisConfig()
+    text: PromptConfig = PromptConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
 # What --effort sets, by name: of the rows of docs/synthesis.md the one that asks no gradient, the default, and the

@@ -22,7 +22,7 @@ from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rounding import METHODS
 from d4c_onnx.quantization.rounding.reconstruction import Reconstruction
 from d4c_onnx.quantization.rounding.schedule import AdaRoundSchedule
-from d4c_onnx.recipe import QuantizationSection, Recipe
+from d4c_onnx.recipe import QuantizationConfig, Recipe
 from d4c_onnx.recipe_file import load_recipe
 
 SOT, EOT = 49406, 49407
@@ -51,7 +51,7 @@ def recipe_of(*keys: str) -> Recipe:
     return load_recipe(None, [*NOISE, *keys])
 
 
-def section_of(*keys: str) -> QuantizationSection:
+def config_of(*keys: str) -> QuantizationConfig:
     """`bits=w8a8` and so on, as a recipe would have them."""
     return load_recipe(None, [f"quantization.{key}" for key in keys]).quantization
 
@@ -67,7 +67,7 @@ def quantize(
     """One encoder file, the recipe's keys and `quantize_encoder`'s own options; the report and what was written."""
     tower = options.pop("tower", None) or ("text" if source.name.startswith("text") else "image")
     reader = reader_of(tower, dataset)
-    report = quantize_encoder(source, path, reader, section_of(*keys), **{"threads": 1, **options})
+    report = quantize_encoder(source, path, reader, config_of(*keys), **{"threads": 1, **options})
     return report, load_model(path)
 
 
@@ -80,10 +80,10 @@ def quantized_bundle(bundle: Bundle, dataset: CalibrationSet, folder: Path, *key
 def prepared(request: pytest.FixtureRequest, mini: str, *keys: str, tower: str = "image", batch: int = 8) -> Any:
     """Model, plan, ranges and calibration data of a tower, as the rounding gets them."""
     bundle, dataset = material(request, mini)
-    model, section = load_model(bundle.encoders[tower]), section_of(*keys)
+    model, config = load_model(bundle.encoders[tower]), config_of(*keys)
     reader = D4CCalibrationDataReader(dataset, batch) if tower == "image" else reader_of(tower, dataset)
-    plan = make_plan(model.graph, section)
-    return model, plan, collect_ranges(model, plan, reader, section), reader
+    plan = make_plan(model.graph, config)
+    return model, plan, collect_ranges(model, plan, reader, config), reader
 
 
 def values_of(model: ir.Model, reader: Any, name: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from d4c_onnx.calibration.method import D4C, METHODS
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.recipe import QuantizationSection, SynthesisSection, parse_bits
+from d4c_onnx.recipe import QuantizationConfig, SynthesisConfig, parse_bits
 from d4c_onnx.recipe_file import load_recipe, recipe_names
 from d4c_onnx.recipe_keys import recipe_keys
 from d4c_onnx.vocabulary import generic_nouns, read_nouns, templates
@@ -25,10 +25,10 @@ def test_shipped_recipes_load() -> None:
 
 
 def test_paper_recipe_is_the_published_schedule() -> None:
-    section = load_recipe("paper").synthesis
-    assert (section.images, section.held_out, section.batch, section.steps) == (128, 0, 16, 3000)
-    assert section.precision == "float32"
-    published = METHODS[section.method]
+    config = load_recipe("paper").synthesis
+    assert (config.images, config.held_out, config.batch, config.steps) == (128, 0, 16, 3000)
+    assert config.precision == "float32"
+    published = METHODS[config.method]
     assert (published.learning_rate, published.temperature, published.tv_weight) == (0.01, 0.1, 0.1)
     assert published.shared_optimizer
     assert published.image == "pixel"
@@ -48,7 +48,7 @@ def test_paper_recipe_is_the_published_schedule() -> None:
 def test_contradictions_are_refused_wherever_a_recipe_comes_from(values: dict[str, object], message: str) -> None:
     """Built in Python, and from a file, where the file and the key are named."""
     with pytest.raises(ValueError, match=re.escape(message)):
-        SynthesisSection(**values)
+        SynthesisConfig(**values)
     key = list(values)[-1] if values != {"method": "real"} else "source"
     overrides = [f"synthesis.{name}={value}" for name, value in values.items()]
     with pytest.raises(RecipeError, match=rf"recipe default, synthesis\.{key}: .*{re.escape(message)}"):
@@ -56,7 +56,7 @@ def test_contradictions_are_refused_wherever_a_recipe_comes_from(values: dict[st
 
 
 def test_real_images_have_a_source() -> None:
-    assert SynthesisSection(method="real", source="photos").source == "photos"
+    assert SynthesisConfig(method="real", source="photos").source == "photos"
 
 
 @pytest.mark.parametrize(
@@ -120,16 +120,16 @@ def test_missing_file_names_the_shipped_ones() -> None:
 
 @pytest.mark.parametrize("width", ["w4a16", "w8a16"])
 def test_float_activations_are_for_cuda(width: str) -> None:
-    section = load_recipe(None, [f"quantization.bits={width}", "quantization.target=cuda"]).quantization
-    assert section.weights_only
-    assert section.rounding_method == {"w4a16": "yaqa", "w8a16": "nearest"}[width]
+    config = load_recipe(None, [f"quantization.bits={width}", "quantization.target=cuda"]).quantization
+    assert config.weights_only
+    assert config.rounding_method == {"w4a16": "yaqa", "w8a16": "nearest"}[width]
     for target in ("cpu", "portable", "tensorrt", "openvino"):
         with pytest.raises(RecipeError, match=rf"{width} keeps activations in float16.*Use {width[:2]}a8"):
             load_recipe(None, [f"quantization.bits={width}", f"quantization.target={target}"])
     with pytest.raises(RecipeError, match=r"quantization\.bits"):
         load_recipe(None, ["quantization.bits=w6a16", "quantization.target=cuda"])
     with pytest.raises(ValueError, match="keeps activations in float16"):
-        QuantizationSection(bits=width)  # built in Python, too, and where the target is the default
+        QuantizationConfig(bits=width)  # built in Python, too, and where the target is the default
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_keys_are_few_and_each_says_what_it_does() -> None:
 
 
 def test_published_ranges_end_where_the_values_end() -> None:
-    plain = QuantizationSection(ranges="mse-plain")
+    plain = QuantizationConfig(ranges="mse-plain")
     assert (plain.headroom, plain.clip_weight) == (1.0, 1.0)
-    assert QuantizationSection().headroom > 1
-    assert QuantizationSection(bits="w4a4").clip_weight == 1 < QuantizationSection().clip_weight
+    assert QuantizationConfig().headroom > 1
+    assert QuantizationConfig(bits="w4a4").clip_weight == 1 < QuantizationConfig().clip_weight
 
 
 @given(st.text(max_size=8))

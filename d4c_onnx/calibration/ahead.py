@@ -5,21 +5,21 @@ from collections.abc import Callable
 
 from d4c_onnx.dead_leaves import dead_leaves
 from d4c_onnx.progress import Ahead
-from d4c_onnx.recipe import SynthesisSection
+from d4c_onnx.recipe import SynthesisConfig
 
 Clock = Callable[[], float]
 
 
-def control_ahead(section: SynthesisSection, size: tuple[int, int], clock: Clock = time.perf_counter) -> Ahead:
+def control_ahead(config: SynthesisConfig, size: tuple[int, int], clock: Clock = time.perf_counter) -> Ahead:
     """Of images that ask no model: one picture, timed.
 
     Args:
         size: height and width of an image.
     """
-    images = section.images + section.held_out
-    seconds = None if section.method == "real" else 0.0
-    if section.method == "leaves":
+    images = config.images + config.held_out
+    seconds = None if config.method == "real" else 0.0
+    if config.method == "leaves":
         begun = clock()
         dead_leaves(1, size, seed=0)
         seconds = (clock() - begun) * images
-    return Ahead(section.method, images, 0, seconds)
+    return Ahead(config.method, images, 0, seconds)

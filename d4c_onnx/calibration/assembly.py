@@ -18,7 +18,7 @@ from d4c_onnx.calibration.set_file import SetManifest
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.manifest import Preprocess
 from d4c_onnx.manifest_file import versions
-from d4c_onnx.recipe import PromptSection, SynthesisSection
+from d4c_onnx.recipe import PromptConfig, SynthesisConfig
 from d4c_onnx.runtime.preprocess import denormalize
 from d4c_onnx.vocabulary import templates
 
@@ -62,7 +62,7 @@ def assemble(
     subject: Subject,
     output_path: Path,
     images: MadeImages,
-    text: PromptSection,
+    text: PromptConfig,
     nouns: tuple[str, ...],
     *,
     seed: int,
@@ -101,24 +101,24 @@ def assemble(
 
 
 def made_control(
-    section: SynthesisSection, preprocess: Preprocess, seed: int, given: np.ndarray | None = None
+    config: SynthesisConfig, preprocess: Preprocess, seed: int, given: np.ndarray | None = None
 ) -> MadeImages:
     """The images of a method that asks no model.
 
     Args:
         given: method real: float32 [images + held_out, 3, H, W], ready pixel_values.
     """
-    total = section.images + section.held_out
-    pixels = control_images(section.method, total, preprocess, seed) if given is None else given
-    return MadeImages(pixels[: section.images], pixels[section.images :])
+    total = config.images + config.held_out
+    pixels = control_images(config.method, total, preprocess, seed) if given is None else given
+    return MadeImages(pixels[: config.images], pixels[config.images :])
 
 
 def make_control(
     subject: Subject,
     weights_sha256: str,
     output_path: Path,
-    section: SynthesisSection,
-    text: PromptSection,
+    config: SynthesisConfig,
+    text: PromptConfig,
     nouns: tuple[str, ...],
     *,
     seed: int,
@@ -132,7 +132,7 @@ def make_control(
         subject: what the set is for.
         weights_sha256: of its bundle.
         output_path: the set's folder; an existing one is replaced.
-        section, text: the recipe's sections.
+        config, text: the recipe's sections.
         nouns: the vocabulary.
         seed: of every draw.
         given, source_sha256: method real: ready pixel_values, and the SHA-256 of what they were read from.
@@ -142,8 +142,8 @@ def make_control(
         RecipeError: the recipe's method asks the model.
         BundleError: the disk is full.
     """
-    if section.method in METHODS:
-        raise RecipeError(f"synthesis.method {section.method}: needs torch weights. Use leaves, noise, pink or real.")
-    key = calibration_key(weights_sha256, section, text, nouns, seed, source_sha256, texts=texts)
-    images = made_control(section, subject.preprocess, seed, given)
+    if config.method in METHODS:
+        raise RecipeError(f"synthesis.method {config.method}: needs torch weights. Use leaves, noise, pink or real.")
+    key = calibration_key(weights_sha256, config, text, nouns, seed, source_sha256, texts=texts)
+    images = made_control(config, subject.preprocess, seed, given)
     return assemble(subject, output_path, images, text, nouns, seed=seed, key=key, own_texts=texts)

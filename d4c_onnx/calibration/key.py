@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from d4c_onnx.calibration.method import METHODS, Method
-from d4c_onnx.recipe import PromptSection, SynthesisSection
+from d4c_onnx.recipe import PromptConfig, SynthesisConfig
 from d4c_onnx.vocabulary import texts_sha256
 
 # Raise it when the same ask makes other images or texts, such as when the optimisation itself changes: sets and
@@ -63,8 +63,8 @@ class CalibrationKey:
 
 def calibration_key(
     weights_sha256: str,
-    section: SynthesisSection,
-    text: PromptSection,
+    config: SynthesisConfig,
+    text: PromptConfig,
     nouns: tuple[str, ...],
     seed: int,
     source_sha256: str | None = None,
@@ -74,16 +74,16 @@ def calibration_key(
     """Everything that was asked for.
 
     Args:
-        source_sha256: stands in for `section.source`: a key holds what was read, not where it lay.
-        method: instead of the one that `section.method` names.
+        source_sha256: stands in for `config.source`: a key holds what was read, not where it lay.
+        method: instead of the one that `config.method` names.
         texts: the user's own, in place of nouns in templates; a key holds their SHA-256.
     """
-    method = method or METHODS.get(section.method)
+    method = method or METHODS.get(config.method)
     key = CalibrationKey(
         generator=_GENERATOR,
         weights_sha256=weights_sha256,
         seed=seed,
-        synthesis={**section.model_dump(mode="json"), "source": source_sha256},
+        synthesis={**config.model_dump(mode="json"), "source": source_sha256},
         method=asdict(method) if method else None,
         text=text.model_dump(mode="json"),
         nouns=nouns,

@@ -150,7 +150,7 @@ def _unmeasured_bundle(folder: Path, recipe: Recipe, whole: bool) -> Bundle | No
         return None
     own, known = (_without_source(dump) for dump in (recipe.model_dump(mode="json"), made.recipe))
     compared = own.keys() - {"evaluation"} - (set() if whole else {"synthesis", "text"})
-    return bundle if all(known.get(section) == own[section] for section in compared) else None
+    return bundle if all(known.get(config) == own[config] for config in compared) else None
 
 
 def _without_source(recipe: Mapping[str, object]) -> dict[str, object]:

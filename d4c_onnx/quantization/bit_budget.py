@@ -10,7 +10,7 @@ from d4c_onnx.progress import OnStep
 from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.sensitivity import RESERVE, measure_costs, spend
 from d4c_onnx.quantization.targets import target_of
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 
 # What W4A8 spends where nothing is asked: of a ViT-S/14's 74 matrices four small ones make a fifth of the error.
 _DEFAULT_BITS = 4.5
@@ -19,7 +19,7 @@ _DEFAULT_BITS = 4.5
 def spend_budget(
     bundle: Bundle,
     readers: Mapping[str, CalibrationDataReader],
-    section: QuantizationSection,
+    config: QuantizationConfig,
     *,
     provider: str,
     threads: int,
@@ -30,12 +30,12 @@ def spend_budget(
     Raises:
         RecipeError: `average_bits` asks for less than what the first and last layers take.
     """
-    target, asked = target_of(section), section.average_bits
-    grouped = section.weight_bits == 4 and section.activation_bits == 8 and section.group_size and target.grouped
+    target, asked = target_of(config), config.average_bits
+    grouped = config.weight_bits == 4 and config.activation_bits == 8 and config.group_size and target.grouped
     if asked is None and not grouped:
         return {}
     models = {name: load_model(bundle.path / name) for name in readers}
-    plans = {name: EncoderTask(section, target, readers[name]).plan(model.graph) for name, model in models.items()}
+    plans = {name: EncoderTask(config, target, readers[name]).plan(model.graph) for name, model in models.items()}
     costs = [
         cost
         for name, reader in readers.items()

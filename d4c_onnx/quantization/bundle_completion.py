@@ -37,16 +37,16 @@ def describe_quantization(
         session: what the files are served with.
         source_files: SHA-256 of the FP32 encoders.
     """
-    section, key = recipe.quantization, dataset.manifest.key
+    config, key = recipe.quantization, dataset.manifest.key
     layers = [layer for report in reports.values() for layer in report.layers]
     return Quantization(
-        bits=section.bits.lower(),
-        target=section.target,
-        target_note=target_of(section).note,
+        bits=config.bits.lower(),
+        target=config.target,
+        target_note=target_of(config).note,
         # which images and texts calibrated is the set's word: it may have been given, and it holds no machine's paths
         recipe=recipe.model_dump(mode="json") | {"synthesis": dict(key.synthesis), "text": dict(key.text)},
         minimum_onnxruntime=max(report.minimum_onnxruntime for report in reports.values()),
-        accuracy_mode_only=section.activation_bits < 8 or section.weight_bits == 6,
+        accuracy_mode_only=config.activation_bits < 8 or config.weight_bits == 6,
         source_files=source_files,
         session=session,
         optimizer_effect={name: effect.record() for name, effect in effects.items()},

@@ -19,7 +19,7 @@ from d4c_onnx.quantization.rounding import METHODS, RoundingTask
 from d4c_onnx.quantization.serving import to_float16, to_qdq
 from d4c_onnx.quantization.storage import store_token_table
 from d4c_onnx.quantization.targets import Target, target_of
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 
 _IMAGES = 256  # that weights are rounded for: with fewer they are fitted to the few
 
@@ -28,7 +28,7 @@ def quantize_encoder(
     source: Path,
     target_path: Path,
     reader: CalibrationDataReader,
-    section: QuantizationSection,
+    config: QuantizationConfig,
     *,
     widths: Mapping[str, int] | None = None,
     provider: str = "cpu",
@@ -42,16 +42,16 @@ def quantize_encoder(
     Args:
         source: the float encoder.
         target_path: where the quantised one goes (a staged path).
-        reader, section, widths, provider, threads, on_step, verify: see `EncoderTask`.
-        target: another one than the section names, such as one of other rewrites.
+        reader, config, widths, provider, threads, on_step, verify: see `EncoderTask`.
+        target: another one than the config names, such as one of other rewrites.
 
     Raises:
         GraphError: the graph cannot be quantised; with `verify`, a rewrite changed the answers.
         CalibrationError: an activation is not finite.
         RecipeError: keys contradict the target.
     """
-    served = target or target_of(section)
-    task = EncoderTask(section, served, reader, widths or {}, provider, threads, on_step, verify)
+    served = target or target_of(config)
+    task = EncoderTask(config, served, reader, widths or {}, provider, threads, on_step, verify)
     return _written(prepare_encoder(source, task), target_path, task)
 
 
@@ -61,7 +61,7 @@ def write_encoder(prepared: PreparedEncoder, target_path: Path, task: EncoderTas
     Args:
         prepared: of the same encoder, with the same activations; smoothing looked at the widths that it was made for.
         target_path: where the quantised encoder goes (a staged path).
-        task: its section may have other widths of weights than the prepared one's, and other `widths`.
+        task: its config may have other widths of weights than the prepared one's, and other `widths`.
 
     Raises:
         GraphError: the graph cannot be quantised.
@@ -73,20 +73,20 @@ def write_encoder(prepared: PreparedEncoder, target_path: Path, task: EncoderTas
 
 def _written(prepared: PreparedEncoder, target_path: Path, task: EncoderTask) -> EncoderReport:
     """The prepared model must not be used afterwards."""
-    model, exact, ranges, section = prepared.model, prepared.exact, prepared.ranges, task.section
-    asked = section.correction, task.provider, task.threads, task.on_step
+    model, exact, ranges, config = prepared.model, prepared.exact, prepared.ranges, task.config
+    asked = config.correction, task.provider, task.threads, task.on_step
     images = ViewsReader(task.reader, _IMAGES)
     work = RoundingTask(model, exact.plan, ranges, images, *asked, prepared.outputs.by_node)
-    rounded = METHODS[section.rounding_method].round_weights(work)
+    rounded = METHODS[config.rounding_method].round_weights(work)
     task.on_step("write", 0, 1, {})
-    metadata = dict(model.metadata_props) | {"quantization": section.bits}
-    write = to_float16 if section.weights_only else to_qdq
+    metadata = dict(model.metadata_props) | {"quantization": config.bits}
+    write = to_float16 if config.weights_only else to_qdq
     quantized, applied = write(model, exact.plan, rounded, ranges, task)
-    groups = section.group_size if task.target.grouped else 0
-    table = section.table_bits, task.target.token_table, groups, prepared.outputs.of_table
+    groups = config.group_size if task.target.grouped else 0
+    table = config.table_bits, task.target.token_table, groups, prepared.outputs.of_table
     table_bits = store_token_table(quantized, *table)
     task.target.label(quantized)
     set_metadata(quantized, metadata)
-    save_model(quantized, target_path, limit_bytes=0 if section.external_data else None)
+    save_model(quantized, target_path, limit_bytes=0 if config.external_data else None)
     task.on_step("write", 1, 1, {})
     return report_of(quantized, exact, applied, rounded.weights, len(ranges), table_bits, task.target)

@@ -11,7 +11,7 @@ from onnxruntime.quantization import CalibrationDataReader
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.plan import Plan, make_plan
 from d4c_onnx.quantization.targets import Target
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class EncoderTask:
     """One encoder to quantise, and how.
 
     Attributes:
-        section: widths, rounding, ranges.
-        target: of the section.
+        config: widths, rounding, ranges.
+        target: of the config.
         reader: rewindable calibration data for the encoder's input.
         widths: by node, of weights that have another width than the recipe's; see `make_plan`.
         provider, threads: of the calibration runs.
@@ -28,7 +28,7 @@ class EncoderTask:
         verify: check every rewrite by running the graph before and after it.
     """
 
-    section: QuantizationSection
+    config: QuantizationConfig
     target: Target
     reader: CalibrationDataReader
     widths: Mapping[str, int] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class EncoderTask:
         target = self.target
         return make_plan(
             graph,
-            self.section,
+            self.config,
             self.widths,
             reduce_range=target.reduce_range,
             grouped=target.grouped,

@@ -48,15 +48,15 @@ def rewrite_exactly(model: ir.Model, task: EncoderTask) -> RewrittenEncoder:
     # is an outlier is pinned all the same, because it would rule the moments that weights are rounded by.
     smoothed: dict[str, float] = {}
     outliers: dict[str, tuple[int, ...]] = {}
-    if not task.section.weights_only:
+    if not task.config.weights_only:
         symmetric = task.target.symmetric
         smoothed = smooth(
-            model, plan, task.reader, task.section, symmetric=symmetric, provider=task.provider, threads=task.threads
+            model, plan, task.reader, task.config, symmetric=symmetric, provider=task.provider, threads=task.threads
         )
         applied.append(RewriteRecord("smoothing", len(smoothed)))
         plan = _with_dead_rows(task.plan(model.graph), plan)
         split, outliers = split_outliers(
-            model, plan, task.reader, task.section, symmetric=symmetric, provider=task.provider, threads=task.threads
+            model, plan, task.reader, task.config, symmetric=symmetric, provider=task.provider, threads=task.threads
         )
         applied.append(split.record("outlier channels in float"))
     if plan.dead_rows:
@@ -72,7 +72,7 @@ def rewrite_exactly(model: ir.Model, task: EncoderTask) -> RewrittenEncoder:
 def _has_two_terms(task: EncoderTask, plan: Plan) -> bool:
     # The published search of ranges, and narrower grids, are for comparing: they stay what they are. Full-range weights
     # need a session that makes uint8 of them, and onnxruntime 1.32 does not load a weight there that two products read.
-    comparable = task.section.activation_bits == 8 and task.section.ranges != "mse-plain"
+    comparable = task.config.activation_bits == 8 and task.config.ranges != "mse-plain"
     return task.target.two_terms and comparable and plan.reduce_range
 
 

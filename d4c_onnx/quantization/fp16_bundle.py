@@ -19,7 +19,7 @@ from d4c_onnx.quantization.bundle_completion import (
 from d4c_onnx.quantization.calibration_batches import calibration_readers
 from d4c_onnx.quantization.optimizer_check import check_optimizer
 from d4c_onnx.quantization.rewrites import in_float16
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 
 _NOTE = (
     "float16 weights and products, for the CUDA provider; on CPUs onnxruntime computes them in float32, "
@@ -30,7 +30,7 @@ _NOTE = (
 def write_fp16_bundle(
     bundle: Bundle,
     output_path: Path,
-    section: QuantizationSection,
+    config: QuantizationConfig,
     dataset: CalibrationSet,
     *,
     threads: int = 0,
@@ -42,7 +42,7 @@ def write_fp16_bundle(
     onnxruntime's own converter does it; weights and products are float16, embeddings float32.
 
     Args:
-        section: of it, what `_shaped_by` names; widths and rounding are not FP16's.
+        config: of it, what `_shaped_by` names; widths and rounding are not FP16's.
         dataset: what onnxruntime's optimiser is checked on.
         threads, on_step: of that check.
         overwrite: replace what d4c-onnx wrote there.
@@ -62,14 +62,14 @@ def write_fp16_bundle(
                 converted, _ = in_float16(model)
             except GraphError as error:
                 raise GraphError(f"{bundle.path / name}: {error}") from error
-            save_model(converted, stage / name, limit_bytes=0 if section.external_data else None)
+            save_model(converted, stage / name, limit_bytes=0 if config.external_data else None)
         session = Session()
         effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
         made = Quantization(
             bits="fp16",
             target="cuda",
             target_note=_NOTE,
-            recipe=_shaped_by(section),
+            recipe=_shaped_by(config),
             minimum_onnxruntime=FP16_MINIMUM_ORT,
             accuracy_mode_only=False,
             source_files=source_files(bundle),
@@ -80,7 +80,7 @@ def write_fp16_bundle(
     return Bundle(output_path, written)
 
 
-def find_fp16_bundle(bundle: Bundle, output_path: Path, section: QuantizationSection) -> Bundle | None:
+def find_fp16_bundle(bundle: Bundle, output_path: Path, config: QuantizationConfig) -> Bundle | None:
     """What `write_fp16_bundle` would write, where an earlier run wrote it: widths of one model share one FP16 bundle.
 
     None where nothing is there, or something else, or a damaged one.
@@ -93,11 +93,11 @@ def find_fp16_bundle(bundle: Bundle, output_path: Path, section: QuantizationSec
         return None
     # weights may lie beside a graph, whose SHA-256 then says nothing of them
     same_weights = made.weights_sha256 == bundle.weights_sha256
-    found, expected = made.manifest.quantization, ("fp16", _shaped_by(section), source_files(bundle))
+    found, expected = made.manifest.quantization, ("fp16", _shaped_by(config), source_files(bundle))
     same_form = found is not None and (found.bits, found.recipe, found.source_files) == expected
     return made if same_form and same_weights and made_by_same_tools(made) else None
 
 
-def _shaped_by(section: QuantizationSection) -> dict[str, object]:
+def _shaped_by(config: QuantizationConfig) -> dict[str, object]:
     """What of a recipe an FP16 bundle depends on."""
-    return {"quantization": {"external_data": section.external_data}}
+    return {"quantization": {"external_data": config.external_data}}

@@ -17,7 +17,7 @@ from d4c_onnx.quantization.encoder_report import EncoderReport
 from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
 from d4c_onnx.quantization.sensitivity import LayerCost, measure_costs, spend
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 
 _BUDGETS = (3.5, 3.75, 4, 4.25, 4.5, 4.75, 5, 5.5, 6, 6.5, 7)  # bits a weight
 
@@ -28,12 +28,12 @@ class Rung:
 
     Attributes:
         name: in words.
-        section: how it is quantised.
-        widths: by node, of weights that have another width than the section's.
+        config: how it is quantised.
+        widths: by node, of weights that have another width than the config's.
     """
 
     name: str
-    section: QuantizationSection
+    config: QuantizationConfig
     widths: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -51,11 +51,11 @@ class WrittenRung:
         return average_bits(self.report.layers)
 
 
-def rungs_of(costs: Sequence[LayerCost], section: QuantizationSection) -> tuple[Rung, ...]:
+def rungs_of(costs: Sequence[LayerCost], config: QuantizationConfig) -> tuple[Rung, ...]:
     """From what a small budget buys to 8 bits everywhere.
 
     Args:
-        costs: of one encoder's layers at the section's width.
+        costs: of one encoder's layers at the config's width.
     """
     rungs: list[Rung] = []
     for budget in _BUDGETS:
@@ -64,8 +64,8 @@ def rungs_of(costs: Sequence[LayerCost], section: QuantizationSection) -> tuple[
         except RecipeError:  # less than the narrowest file takes
             continue
         if not rungs or widths != rungs[-1].widths:
-            rungs.append(Rung(f"{budget:g} bits a weight", section, widths))
-    return (*rungs, Rung("w8", section.model_copy(update={"bits": f"w8a{section.activation_bits}"})))
+            rungs.append(Rung(f"{budget:g} bits a weight", config, widths))
+    return (*rungs, Rung("w8", config.model_copy(update={"bits": f"w8a{config.activation_bits}"})))
 
 
 @dataclass
@@ -100,7 +100,7 @@ class EncoderLadder:
             threads=task.threads,
             on_step=task.on_step,
         )
-        return rungs_of(costs, task.section)
+        return rungs_of(costs, task.config)
 
     def write(self, number: int) -> WrittenRung:
         """The file of a rung.
@@ -112,6 +112,6 @@ class EncoderLadder:
             rung = self.rungs[number]
             path = self.folder / str(number) / self.source.name
             path.parent.mkdir(parents=True)
-            task = replace(self.task, section=rung.section, widths=rung.widths)
+            task = replace(self.task, config=rung.config, widths=rung.widths)
             self._written[number] = WrittenRung(rung, path, write_encoder(self._prepared, path, task))
         return self._written[number]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from d4c_onnx.errors import GraphError
 from d4c_onnx.graph.layers import WeightedLayer, weighted_layers
 from d4c_onnx.graph.values import array, dims, is_constant, is_op, name_of, only_reader, readers
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 
 # Between convolutions the integer path only holds when what stands between them is integer too.
 _BETWEEN_CONVOLUTIONS = ("Relu", "Add", "AveragePool", "MaxPool")
@@ -65,7 +65,7 @@ class Plan:
 
 def make_plan(
     graph: ir.Graph,
-    section: QuantizationSection,
+    config: QuantizationConfig,
     widths: Mapping[str, int] | None = None,
     *,
     reduce_range: bool = True,
@@ -90,12 +90,12 @@ def make_plan(
     found = [layer for layer in weighted_layers(graph) if _inputs(graph, layer) >= NARROWEST]
     if not found:
         raise GraphError("the graph has no MatMul, Gemm or Conv with a constant weight: nothing to quantise.")
-    in_float = set() if section.weights_only else _small_projections(graph, found)
+    in_float = set() if config.weights_only else _small_projections(graph, found)
     layers = tuple(layer for layer in found if layer.weight not in in_float)
-    widest = max(section.weight_bits, section.boundary_bits)
+    widest = max(config.weight_bits, config.boundary_bits)
     bits: dict[str, int] = {}
     for layer in layers:
-        own = widest if layer.first or layer.last else section.weight_bits
+        own = widest if layer.first or layer.last else config.weight_bits
         own = (widths or {}).get(layer.node, own)
         bits[layer.weight] = max(own, bits.get(layer.weight, 0))  # a shared weight keeps the wider grid
     chosen = {layer.node for layer in layers}
@@ -108,13 +108,13 @@ def make_plan(
         cut = node.inputs[0]
         if cut_at(node) is not None and cut is not None:  # what it cuts is never rounded
             del names[name_of(cut)]
-    groups = _groups(graph, layers, bits, section.group_size if grouped else 0)
+    groups = _groups(graph, layers, bits, config.group_size if grouped else 0)
     return Plan(
         layers,
         bits,
         tuple(node.name or "" for node in nodes),
         tuple(sorted({node.op_type for node in nodes})),
-        () if section.weights_only else tuple(names),
+        () if config.weights_only else tuple(names),
         tuple(sorted(in_float)),
         8.5 if groups else 16,
         groups=groups,

@@ -49,14 +49,14 @@ def prepare_encoder(source: Path, task: EncoderTask) -> PreparedEncoder:
         model,
         exact.plan,
         task.reader,
-        task.section,
+        task.config,
         symmetric=task.target.symmetric,
         provider=task.provider,
         threads=task.threads,
         on_step=task.on_step,
     )
     outputs = OutputMoments()
-    if METHODS[task.section.rounding_method].uses_outputs:
+    if METHODS[task.config.rounding_method].uses_outputs:
         outputs = output_moments(model, exact.plan.layers, task.reader, task.on_step)
         exact = replace(exact, rewrites=(*exact.rewrites, outputs.record()))
     release_freed()

@@ -13,7 +13,7 @@ from d4c_onnx.manifest import Quantization
 from d4c_onnx.quantization.ladder import EncoderLadder, WrittenRung
 from d4c_onnx.quantization.promise import Pair, search
 from d4c_onnx.quantization.quantized_completion import session_of
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 from d4c_onnx.results import Promise, PromiseTry, Versus
 
 Judge = Callable[[Bundle], Versus]
@@ -39,26 +39,26 @@ class PromiseSearch:
     bundle: Bundle
     folder: Path
     ladders: Mapping[str, EncoderLadder]
-    section: QuantizationSection
+    config: QuantizationConfig
     judges: Judges
     tries: list[PromiseTry] = field(default_factory=list)
     _asked: dict[Pair, int] = field(default_factory=dict)
 
     def run(self) -> tuple[Promise, dict[str, WrittenRung]]:
-        section = self.section
+        config = self.config
         image, text = (self.ladders[name] for name in (IMAGE_ENCODER, TEXT_ENCODER))
         found = search(
-            (len(image.rungs), len(text.rungs)), self._cosines, section.target_cosine, self._lost, section.max_drop
+            (len(image.rungs), len(text.rungs)), self._cosines, config.target_cosine, self._lost, config.max_drop
         )
         if found is None:
-            promise = Promise(section.target_cosine, section.max_drop, tuple(self.tries), None)
+            promise = Promise(config.target_cosine, config.max_drop, tuple(self.tries), None)
             raise CheckFailed(_not_kept(promise), promise)
         chosen = {IMAGE_ENCODER: image.write(found[0]), TEXT_ENCODER: text.write(found[1])}
         known = self._asked.get(found)
-        if section.target_cosine is not None and (known is None or self.tries[known].cosine_image is None):
+        if config.target_cosine is not None and (known is None or self.tries[known].cosine_image is None):
             self._cosines(found)  # each tower was settled beside another rung of the other
         last = self.tries[self._asked[found]]
-        return Promise(section.target_cosine, section.max_drop, tuple(self.tries), last), chosen
+        return Promise(config.target_cosine, config.max_drop, tuple(self.tries), last), chosen
 
     def _cosines(self, pair: Pair) -> tuple[float, float]:
         versus = self.judges.held_out(self._trial(pair))
@@ -80,8 +80,8 @@ class PromiseSearch:
                 (folder / file.name).hardlink_to(file)
         if self.bundle.tokenizer.exists():
             shutil.copyfile(self.bundle.tokenizer, folder / TOKENIZER)
-        section = self.section
-        served = Quantization(section.bits, section.target, "", {}, "", False, {}, session_of(section))
+        config = self.config
+        served = Quantization(config.bits, config.target, "", {}, "", False, {}, session_of(config))
         return Bundle(folder, replace(self.bundle.manifest, quantization=served))
 
     def _note(self, pair: Pair, **measured: Any) -> None:

@@ -28,7 +28,7 @@ def quantize_to_promise(
     overwrite: bool = False,
     on_step: OnStep = silent,
 ) -> Bundle:
-    """Search the ladder of widths for the section's promise, and write the bundle; or leave nothing behind.
+    """Search the ladder of widths for the config's promise, and write the bundle; or leave nothing behind.
 
     Args:
         bundle, dataset, output_path, overwrite: see `quantize_bundle_files`.
@@ -39,14 +39,14 @@ def quantize_to_promise(
             what was in `output_path` is still there.
         GraphError, BundleError, RecipeError: see `quantize_bundle_files`.
     """
-    readers, section = calibration_readers(bundle, dataset), recipe.quantization
-    served = target_of(section)
+    readers, config = calibration_readers(bundle, dataset), recipe.quantization
+    served = target_of(config)
     with staged_folder(output_path, overwrite) as stage:
         ladders = {}
         for name, reader in readers.items():
-            task = EncoderTask(section, served, reader, provider=provider, threads=threads, on_step=on_step)
+            task = EncoderTask(config, served, reader, provider=provider, threads=threads, on_step=on_step)
             ladders[name] = EncoderLadder(bundle.path / name, stage / "ladder" / name, task)
-        found = PromiseSearch(bundle, stage / "ladder", ladders, section, judges)
+        found = PromiseSearch(bundle, stage / "ladder", ladders, config, judges)
         promise, chosen = found.run()
         for written in chosen.values():
             for file in written.path.parent.iterdir():  # weights may lie beside the graph

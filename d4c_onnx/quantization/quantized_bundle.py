@@ -39,15 +39,15 @@ def quantize_bundle_files(
         CheckFailed: onnxruntime's optimiser changes the answers beyond the rounding of quantised activations.
         RecipeError: keys contradict the target; the bit budget is smaller than what the first and last layers take.
     """
-    readers, section = calibration_readers(bundle, dataset), recipe.quantization
-    widths = spend_budget(bundle, readers, section, provider=provider, threads=threads, on_step=on_step)
+    readers, config = calibration_readers(bundle, dataset), recipe.quantization
+    widths = spend_budget(bundle, readers, config, provider=provider, threads=threads, on_step=on_step)
     with staged_folder(output_path, overwrite) as stage:
         reports = {
             name: quantize_encoder(
                 bundle.path / name,
                 stage / name,
                 reader,
-                section,
+                config,
                 widths=widths.get(name),
                 provider=provider,
                 threads=threads,

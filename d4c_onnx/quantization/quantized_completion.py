@@ -20,14 +20,14 @@ from d4c_onnx.quantization.bundle_completion import (
 from d4c_onnx.quantization.encoder_report import EncoderReport
 from d4c_onnx.quantization.optimizer_check import check_optimizer
 from d4c_onnx.quantization.targets import target_of
-from d4c_onnx.recipe import QuantizationSection, Recipe
+from d4c_onnx.recipe import QuantizationConfig, Recipe
 from d4c_onnx.results import Promise
 
 
-def session_of(section: QuantizationSection) -> Session:
-    """What files of a section are served with."""
+def session_of(config: QuantizationConfig) -> Session:
+    """What files of a config are served with."""
     # full-range weights saturate on x86 without VNNI: their sessions need a setting, and the manifest says so
-    exact = target_of(section).reduce_range or section.weights_only
+    exact = target_of(config).reduce_range or config.weights_only
     return Session(config_entries={} if exact else EXACT_PRODUCTS)
 
 
@@ -53,10 +53,10 @@ def finish_quantized(
     Raises:
         CheckFailed: onnxruntime's optimiser changes the answers.
     """
-    section = recipe.quantization
-    session = session_of(section)
+    config = recipe.quantization
+    session = session_of(config)
     effects = check_optimizer(bundle, stage, readers, session, threads=threads, on_step=on_step)
     made = describe_quantization(recipe, dataset, reports, effects, session, source_files(bundle))
-    bounds = FP16_GOLDEN_BOUNDS if section.weights_only else GOLDEN_BOUNDS
+    bounds = FP16_GOLDEN_BOUNDS if config.weights_only else GOLDEN_BOUNDS
     made = replace(made, promise=promise)
     return finish_bundle(bundle, stage, made, seed=recipe.seed, bounds=bounds)

@@ -13,7 +13,7 @@ from d4c_onnx.graph.opsets import lower_opset
 from d4c_onnx.quantization import rewrites
 from d4c_onnx.quantization.rewrites import Rewrite
 from d4c_onnx.quantization.storage import TokenTable
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,22 +64,22 @@ TARGETS: dict[str, Target] = {name: _made(row) for name, row in choices.TARGETS.
 _UNPACKED = "weights are unpacked to float16 when the file is loaded, and run as the FP16 bundle does"
 
 
-def target_of(section: QuantizationSection) -> Target:
+def target_of(config: QuantizationConfig) -> Target:
     """The recipe's target, with the keys that overrule it, and what to expect of both."""
-    target = TARGETS[section.target]
-    if section.reduce_range is not None:
-        target = replace(target, reduce_range=section.reduce_range)
-    return replace(target, note=_note(section, target))
+    target = TARGETS[config.target]
+    if config.reduce_range is not None:
+        target = replace(target, reduce_range=config.reduce_range)
+    return replace(target, note=_note(config, target))
 
 
-def _note(section: QuantizationSection, target: Target) -> str:
+def _note(config: QuantizationConfig, target: Target) -> str:
     """What to expect of the form that was chosen."""
-    if section.weights_only:
+    if config.weights_only:
         return _UNPACKED
     note = target.note
-    if section.group_size and section.weight_bits == 4 and not target.grouped:
+    if config.group_size and config.weight_bits == 4 and not target.grouped:
         note += "; 4-bit weights have one scale a channel there, and no groups"
-    compiled = target.int4 is NATIVE and section.weight_bits == 4
+    compiled = target.int4 is NATIVE and config.weight_bits == 4
     if compiled:
         note += "; onnxruntime's CPU provider runs 4-bit layers of this file in float"
     if target.symmetric and not compiled:

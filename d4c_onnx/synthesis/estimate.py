@@ -12,7 +12,7 @@ import torch
 
 from d4c_onnx.calibration.ahead import Clock
 from d4c_onnx.progress import Ahead
-from d4c_onnx.recipe import SynthesisSection
+from d4c_onnx.recipe import SynthesisConfig
 from d4c_onnx.synthesis.foreground import draw_boxes
 from d4c_onnx.synthesis.guide import Guide
 from d4c_onnx.synthesis.loop import optimize_step
@@ -21,7 +21,7 @@ from d4c_onnx.synthesis.units import Unit
 
 
 def units_ahead(
-    section: SynthesisSection,
+    config: SynthesisConfig,
     units: Sequence[Unit],
     start: Images,
     labels: torch.Tensor,
@@ -42,7 +42,7 @@ def units_ahead(
     generator = torch.Generator().manual_seed(0)
     values = start.values.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([values], lr=guide.method.learning_rate)
-    chosen = torch.arange(min(len(values), section.batch))
+    chosen = torch.arange(min(len(values), config.batch))
     boxes = draw_boxes(len(values), guide.method.box_area, generator).to(values.device)[chosen]
     seconds = 0.0
     for _ in range(2):
@@ -50,4 +50,4 @@ def units_ahead(
         optimize_step(start.render(values[chosen]), boxes, labels[chosen], guide, optimizer, generator)
         seconds = clock() - begun
     images = sum(map(len, units))
-    return Ahead(section.method, images, section.steps, seconds / len(chosen) * images * section.steps / processes)
+    return Ahead(config.method, images, config.steps, seconds / len(chosen) * images * config.steps / processes)

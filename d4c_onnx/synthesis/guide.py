@@ -9,7 +9,7 @@ from torch import nn
 
 from d4c_onnx.calibration.method import Method
 from d4c_onnx.models.load import LoadedModel
-from d4c_onnx.recipe import SynthesisSection
+from d4c_onnx.recipe import SynthesisConfig
 from d4c_onnx.synthesis.compute import prepare_tower
 from d4c_onnx.synthesis.hooks import TowerHooks, keeps_statistics
 from d4c_onnx.synthesis.objectives import Objective, build_objective
@@ -42,7 +42,7 @@ class Guide:
 def build_guide(
     loaded: LoadedModel,
     method: Method,
-    section: SynthesisSection,
+    config: SynthesisConfig,
     nouns: tuple[str, ...],
     device: torch.device,
     precision: torch.dtype,
@@ -61,7 +61,7 @@ def build_guide(
         method=method,
         tower=tower,
         encode=prepare_tower(tower, device, precision),
-        texts=embed_prompts(loaded, section.template, nouns).to(device),
+        texts=embed_prompts(loaded, config.template, nouns).to(device),
         objective=objective,
         perturbations=published(mean, std) if method.pae and method.loss == "d4c" else (),
         hooks=TowerHooks(tower, objective.activation_terms),

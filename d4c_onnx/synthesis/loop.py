@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from d4c_onnx.files import write_file
-from d4c_onnx.recipe import SynthesisSection
+from d4c_onnx.recipe import SynthesisConfig
 from d4c_onnx.synthesis.foreground import crop_boxes, cut_boxes, draw_boxes
 from d4c_onnx.synthesis.guide import Guide
 from d4c_onnx.synthesis.objectives import Seen
@@ -40,7 +40,7 @@ def optimize_unit(
     images: Images,
     labels: torch.Tensor,
     guide: Guide,
-    section: SynthesisSection,
+    config: SynthesisConfig,
     generator: torch.Generator,
     checkpoint: Path,
     on_step: StepReport,
@@ -61,14 +61,14 @@ def optimize_unit(
     optimizer = torch.optim.Adam([values], lr=guide.method.learning_rate)
     boxes = draw_boxes(len(values), guide.method.box_area, generator).to(values.device)
     first, history = _resume(checkpoint, values, optimizer, generator)
-    for step in range(first, section.steps):
-        for chosen in _minibatches(len(values), section.batch, generator):
+    for step in range(first, config.steps):
+        for chosen in _minibatches(len(values), config.batch, generator):
             pixels = images.render(values[chosen])
             shown = optimize_step(pixels, boxes[chosen], labels[chosen], guide, optimizer, generator)
         for name, value in shown.items():
             history.setdefault(name, []).append(value)
         on_step(step + 1, shown)
-        if (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < section.steps:
+        if (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < config.steps:
             _save(checkpoint, step + 1, values, optimizer, generator, history)
     with torch.no_grad():
         return images.render(values).detach().float().cpu(), history

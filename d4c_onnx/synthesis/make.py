@@ -41,7 +41,7 @@ def make_units(
     """
     if plan.method is None:
         return []
-    guide = build_guide(loaded, plan.method, plan.section, plan.nouns, plan.device, plan.precision)
+    guide = build_guide(loaded, plan.method, plan.config, plan.nouns, plan.device, plan.precision)
     maker = _Maker(loaded, plan, store, guide, on_step)
     if on_ahead is not None:
         on_ahead(maker.ahead(group.size))
@@ -52,8 +52,8 @@ def make_units(
         group.barrier()
     if group.rank:
         return []
-    made = _until_enough(maker) if plan.section.early_stop_tolerance else [maker.make(unit) for unit in plan.units]
-    steps = plan.total * plan.section.steps
+    made = _until_enough(maker) if plan.config.early_stop_tolerance else [maker.make(unit) for unit in plan.units]
+    steps = plan.total * plan.config.steps
     on_step("synthesize", steps, steps, {"images": sum(len(one.unit) for one in made)})
     return made
 
@@ -78,17 +78,17 @@ class _Maker:
             return made
         start, labels, generator = self._begin(unit)
         checkpoint, report = self.store.checkpoint(unit), self._reporter(unit, skipped)
-        images, losses = optimize_unit(start, labels, self.guide, self.plan.section, generator, checkpoint, report)
+        images, losses = optimize_unit(start, labels, self.guide, self.plan.config, generator, checkpoint, report)
         self.store.save(unit, images.numpy(), losses)
         return MadeUnit(unit, images.numpy(), losses)
 
     def ahead(self, processes: int) -> Ahead:
         """What is left to do, by a step of the first batch of it."""
-        section, units = self.plan.section, [unit for unit in self.plan.units if not self.store.finished(unit)]
+        config, units = self.plan.config, [unit for unit in self.plan.units if not self.store.finished(unit)]
         if not units:
-            return Ahead(section.method, 0, 0, 0.0)
+            return Ahead(config.method, 0, 0, 0.0)
         start, labels, _ = self._begin(units[0])
-        found = units_ahead(section, units, start, labels, self.guide, processes)
+        found = units_ahead(config, units, start, labels, self.guide, processes)
         self.guide.hooks.clear()
         return found
 
@@ -111,7 +111,7 @@ class _Maker:
         """Progress in images times steps; shown are the finished images, image steps a second, and the loss terms."""
         # counted by their files: those in front of this unit may be another process's, and not made yet
         before = sum(len(other) for other in self.plan.units if self.store.finished(other))
-        steps, total = self.plan.section.steps, self.plan.total
+        steps, total = self.plan.config.steps, self.plan.total
         begun = time.perf_counter()
         passes = 0
 
@@ -133,7 +133,7 @@ def _until_enough(maker: _Maker) -> list[MadeUnit]:
     made: list[MadeUnit] = []
     change, skipped = float("inf"), 0
     for unit in plan.units:
-        enough = change < (plan.section.early_stop_tolerance or 0)
+        enough = change < (plan.config.early_stop_tolerance or 0)
         if enough and not unit.held_out:
             skipped += len(unit)
             continue

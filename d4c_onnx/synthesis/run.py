@@ -14,7 +14,7 @@ from d4c_onnx.calibration.method import Method
 from d4c_onnx.models.load import LoadedModel
 from d4c_onnx.models.random_phrases import random_phrases
 from d4c_onnx.progress import OnAhead, OnStep, silent
-from d4c_onnx.recipe import PromptSection, SynthesisSection
+from d4c_onnx.recipe import PromptConfig, SynthesisConfig
 from d4c_onnx.synthesis.make import make_units
 from d4c_onnx.synthesis.process_group import ProcessGroup
 from d4c_onnx.synthesis.task import Plan, decide
@@ -24,8 +24,8 @@ from d4c_onnx.synthesis.units import MadeUnit, open_unit_store
 def synthesize(
     loaded: LoadedModel,
     output_path: Path,
-    section: SynthesisSection,
-    text: PromptSection,
+    config: SynthesisConfig,
+    text: PromptConfig,
     nouns: tuple[str, ...],
     *,
     seed: int,
@@ -43,13 +43,13 @@ def synthesize(
     Args:
         loaded: the model.
         output_path: the set's folder; an existing one is replaced.
-        section, text, nouns: the recipe's sections, and the vocabulary; one prompt each.
+        config, text, nouns: the recipe's sections, and the vocabulary; one prompt each.
         seed: of every draw.
         device: cpu, cuda or auto.
         given: method real only: float32 [images + held_out, 3, H, W], ready pixel_values.
         source_sha256: method real only: of what they were read from.
         group: the processes that share the work; none: this one alone.
-        method: how images are optimised, instead of what `section.method` names.
+        method: how images are optimised, instead of what `config.method` names.
         texts: the user's own, in place of nouns in templates.
         on_step, on_ahead: told after each optimiser pass; and before the first one, how long they will take.
 
@@ -61,7 +61,7 @@ def synthesize(
     group = group or ProcessGroup()
     plan = decide(
         loaded.weights_sha256,
-        section,
+        config,
         text,
         nouns,
         seed=seed,
@@ -86,13 +86,13 @@ def synthesize(
 def _images(plan: Plan, loaded: LoadedModel, made: list[MadeUnit], given: np.ndarray | None) -> MadeImages:
     """What finished units hold, in order; a control has none."""
     if plan.method is None:
-        return made_control(plan.section, loaded.preprocess, plan.seed, given)
+        return made_control(plan.config, loaded.preprocess, plan.seed, given)
     numbers = np.concatenate([np.arange(one.unit.start, one.unit.stop) for one in made])
     pixels = np.concatenate([one.images for one in made])
     guided = plan.method.loss == "d4c"  # the others are made for no noun
     return MadeImages(
-        pixel_values=pixels[numbers < plan.section.images],
-        held_out=pixels[numbers >= plan.section.images],
+        pixel_values=pixels[numbers < plan.config.images],
+        held_out=pixels[numbers >= plan.config.images],
         labels=tuple(plan.nouns[label] for label in plan.labels[numbers]) if guided else (),
         losses=tuple(one.losses for one in made),
         compute=plan.compute,

@@ -9,7 +9,7 @@ from d4c_onnx.calibration.key import CalibrationKey, calibration_key
 from d4c_onnx.calibration.method import METHODS, Method
 from d4c_onnx.calibration.prompts import draw_labels
 from d4c_onnx.errors import RecipeError
-from d4c_onnx.recipe import PromptSection, SynthesisSection
+from d4c_onnx.recipe import PromptConfig, SynthesisConfig
 from d4c_onnx.synthesis.compute import resolve_device, resolve_precision
 from d4c_onnx.synthesis.units import Unit, divide
 
@@ -19,7 +19,7 @@ class Plan:
     """One synthesis.
 
     Attributes:
-        section, text: the recipe's.
+        config, text: the recipe's.
         method: how images are optimised; none: a control, nothing is.
         nouns: the vocabulary.
         seed: of every draw.
@@ -30,8 +30,8 @@ class Plan:
         texts: the user's own, in place of nouns in templates.
     """
 
-    section: SynthesisSection
-    text: PromptSection
+    config: SynthesisConfig
+    text: PromptConfig
     method: Method | None
     nouns: tuple[str, ...]
     seed: int
@@ -45,7 +45,7 @@ class Plan:
     @property
     def total(self) -> int:
         """Images, held-out ones included."""
-        return self.section.images + self.section.held_out
+        return self.config.images + self.config.held_out
 
     @property
     def compute(self) -> dict[str, str]:
@@ -55,8 +55,8 @@ class Plan:
 
 def decide(
     weights_sha256: str,
-    section: SynthesisSection,
-    text: PromptSection,
+    config: SynthesisConfig,
+    text: PromptConfig,
     nouns: tuple[str, ...],
     *,
     seed: int,
@@ -69,7 +69,7 @@ def decide(
     """Resolve what the recipe leaves open.
 
     Args:
-        method: instead of the one that `section.method` names.
+        method: instead of the one that `config.method` names.
         processes: that share the work.
         texts: the user's own, in place of nouns in templates.
 
@@ -77,22 +77,22 @@ def decide(
         RecipeError: batches depend on each other where processes share them or an early stop ends them.
         ModelError: cuda was asked for and is not there.
     """
-    key = calibration_key(weights_sha256, section, text, nouns, seed, source_sha256, method, texts)
-    method = method or METHODS.get(section.method)
+    key = calibration_key(weights_sha256, config, text, nouns, seed, source_sha256, method, texts)
+    method = method or METHODS.get(config.method)
     where = resolve_device(device)
     labels = np.zeros(0, np.int64)
     units: tuple[Unit, ...] = ()
     if method:
-        _check_independence(section, method, processes)
-        labels = draw_labels(section.images + section.held_out, len(nouns), method.labels, seed)
-        units = divide(section.images, section.held_out, section.images if method.shared_optimizer else section.batch)
-    precision = resolve_precision(section.precision, where)
-    return Plan(section, text, method, nouns, seed, key, where, precision, labels, units, texts)
+        _check_independence(config, method, processes)
+        labels = draw_labels(config.images + config.held_out, len(nouns), method.labels, seed)
+        units = divide(config.images, config.held_out, config.images if method.shared_optimizer else config.batch)
+    precision = resolve_precision(config.precision, where)
+    return Plan(config, text, method, nouns, seed, key, where, precision, labels, units, texts)
 
 
-def _check_independence(section: SynthesisSection, method: Method, processes: int) -> None:
+def _check_independence(config: SynthesisConfig, method: Method, processes: int) -> None:
     """Refuse what asks for batches that know nothing of each other where they do."""
-    tolerance = section.early_stop_tolerance
+    tolerance = config.early_stop_tolerance
     if tolerance is not None and method.shared_optimizer:
         raise RecipeError(
             "synthesis.early_stop_tolerance: needs batches that are finished one by one. This method has one optimiser "

@@ -10,7 +10,7 @@ from d4c_onnx.calibration.key import CalibrationKey, calibration_key
 from d4c_onnx.calibration.method import D4C, METHODS, PUBLISHED, Method
 from d4c_onnx.calibration.set_file import SetManifest, read_set_json, set_manifest
 from d4c_onnx.files import write_json
-from d4c_onnx.recipe import PromptSection, SynthesisSection
+from d4c_onnx.recipe import PromptConfig, SynthesisConfig
 from d4c_onnx.vocabulary import texts_sha256
 
 OTHER = {
@@ -31,27 +31,27 @@ OTHER = {
 }
 
 
-def _key(section: SynthesisSection, method: Method | None = None, source: str | None = None) -> CalibrationKey:
-    return calibration_key("0" * 64, section, PromptSection(), ("cat", "dog"), 0, source, method)
+def _key(config: SynthesisConfig, method: Method | None = None, source: str | None = None) -> CalibrationKey:
+    return calibration_key("0" * 64, config, PromptConfig(), ("cat", "dog"), 0, source, method)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Method)])
 def test_every_constant_of_a_method_is_part_of_the_key(name: str) -> None:
-    section = SynthesisSection()
-    assert _key(section).id == _key(section, D4C).id
-    assert _key(section).id != _key(section, replace(D4C, **{name: OTHER[name]})).id
+    config = SynthesisConfig()
+    assert _key(config).id == _key(config, D4C).id
+    assert _key(config).id != _key(config, replace(D4C, **{name: OTHER[name]})).id
 
 
 def test_methods_differ_and_controls_have_no_constants() -> None:
-    ids = {name: _key(SynthesisSection(method=name)).id for name in METHODS}
+    ids = {name: _key(SynthesisConfig(method=name)).id for name in METHODS}
     assert len(set(ids.values())) == len(METHODS)
-    assert _key(SynthesisSection(method="d4c-published")).method == _key(SynthesisSection(), PUBLISHED).method
-    assert _key(SynthesisSection(method="pink")).method is None
+    assert _key(SynthesisConfig(method="d4c-published")).method == _key(SynthesisConfig(), PUBLISHED).method
+    assert _key(SynthesisConfig(method="pink")).method is None
 
 
 def test_sets_that_were_made_before_a_recipe_key_went_are_found_again() -> None:
     """Whoever changes these numbers loses users their sets: is it the images that change, or only what a key says?"""
-    assert (_key(SynthesisSection()).id, _key(SynthesisSection(method="leaves")).id) == (
+    assert (_key(SynthesisConfig()).id, _key(SynthesisConfig(method="leaves")).id) == (
         "e008f457ecdb",
         "2261a11b218c",
     )
@@ -59,18 +59,18 @@ def test_sets_that_were_made_before_a_recipe_key_went_are_found_again() -> None:
 
 def test_a_key_is_read_as_it_was_written(tmp_path: Path) -> None:
     file, texts = tmp_path / "manifest.json", ("a cat", "a dog")
-    for key in (_key(SynthesisSection(method="pink")), replace(_key(SynthesisSection()), texts_sha256="1" * 64)):
+    for key in (_key(SynthesisConfig(method="pink")), replace(_key(SynthesisConfig()), texts_sha256="1" * 64)):
         told = SetManifest("tiny", key, {"device": "cpu"}, {"numpy": "2"}, {"prompts.json": "0" * 64})
         write_json(file, told.record())
         assert ("texts_sha256" in file.read_text()) == (key.texts_sha256 is not None)
         found = read_set_json(file, set_manifest)
         assert json.loads(json.dumps(found.record())) == json.loads(json.dumps(told.record()))
         assert (found.key.method_name, found.key.nouns) == (key.method_name, ("cat", "dog"))
-    own = calibration_key("0" * 64, SynthesisSection(), PromptSection(), ("cat", "dog"), 0, texts=texts)
+    own = calibration_key("0" * 64, SynthesisConfig(), PromptConfig(), ("cat", "dog"), 0, texts=texts)
     assert own.texts_sha256 == texts_sha256(texts)
-    assert own.id != _key(SynthesisSection()).id
+    assert own.id != _key(SynthesisConfig()).id
 
 
 def test_what_was_read_counts_and_not_where_it_lay() -> None:
-    here, there = (SynthesisSection(method="real", source=place) for place in ("here", "there"))
+    here, there = (SynthesisConfig(method="real", source=place) for place in ("here", "there"))
     assert _key(here, source="a").id == _key(there, source="a").id != _key(here, source="b").id

@@ -102,10 +102,10 @@ from d4c_onnx.quantization.rounding import METHODS
 from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.recipe_keys import recipe_keys
 
-section = load_recipe(None, ["quantization.target=mine", "quantization.rounding=mine"]).quantization
-target = target_of(section)
+config = load_recipe(None, ["quantization.target=mine", "quantization.rounding=mine"]).quantization
+target = target_of(config)
 assert target.served_rewrites == (SEPARATE_GELU,) and target.int4.name == "cast" and target.symmetric
-assert METHODS[section.rounding_method] is METHODS["nearest"]
+assert METHODS[config.rounding_method] is METHODS["nearest"]
 keys = {key.name: key for key in recipe_keys()}
 for name, said in (("target", "mine: of a test"), ("rounding", "mine: as nearest")):
     key = keys[f"quantization.{name}"]

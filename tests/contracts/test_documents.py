@@ -134,9 +134,9 @@ def test_design_says_how_large_the_library_is() -> None:
 
 
 def test_documents_name_every_target() -> None:
-    from d4c_onnx.recipe import QuantizationSection
+    from d4c_onnx.recipe import QuantizationConfig
 
-    targets = get_args(QuantizationSection.model_fields["target"].annotation)
+    targets = get_args(QuantizationConfig.model_fields["target"].annotation)
     assert targets
     for path in (ROOT / "README.md", ROOT / "docs" / "targets.md"):
         named = re.findall(r"^\| `(\w+)`(?: \(default\))? \|", path.read_text("utf-8"), re.MULTILINE)

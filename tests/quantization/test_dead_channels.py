@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from encoders import section_of
+from encoders import config_of
 from graphs import Feeds, parse, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,7 +53,7 @@ def _layer(
 def _quantized(model: ir.Model, batches: list[np.ndarray], folder: Path, *keys: str) -> ir.Model:
     save_model(model, folder / "float.onnx")
     made = folder / "quantised.onnx"
-    quantize_encoder(folder / "float.onnx", made, Feeds(batches, "data"), section_of(*keys), threads=1)
+    quantize_encoder(folder / "float.onnx", made, Feeds(batches, "data"), config_of(*keys), threads=1)
     return load_model(made)
 
 
@@ -115,7 +115,7 @@ def _task(weights: int, scale: float, biases: list[np.ndarray]) -> RoundingTask:
     constants = {f"b{number}": bias for number, bias in enumerate(biases)}
     constants |= {f"w{number}": np.ones((8, 4)) for number in range(weights)}
     model = parse(f"g (float[n, 8] x) => ({outputs}) {{ {' '.join(lines)} }}", **constants)
-    return RoundingTask(model, make_plan(model.graph, section_of()), {"x": QuantParams(scale, 0, 8)}, Feeds([]))
+    return RoundingTask(model, make_plan(model.graph, config_of()), {"x": QuantParams(scale, 0, 8)}, Feeds([]))
 
 
 def test_a_bias_takes_a_quarter_of_int32() -> None:

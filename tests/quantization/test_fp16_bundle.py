@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from encoders import EOT, SOT, inputs, material, section_of
+from encoders import EOT, SOT, config_of, inputs, material
 from graphs import check, ops, run
 
 from d4c_onnx.bundle import Bundle, open_bundle
@@ -42,7 +42,7 @@ def test_half_bundle_finds_the_end_token(
 def test_half_files_are_valid_and_fused(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """The converter alone leaves nodes in an order that ONNX forbids."""
     bundle, data = material(request, model)
-    made = write_fp16_bundle(bundle, tmp_path / "fp16", section_of(), data)
+    made = write_fp16_bundle(bundle, tmp_path / "fp16", config_of(), data)
     kinds: set[str] = set()
     for path in made.encoders.values():
         onnx.checker.check_model(path)
@@ -95,8 +95,8 @@ def test_half_bundle_follows_the_recipe_and_is_found_again(
     assert np.array_equal(one, two)
     assert "CUDA" in whole.manifest.quantization.target_note
     assert find_fp16_bundle(vit_bundle, whole.path, plain) is not None
-    for bundle, section in ((vit_bundle, other), (replace(vit_bundle, manifest=whole.manifest), plain)):
-        assert find_fp16_bundle(bundle, whole.path, section) is None
+    for bundle, config in ((vit_bundle, other), (replace(vit_bundle, manifest=whole.manifest), plain)):
+        assert find_fp16_bundle(bundle, whole.path, config) is None
     manifest = whole.manifest.as_dict()
     other_weights = {**manifest["model"], "weights_sha256": "0" * 64}
     for key, value in (("model", other_weights), ("versions", {**manifest["versions"], "onnx": "1.0"})):

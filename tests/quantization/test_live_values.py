@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from encoders import section_of
+from encoders import config_of
 from graphs import Feeds, parse
 
 from d4c_onnx.errors import BundleError
@@ -87,7 +87,7 @@ def test_an_encoder_is_the_same_bit_by_bit(
     for limit in (live.HELD_BYTES, 0):
         monkeypatch.setattr(live, "HELD_BYTES", limit)
         path = tmp_path / f"{limit}.onnx"
-        quantize_encoder(tmp_path / "float.onnx", path, Feeds(batches), section_of("bits=w4a8", "rounding=gptaq"))
+        quantize_encoder(tmp_path / "float.onnx", path, Feeds(batches), config_of("bits=w4a8", "rounding=gptaq"))
         made.append(path.read_bytes())
     assert made[0] == made[1]
     assert not list(folder.iterdir())

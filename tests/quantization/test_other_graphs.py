@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
-from encoders import count, material, quantize, quantized_bundle, reasons, section_of
+from encoders import config_of, count, material, quantize, quantized_bundle, reasons
 from graphs import Feeds, check, ops, parse, run
 
 from d4c_onnx.bundle import Bundle
@@ -261,8 +261,8 @@ def test_an_encoder_whose_layers_stand_around_branches(rounding: str, tmp_path: 
     )
     source = _written(model, tmp_path / "float.onnx")
     batches = [sign * np.abs(rng.standard_normal((8, 16))).astype(np.float32) for sign in (1, -1, 1, -1)]
-    section = section_of("bits=w8a8", f"rounding={rounding}")
-    report = quantize_encoder(source, tmp_path / "q.onnx", Feeds(batches), section, threads=1, verify=True)
+    config = config_of("bits=w8a8", f"rounding={rounding}")
+    report = quantize_encoder(source, tmp_path / "q.onnx", Feeds(batches), config, threads=1, verify=True)
     assert [layer.node for layer in report.layers] == ["first", "second"]
     made = load_model(tmp_path / "q.onnx")
     check(made)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from encoders import section_of
+from encoders import config_of
 from graphs import Feeds, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,7 +93,7 @@ def test_what_has_no_gradient_is_rounded_without_and_says_so(tmp_path: Path) -> 
     feeds, written = feeds_of(rng.standard_normal((64, 8)).astype(np.float32)), {}
     for rounding in ("yaqa", "gptaq"):
         path = tmp_path / f"{rounding}.onnx"
-        report = quantize_encoder(tmp_path / "float.onnx", path, feeds, section_of("bits=w4a8", f"rounding={rounding}"))
+        report = quantize_encoder(tmp_path / "float.onnx", path, feeds, config_of("bits=w4a8", f"rounding={rounding}"))
         written[rounding] = path.read_bytes()
         said = [record for record in report.rewrites if "gradients" in record.name]
         if rounding == "yaqa":

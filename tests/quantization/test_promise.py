@@ -69,12 +69,12 @@ def test_what_is_not_a_number_keeps_no_promise() -> None:
 
 
 def test_rungs_go_from_few_bits_to_8_bits_everywhere() -> None:
-    section = recipe_of().quantization
-    rungs = rungs_of(COSTS, section)
+    config = recipe_of().quantization
+    rungs = rungs_of(COSTS, config)
     widest = [[rung.widths.get(cost.node, 4) for cost in COSTS if cost.bits < 8] for rung in rungs[:-1]]
     assert all(sum(before) < sum(after) for before, after in itertools.pairwise(widest))
     assert len({tuple(own) for own in widest}) == len(widest) > 3
-    assert rungs[-1].section.bits == "w8a8"
+    assert rungs[-1].config.bits == "w8a8"
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from encoders import material, prompts_of_one_length, quantize, quantized_bundle, section_of
+from encoders import config_of, material, prompts_of_one_length, quantize, quantized_bundle
 from graphs import Feeds, check, ops, parse, run, run_all, stored_weights
 
 from d4c_onnx.bundle import Bundle
@@ -30,19 +30,19 @@ FULL_RANGE = "reduce_range=false"
 
 def test_plan_gives_the_ends_eight_bits(vit_bundle: Bundle) -> None:
     graph = load_model(vit_bundle.image_encoder).graph
-    plan = make_plan(graph, section_of())
+    plan = make_plan(graph, config_of())
     wide = [layer.op for layer in plan.layers if plan.weight_bits[layer.weight] == 8]
     assert wide == ["Conv"]
     assert plan.reduce_range
     assert len(plan.in_float) == 1  # the final projection
-    assert not make_plan(graph, section_of(), reduce_range=False).reduce_range
+    assert not make_plan(graph, config_of(), reduce_range=False).reduce_range
     assert sorted(set(plan.weight_bits.values())) == [4, 8]
     assert set(plan.op_types) == {"Conv", "MatMul"}
-    wider = make_plan(graph, section_of(), {plan.layers[3].node: 8}, reduce_range=False)
+    wider = make_plan(graph, config_of(), {plan.layers[3].node: 8}, reduce_range=False)
     assert wider.weight_bits[plan.layers[3].weight] == 8
-    assert not make_plan(graph, section_of("bits=w4a16", "target=cuda")).activations
+    assert not make_plan(graph, config_of("bits=w4a16", "target=cuda")).activations
     with pytest.raises(GraphError, match="nothing to quantise"):
-        make_plan(parse("g (float[n] x) => (float[n] y) { y = Relu(x) }").graph, section_of())
+        make_plan(parse("g (float[n] x) => (float[n] y) { y = Relu(x) }").graph, config_of())
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -209,8 +209,8 @@ def test_a_large_encoders_images_come_in_small_batches(tmp_path: Path) -> None:
 def test_large_activations_are_looked_at_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch, rng) -> None:
     """Small weights say nothing about them: a mobile conv net's take gigabytes."""
     text = "g (float[n, 3, 8, 8] x) => (float[n, 8, 8, 8] y) { [conv] z = Conv(x, w)\n y = Relu(z) }"
-    model, section = parse(text, w=rng.standard_normal((8, 3, 1, 1))), section_of("bits=w8a8")
-    plan = make_plan(model.graph, section)
+    model, config = parse(text, w=rng.standard_normal((8, 3, 1, 1))), config_of("bits=w8a8")
+    plan = make_plan(model.graph, config)
     reader = Feeds([rng.standard_normal((count, 3, 8, 8)).astype(np.float32) for count in (8, 5)])
     sizes: list[int] = []
 
@@ -219,20 +219,20 @@ def test_large_activations_are_looked_at_a_few_samples_at_a_time(monkeypatch: py
         return session.run_named({session.input_name: batch})
 
     monkeypatch.setattr(EncoderSession, "run_all", counted)
-    at_once = collect_ranges(model, plan, reader, section)
+    at_once = collect_ranges(model, plan, reader, config)
     assert sizes == [1, *2 * [8, 5]]
     sizes.clear()
     each = 4 * 8 * 8 * 8 * 2  # bytes of both values that a sample makes
     monkeypatch.setattr("d4c_onnx.quantization.inside.ranges.AT_ONCE_BYTES", 3 * each)
-    assert collect_ranges(model, plan, reader, section) == at_once
+    assert collect_ranges(model, plan, reader, config) == at_once
     assert sizes == [1, *2 * [3, 3, 2, 3, 2]]
     sizes.clear()
     monkeypatch.setattr("d4c_onnx.quantization.inside.ranges.AT_ONCE_BYTES", 1)  # a sample is never divided
-    assert collect_ranges(model, plan, reader, section) == at_once
+    assert collect_ranges(model, plan, reader, config) == at_once
     assert sizes == [1] * 27
     sizes.clear()
     fixed = parse(text.replace("float[n, 3", "float[8, 3"), w=rng.standard_normal((8, 3, 1, 1)))
-    collect_ranges(fixed, plan, Feeds([rng.standard_normal((8, 3, 8, 8)).astype(np.float32)]), section)
+    collect_ranges(fixed, plan, Feeds([rng.standard_normal((8, 3, 8, 8)).astype(np.float32)]), config)
     assert sizes == [8, 8]
 
 
@@ -289,7 +289,7 @@ def test_a_rewrite_that_changes_the_answers_is_caught(request: pytest.FixtureReq
 def test_raised_layers_of_the_last_block_keep_their_eight_bits(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """The pooled row's products are named anew: the bit budget's choice must reach them all the same."""
     bundle, dataset = material(request, "vit")
-    plan = make_plan(load_model(bundle.image_encoder).graph, section_of())
+    plan = make_plan(load_model(bundle.image_encoder).graph, config_of())
     widths = {layer.node: 8 for layer in plan.layers[-6:]}
     keys = ("rounding=nearest", "smoothing=none")
     report, _ = quantize(bundle.image_encoder, dataset, tmp_path / "q.onnx", *keys, widths=widths)

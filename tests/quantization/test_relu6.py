@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from encoders import section_of
+from encoders import config_of
 from graphs import check, ops, parse
 
 from d4c_onnx.calibration.readers import OneBatchReader
@@ -51,17 +51,17 @@ def cosine(target: Path, source: Path) -> float:
 
 
 def test_grids_end_where_it_cuts_and_no_node_is_left(tmp_path: Path) -> None:
-    model, section = mobile_net(), section_of("bits=w8a8")
+    model, config = mobile_net(), config_of("bits=w8a8")
     check(model)
-    plan = make_plan(model.graph, section)
+    plan = make_plan(model.graph, config)
     assert {"cut1", "cut2", "cut3"} <= set(plan.nodes)
     assert not {"a", "c", "e"} & set(plan.activations)  # nobody rounds what is cut
     reader = OneBatchReader(BATCH, "pixel_values")
-    ranges = collect_ranges(model, plan, reader, section)
+    ranges = collect_ranges(model, plan, reader, config)
     assert all(ranges[name].zero_point == 0 for name in "bdf")
     assert all(4 < ranges[name].range[1] < 6.0001 for name in "bdf")  # no headroom beyond 6
     save_model(model, tmp_path / "float.onnx")
-    quantize_encoder(tmp_path / "float.onnx", tmp_path / "q.onnx", reader, section, threads=1)
+    quantize_encoder(tmp_path / "float.onnx", tmp_path / "q.onnx", reader, config, threads=1)
     assert "Clip" not in ops(load_model(tmp_path / "q.onnx"))
     assert count_kernels(tmp_path / "q.onnx")["QLinearConv"] == 3
     assert cosine(tmp_path / "q.onnx", tmp_path / "float.onnx") > 0.999
@@ -73,7 +73,7 @@ def test_symmetric_grids_keep_the_node(target: str, tmp_path: Path) -> None:
     save_model(mobile_net(), tmp_path / "float.onnx")
     reader = OneBatchReader(BATCH, "pixel_values")
     keys = ("bits=w8a8", f"target={target}")
-    quantize_encoder(tmp_path / "float.onnx", tmp_path / "q.onnx", reader, section_of(*keys), threads=1)
+    quantize_encoder(tmp_path / "float.onnx", tmp_path / "q.onnx", reader, config_of(*keys), threads=1)
     assert ("Clip" in ops(load_model(tmp_path / "q.onnx"))) == (target == "tensorrt")
 
 
@@ -100,6 +100,6 @@ def test_near_misses_are_no_relu6(change: Callable[[ir.Model], None]) -> None:
     nodes = nodes_by_name(model.graph)
     assert cut_at(nodes["cut1"]) is None
     assert cut_at(nodes["stem"]) is None
-    plan = make_plan(model.graph, section_of("bits=w8a8"))
+    plan = make_plan(model.graph, config_of("bits=w8a8"))
     assert "cut1" not in plan.nodes
     assert "a" in plan.activations

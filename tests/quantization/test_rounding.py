@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from encoders import METHODS_IN_SHORT, prepared, problem, section_of
+from encoders import METHODS_IN_SHORT, config_of, prepared, problem
 from graphs import Feeds, parse, run, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,15 +88,15 @@ def test_inputs_that_never_fire_are_harmless() -> None:
 @pytest.mark.parametrize("name", ["magic", "", "GPTQ"])
 def test_unknown_methods_are_refused(name: str) -> None:
     with pytest.raises(RecipeError, match="gptaq"):
-        section_of(f"rounding={name or chr(39) * 2}")
+        config_of(f"rounding={name or chr(39) * 2}")
 
 
 def test_recipes_know_the_methods() -> None:
     for name in METHODS:
-        section = section_of(f"rounding={name}")
-        assert section.rounding_method == name
-        assert section.learns == isinstance(METHODS[name], Reconstruction)
-    assert section_of().rounding_method in METHODS
+        config = config_of(f"rounding={name}")
+        assert config.rounding_method == name
+        assert config.learns == isinstance(METHODS[name], Reconstruction)
+    assert config_of().rounding_method in METHODS
     assert METHODS["adaround"] == Reconstruction(SHORT)
     assert METHODS["adaround-published"] == Reconstruction(PUBLISHED)
 
@@ -183,7 +183,7 @@ def test_every_method_rounds_every_weight_onto_its_grid(
 ) -> None:
     if name == "adaround" and correction != "none":
         with pytest.raises(RecipeError, match="adaround"):
-            section_of(f"rounding={name}", f"correction={correction}")
+            config_of(f"rounding={name}", f"correction={correction}")
         return
     model, plan, ranges, reader = prepared(request, "vit", tower="text")
     before, told = snapshot(model), []
@@ -227,8 +227,8 @@ def test_a_weight_that_two_layers_share_is_rounded_once(name: str) -> None:
     rng = np.random.default_rng(0)
     text = "g (float[n, 8] x) => (float[n, 8] y) { a = MatMul(x, w)\n b = Relu(a)\n c = MatMul(b, w)\n y = Neg(c) }"
     model = parse(text, w=rng.standard_normal((8, 8)))
-    reader, section = Feeds([rng.standard_normal((64, 8)).astype(np.float32)]), section_of()
-    plan = make_plan(model.graph, section)
-    ranges: dict[str, QuantParams] = collect_ranges(model, plan, reader, section)
+    reader, config = Feeds([rng.standard_normal((64, 8)).astype(np.float32)]), config_of()
+    plan = make_plan(model.graph, config)
+    ranges: dict[str, QuantParams] = collect_ranges(model, plan, reader, config)
     made = METHODS_IN_SHORT[name].round_weights(RoundingTask(model, plan, ranges, reader))
     assert set(made.weights) == {"w"}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from encoders import METHODS_IN_SHORT, material, prepared, section_of, values_of
+from encoders import METHODS_IN_SHORT, config_of, material, prepared, values_of
 from graphs import Feeds, parse, run, snapshot
 
 from d4c_onnx.graph.model import load_model
@@ -73,7 +73,7 @@ def test_segments_end_where_the_whole_encoder_ends(
     if weights == "beside the graph":  # as those of a large encoder
         monkeypatch.setattr("d4c_onnx.graph.model.weight_bytes", lambda _: 2**32)
     pieces = SegmentedEncoder(encoder, Feeds([pixels[:2], pixels[2:]], "pixel_values"))
-    for layer in make_plan(encoder.graph, section_of()).layers:
+    for layer in make_plan(encoder.graph, config_of()).layers:
         assert all(layer.data in values for values in pieces.advance([layer.data]))
     got = np.concatenate([values["image_embeds"] for values in pieces.advance(["image_embeds"])])
     assert np.allclose(got, EncoderSession(bundle.image_encoder).run(pixels), atol=1e-5)
@@ -117,8 +117,8 @@ def test_segments_run_what_branches_read() -> None:
             answers = [batch[stop] for batch in pieces.advance([stop])]
         np.testing.assert_allclose(answers[0], run(model, x), rtol=1e-5)
         np.testing.assert_allclose(answers[1], run(model, -x), rtol=1e-5)
-    plan = make_plan(model.graph, section_of())
-    ranges = collect_ranges(model, plan, reader, section_of())
+    plan = make_plan(model.graph, config_of())
+    ranges = collect_ranges(model, plan, reader, config_of())
     for name in METHODS_IN_SHORT:
         made = METHODS_IN_SHORT[name].round_weights(RoundingTask(model, plan, ranges, reader))
         assert set(made.weights) == {"w", "v"}

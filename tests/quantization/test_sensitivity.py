@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from encoders import material, reader_of, section_of
+from encoders import config_of, material, reader_of
 from graphs import snapshot
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,7 +64,7 @@ def test_measured_costs_name_every_layer_and_only_4_bit_ones_hurt(request: pytes
     bundle, dataset = material(request, "vit")
     model = load_model(bundle.text_encoder)
     before = snapshot(model)
-    plan = make_plan(model.graph, section_of())
+    plan = make_plan(model.graph, config_of())
     costs = measure_costs("text", model, plan, reader_of("text", dataset))
     assert [cost.node for cost in costs] == [*(layer.node for layer in plan.layers), *plan.in_float]
     assert all((cost.error > 0) == (cost.bits < 5) for cost in costs)
@@ -78,7 +78,7 @@ def test_w4a8_spends_its_bits_where_they_are_needed(request: pytest.FixtureReque
 
     def widths(*keys: str) -> dict[str, int]:
         placed = {"provider": "cpu", "threads": 0, "on_step": silent}
-        spent = spend_budget(bundle, readers, section_of(*keys), **placed)
+        spent = spend_budget(bundle, readers, config_of(*keys), **placed)
         return {node: width for found in spent.values() for node, width in found.items()}
 
     spent = widths()

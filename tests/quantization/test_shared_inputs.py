@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoders import section_of
+from encoders import config_of
 from graphs import Feeds, parse, run
 
 from d4c_onnx.graph.layers import weighted_layers
@@ -70,9 +70,9 @@ def _batches(given: str) -> list[np.ndarray]:
 
 
 def _rounded(given, lines, shapes, names: list[str], method: str, correction: str) -> dict[str, QuantizedWeight]:
-    model, section = _graph(given, lines, shapes, names), section_of("bits=w4a8", "boundary_bits=4", "group=16")
-    plan, reader = make_plan(model.graph, section), Feeds(_batches(given))
-    ranges = collect_ranges(model, plan, reader, section, threads=1)
+    model, config = _graph(given, lines, shapes, names), config_of("bits=w4a8", "boundary_bits=4", "group=16")
+    plan, reader = make_plan(model.graph, config), Feeds(_batches(given))
+    ranges = collect_ranges(model, plan, reader, config, threads=1)
     task = RoundingTask(model, plan, ranges, reader, correction, threads=1)
     weights = METHODS[method].round_weights(task).weights
     return {layer.node: weights[layer.weight] for layer in plan.layers}
@@ -121,7 +121,7 @@ def test_a_stem_of_two_kernels_is_written(tmp_path: Path) -> None:
     save_model(model, tmp_path / "float.onnx")
     batches = [draw.standard_normal((4, 3, 12, 12)).astype(np.float32) for _ in range(4)]
     made = tmp_path / "quantised.onnx"
-    report = quantize_encoder(tmp_path / "float.onnx", made, Feeds(batches), section_of("bits=w4a8", "boundary_bits=4"))
+    report = quantize_encoder(tmp_path / "float.onnx", made, Feeds(batches), config_of("bits=w4a8", "boundary_bits=4"))
     assert {layer.bits for layer in report.layers} == {4}
     expected, got = (run(loaded, batches[0]) for loaded in (model, load_model(made)))
     assert np.abs(got - expected).max() < 0.15 * np.abs(expected).max()
@@ -150,9 +150,9 @@ def test_a_weight_on_the_left(method: str) -> None:
         ("t = Transpose<perm = [0, 1, 3, 2]>(x) [left] y = MatMul(t, weight)", weight.T),
     ):
         text = f"g (float[n, 6, 8, 16] x) => (float[n, 6, b, c] y) {{ {line} }}"
-        model, section = parse(text, weight=values), section_of("bits=w4a8", "boundary_bits=4", "group=0")
-        plan, reader = make_plan(model.graph, section), Feeds(batches)
-        ranges = collect_ranges(model, plan, reader, section, threads=1)
+        model, config = parse(text, weight=values), config_of("bits=w4a8", "boundary_bits=4", "group=0")
+        plan, reader = make_plan(model.graph, config), Feeds(batches)
+        ranges = collect_ranges(model, plan, reader, config, threads=1)
         task = RoundingTask(model, plan, ranges, reader, "none", threads=1)
         [made] = METHODS[method].round_weights(task).weights.values()
         found.append(made)
@@ -168,9 +168,9 @@ def test_a_stack_of_matrices_is_rounded_to_nearest(tmp_path: Path) -> None:
     batches = [draw.standard_normal((4, 4, 6, 16)).astype(np.float32) for _ in range(2)]
     found = {}
     for method in ("gptaq", "gptq", "nearest"):
-        model, section = parse(text, weight=weight), section_of("bits=w4a8", "boundary_bits=4", f"rounding={method}")
-        plan, reader = make_plan(model.graph, section), Feeds(batches)
-        ranges = collect_ranges(model, plan, reader, section, threads=1)
+        model, config = parse(text, weight=weight), config_of("bits=w4a8", "boundary_bits=4", f"rounding={method}")
+        plan, reader = make_plan(model.graph, config), Feeds(batches)
+        ranges = collect_ranges(model, plan, reader, config, threads=1)
         task = RoundingTask(model, plan, ranges, reader, "none", threads=1)
         [found[method]] = METHODS[method].round_weights(task).weights.values()
     assert np.array_equal(found["gptaq"].integers, found["nearest"].integers)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from encoders import material, quantize, reader_of, section_of
+from encoders import config_of, material, quantize, reader_of
 from graphs import Feeds, check, ops, parse, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ from d4c_onnx.quantization.rewrites.rewrite import Result
 from d4c_onnx.quantization.rewrites.stress import inflate
 from d4c_onnx.runtime.session import EncoderSession
 
-SECTION = section_of()
+SECTION = config_of()
 
 
 def _mappings(model: ir.Model) -> list[SmoothingMapping]:
@@ -273,12 +273,12 @@ def test_smoothing_judges_on_the_grid_that_will_be_served(factor: float) -> None
     rows = rng.standard_normal((400, 16)).astype(np.float32)
     rows[:, 0] *= factor
     weight = rng.standard_normal((16, 8))
-    section = section_of("bits=w8a8")
+    config = config_of("bits=w8a8")
 
     def chosen(symmetric: bool) -> dict[str, float]:
         model = parse("mlp (float[n, 16] x) => (float[n, 8] y) { [act] h = Relu(x)\n y = MatMul(h, w) }", w=weight)
-        plan = make_plan(model.graph, section)
-        return smoothing.smooth(model, plan, Feeds([rows]), section, symmetric=symmetric)
+        plan = make_plan(model.graph, config)
+        return smoothing.smooth(model, plan, Feeds([rows]), config, symmetric=symmetric)
 
     assert not chosen(symmetric=False)
     assert set(chosen(symmetric=True)) == {"act"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from encoders import material, prompts_of_one_length, quantize, reader_of, section_of
+from encoders import config_of, material, prompts_of_one_length, quantize, reader_of
 from graphs import Feeds, check, parse, run
 
 from d4c_onnx.graph.layers import weighted_layers
@@ -17,7 +17,7 @@ from d4c_onnx.quantization.rewrites.rewrite import Result
 from d4c_onnx.quantization.rewrites.start_token import dead_start_rows, pin_start_token
 from d4c_onnx.runtime.session import EncoderSession
 
-SECTION = section_of("bits=w8a8")
+SECTION = config_of("bits=w8a8")
 
 
 def _outlying_start(path: Path) -> ir.Model:

@@ -21,14 +21,14 @@ from d4c_onnx.quantization.rewrites.pools import CONVOLVE_POOLS
 from d4c_onnx.quantization.rewrites.rewrite import Rewrite
 from d4c_onnx.quantization.storage.token_table import TokenTable
 from d4c_onnx.quantization.targets import TARGETS, Target, target_of
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 from d4c_onnx.runtime.session import EncoderSession
 
 Made = Callable[..., tuple[EncoderReport, ir.Model]]
 
 
 def _target(**keys: Any) -> Target:
-    return target_of(QuantizationSection(**keys))
+    return target_of(QuantizationConfig(**keys))
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from encoders import count, inputs, material, quantize, section_of
+from encoders import config_of, count, inputs, material, quantize
 from graphs import check, ops, parse, run, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,6 +136,6 @@ def test_what_float16_cannot_hold_is_refused(request: pytest.FixtureRequest, tmp
     assert bias is not None
     set_constant(model.graph, name_of(bias), constant(bias) + np.float32(1e6))
     save_model(model, tmp_path / "large.onnx")
-    assert section_of("bits=w4a16", "target=cuda").weights_only
+    assert config_of("bits=w4a16", "target=cuda").weights_only
     with pytest.raises(GraphError, match="float16 holds 65504"):
         quantize(tmp_path / "large.onnx", data, tmp_path / "q.onnx", "bits=w4a16", "target=cuda")

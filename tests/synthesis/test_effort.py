@@ -13,7 +13,7 @@ from d4c_onnx.calibration import open_calibration_set
 from d4c_onnx.calibration.ahead import control_ahead
 from d4c_onnx.calibration.method import D4C
 from d4c_onnx.cli.main import group
-from d4c_onnx.recipe import EFFORTS, SynthesisSection
+from d4c_onnx.recipe import EFFORTS, SynthesisConfig
 from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.synthesis.estimate import units_ahead
 from d4c_onnx.synthesis.guide import build_guide
@@ -34,26 +34,26 @@ class Clock:
 
 
 def test_a_step_of_the_first_batch_is_multiplied(mini_vit) -> None:
-    section = SynthesisSection(images=5, held_out=2, batch=2, steps=3)
-    guide = build_guide(mini_vit, D4C, section, ("cat", "ship"), torch.device("cpu"), torch.float32)
+    config = SynthesisConfig(images=5, held_out=2, batch=2, steps=3)
+    guide = build_guide(mini_vit, D4C, config, ("cat", "ship"), torch.device("cpu"), torch.float32)
     mean, std = mini_vit.normalization()
     start = start_images("fourier", (2, 3, 48, 48), mean, std, torch.Generator().manual_seed(0))
     before = start.values.clone()
     units, labels = divide(5, 2, 2), torch.tensor([0, 1])
     state = torch.random.get_rng_state()
     # the first step warms up in 100 seconds, the second takes 8 for two images
-    found = units_ahead(section, units, start, labels, guide, clock=Clock(100, 1, 8))
+    found = units_ahead(config, units, start, labels, guide, clock=Clock(100, 1, 8))
     assert (found.images, found.steps, found.seconds) == (7, 3, 8 / 2 * 7 * 3)
-    assert units_ahead(section, units[1:], start, labels, guide, 2, Clock(9, 9, 8)).seconds == 8 / 2 * 5 * 3 / 2
+    assert units_ahead(config, units[1:], start, labels, guide, 2, Clock(9, 9, 8)).seconds == 8 / 2 * 5 * 3 / 2
     assert torch.equal(start.values, before)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_picture_is_multiplied() -> None:
-    section = SynthesisSection(method="leaves", images=8, held_out=2)
-    assert control_ahead(section, (16, 16), Clock(0.25)).seconds == 2.5
-    assert control_ahead(SynthesisSection(method="noise"), (16, 16), Clock()).seconds == 0
-    assert control_ahead(SynthesisSection(method="real", source="x"), (16, 16), Clock()).seconds is None
+    config = SynthesisConfig(method="leaves", images=8, held_out=2)
+    assert control_ahead(config, (16, 16), Clock(0.25)).seconds == 2.5
+    assert control_ahead(SynthesisConfig(method="noise"), (16, 16), Clock()).seconds == 0
+    assert control_ahead(SynthesisConfig(method="real", source="x"), (16, 16), Clock()).seconds is None
 
 
 def test_presets_are_recipe_keys() -> None:

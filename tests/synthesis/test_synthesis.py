@@ -26,10 +26,10 @@ from d4c_onnx.synthesis import ProcessGroup, synthesize
 
 def test_set_on_disk(vit_calibration: tuple[Path, CalibrationSet], mini_vit, tiny_recipe: Recipe) -> None:
     path, made = vit_calibration
-    section = tiny_recipe.synthesis
-    assert made.pixel_values.shape == (section.images, 3, 48, 48)
-    assert made.held_out.shape == (section.held_out, 3, 48, 48)
-    assert len(made.labels) == section.images + section.held_out
+    config = tiny_recipe.synthesis
+    assert made.pixel_values.shape == (config.images, 3, 48, 48)
+    assert made.held_out.shape == (config.held_out, 3, 48, 48)
+    assert len(made.labels) == config.images + config.held_out
     mean, std = (np.array(values)[:, None, None] for values in (mini_vit.preprocess.mean, mini_vit.preprocess.std))
     pixels = np.asarray(made.pixel_values) * std + mean
     assert pixels.min() >= -1e-5
@@ -297,9 +297,7 @@ def test_progress_of_a_process_group_counts_what_is_there(
     monkeypatch.setattr(
         ProcessGroup, "barrier", lambda self: None
     )  # nobody else is there: the first one makes what is missing
-    section, target = recipe.synthesis, tmp_path / "set"
-    synthesize(
-        mini_vit, target, section, recipe.text, ("cat", "dog"), seed=0, group=ProcessGroup(0, 2), on_step=on_step
-    )
+    config, target = recipe.synthesis, tmp_path / "set"
+    synthesize(mini_vit, target, config, recipe.text, ("cat", "dog"), seed=0, group=ProcessGroup(0, 2), on_step=on_step)
     assert seen[:4] == [(2, 12, 0), (4, 12, 2), (6, 12, 2), (8, 12, 4)]
     assert seen[-1] == (12, 12, 6)

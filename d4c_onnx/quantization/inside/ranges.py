@@ -13,7 +13,7 @@ from d4c_onnx.graph.attention import values_mixed
 from d4c_onnx.graph.values import is_constant, is_op, name_of
 from d4c_onnx.progress import OnStep, silent
 from d4c_onnx.quantization.plan import Plan, cut_at
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 from d4c_onnx.runtime.session import EncoderSession
 
 # Of activations that are looked at together. Those of eight images of 256 pixels take 1.25 GB in MobileCLIP2-S0, whose
@@ -25,7 +25,7 @@ def collect_ranges(
     model: ir.Model,
     plan: Plan,
     reader: CalibrationDataReader,
-    section: QuantizationSection,
+    config: QuantizationConfig,
     *,
     symmetric: bool = False,
     provider: str = "cpu",
@@ -38,13 +38,13 @@ def collect_ranges(
         model: the float encoder.
         plan: which activations, and what counts of them.
         reader: rewindable.
-        section: `ranges` and the activation width.
+        config: `ranges` and the activation width.
         symmetric: whether grids have zero point 0 in their middle.
 
     Returns:
         Per value name: scale, zero point, width, terms.
     """
-    if section.weights_only:
+    if config.weights_only:
         _check_float16(model, plan, reader, provider, threads)
         return {}
     given = {name_of(value) for value in model.graph.inputs}
@@ -63,7 +63,7 @@ def collect_ranges(
                 if seen.size:  # empty: a prompt of the start token alone
                     observer.observe_histogram(seen) if histogram else observer.observe_extremes(seen)
 
-    passes = 1 if section.ranges == "minmax" else 2
+    passes = 1 if config.ranges == "minmax" else 2
     total = _count(reader) * passes
     done, share = 0, 0.0
     for number in range(passes):
@@ -76,16 +76,16 @@ def collect_ranges(
                 observe(session.run_all(batch) | dict.fromkeys(fed, batch), histogram=number > 0)
             done += 1
             on_step("calibrate", done, total, {})
-    return {name: _grid(observer, section, symmetric, name in plan.pooled) for name, observer in observers.items()}
+    return {name: _grid(observer, config, symmetric, name in plan.pooled) for name, observer in observers.items()}
 
 
-def _grid(observer: RangeObserver, section: QuantizationSection, symmetric: bool, two_terms: bool) -> QuantParams:
-    bits, headroom = section.activation_bits, section.headroom
+def _grid(observer: RangeObserver, config: QuantizationConfig, symmetric: bool, two_terms: bool) -> QuantParams:
+    bits, headroom = config.activation_bits, config.headroom
     if two_terms:  # the second one is for what the first one rounds off, not for what it clips
         return replace(observer.minmax(bits, headroom, symmetric), two_terms=True)
-    if section.ranges == "minmax":
+    if config.ranges == "minmax":
         return observer.minmax(bits, headroom, symmetric)
-    return observer.mse(bits, headroom, section.clip_weight, symmetric)
+    return observer.mse(bits, headroom, config.clip_weight, symmetric)
 
 
 def _observers(graph: ir.Graph, plan: Plan) -> dict[str, RangeObserver]:

@@ -38,7 +38,7 @@ from d4c_onnx.manifest import Refusal
 from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.plan import NARROWEST, Plan
 from d4c_onnx.quantization.rewrites.rewrite import Result
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 
 _COUNTS = (1, 2, 4)  # channels that may leave a product
 _THRESHOLD = 0.25  # what of the error may remain where channels leave; each further step has to gain as much again
@@ -51,7 +51,7 @@ def split_outliers(
     model: ir.Model,
     plan: Plan,
     reader: CalibrationDataReader,
-    section: QuantizationSection,
+    config: QuantizationConfig,
     *,
     symmetric: bool = False,
     provider: str = "cpu",
@@ -72,7 +72,7 @@ def split_outliers(
     count = 0
     for name, products in places.items():
         weight = sum(np.square(constant(product.inputs[1])).sum(1) for product in products)
-        channels = _outliers(rows[name], np.asarray(weight), section, symmetric)
+        channels = _outliers(rows[name], np.asarray(weight), config, symmetric)
         if channels:
             _split(model.graph, products, channels)
             chosen[name] = channels
@@ -124,9 +124,7 @@ def _look(
     return {name: rows[:: max(1, len(rows) // _ROWS)] for name, rows in joined.items()}
 
 
-def _outliers(
-    rows: np.ndarray, importance: np.ndarray, section: QuantizationSection, symmetric: bool
-) -> tuple[int, ...]:
+def _outliers(rows: np.ndarray, importance: np.ndarray, config: QuantizationConfig, symmetric: bool) -> tuple[int, ...]:
     """The channels that leave; none where too little is gained.
 
     Args:
@@ -138,22 +136,22 @@ def _outliers(
     order = np.argsort(-np.abs(rows).max(0), kind="stable")
     if np.ptp(np.delete(rows, order[: _COUNTS[-1]], 1)) > _EXTENT * np.ptp(rows):  # the search takes 4 times as long
         return ()
-    least = _error(rows, importance, section, symmetric)
+    least = _error(rows, importance, config, symmetric)
     best: tuple[int, ...] = ()
     for count in _COUNTS:
         kept = np.delete(np.arange(rows.shape[1]), order[:count])
-        error = _error(rows[:, kept], importance[kept], section, symmetric)
+        error = _error(rows[:, kept], importance[kept], config, symmetric)
         if error < _THRESHOLD * least:
             least, best = error, tuple(sorted(int(channel) for channel in order[:count]))
     return best
 
 
-def _error(rows: np.ndarray, importance: np.ndarray, section: QuantizationSection, symmetric: bool) -> float:
+def _error(rows: np.ndarray, importance: np.ndarray, config: QuantizationConfig, symmetric: bool) -> float:
     """Square error of rows on the grid that the range search would give them, weighted by channel."""
     observer = RangeObserver()
     observer.observe_extremes(rows)
     observer.observe_histogram(rows)
-    grid = observer.mse(section.activation_bits, section.headroom, section.clip_weight, symmetric)
+    grid = observer.mse(config.activation_bits, config.headroom, config.clip_weight, symmetric)
     return float(np.square(grid.round(rows) - rows).mean(0) @ importance)
 
 

@@ -29,7 +29,7 @@ from d4c_onnx.quantization.plan import Plan
 from d4c_onnx.quantization.rewrites.mappings import SmoothingMapping, apply_scale, find_mappings
 from d4c_onnx.quantization.rounding.base import WeightGrid, grid_limits
 from d4c_onnx.quantization.rounding.nearest import round_to_grid
-from d4c_onnx.recipe import QuantizationSection
+from d4c_onnx.recipe import QuantizationConfig
 
 _ALPHAS = (0.25, 0.5, 0.75, 1.0)
 _ROWS = 512  # rows of the error search per mapping
@@ -55,7 +55,7 @@ def smooth(
     model: ir.Model,
     plan: Plan,
     reader: CalibrationDataReader,
-    section: QuantizationSection,
+    config: QuantizationConfig,
     *,
     symmetric: bool = False,
     provider: str = "cpu",
@@ -70,14 +70,14 @@ def smooth(
         The chosen alpha by the name of the node that makes the activation. The graph's node and value names may have
         changed: make the plan anew.
     """
-    kinds = {"none": (), "layer_norm": ("layer_norm",)}.get(section.smoothing)
+    kinds = {"none": (), "layer_norm": ("layer_norm",)}.get(config.smoothing)
     found = [entry for entry in find_mappings(model.graph, plan.layers) if kinds is None or entry.kind in kinds]
     if not found:
         return {}
     seen = _look(model, plan, reader, found, provider, threads)
     chosen = {}
     for mapping in found:
-        search = _Search(model.graph, mapping, seen[name_of(mapping.output)], plan, section, symmetric)
+        search = _Search(model.graph, mapping, seen[name_of(mapping.output)], plan, config, symmetric)
         alpha, scale = search.run()
         if alpha:
             apply_scale(model.graph, mapping, scale)
@@ -122,11 +122,11 @@ class _Search:
         mapping: SmoothingMapping,
         seen: _Seen,
         plan: Plan,
-        section: QuantizationSection,
+        config: QuantizationConfig,
         symmetric: bool,
     ) -> None:
         self._seen, self._symmetric = seen, symmetric
-        self._bits, self._headroom = section.activation_bits, section.headroom
+        self._bits, self._headroom = config.activation_bits, config.headroom
         self._weights = [
             (
                 channels_first(constant(value_named(graph, layer.weight)), layer.channel_axis),

@@ -2,14 +2,14 @@
 
 import numpy as np
 import onnx_ir as ir
-from encoders import section_of
+from encoders import config_of
 from graphs import Feeds, check, ops, parse, run
 
 from d4c_onnx.graph.values import constant
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rewrites.outlier_channels import split_outliers
 
-SECTION = section_of("bits=w8a8")
+SECTION = config_of("bits=w8a8")
 RNG = np.random.default_rng(0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from encoders import count, inputs, material, prepared, quantize, section_of, values_of
+from encoders import config_of, count, inputs, material, prepared, quantize, values_of
 from graphs import check, ops, parse, run, served, snapshot
 
 from d4c_onnx.bundle import Bundle
@@ -114,7 +114,7 @@ def test_grids_of_one_term_stay() -> None:
 def test_only_what_the_pooled_row_alone_reads_is_chosen(vit_bundle: Bundle, tower: str) -> None:
     model = load_model(vit_bundle.encoders[tower])
     before = snapshot(model)
-    plan = make_plan(model.graph, section_of())
+    plan = make_plan(model.graph, config_of())
     chosen = read_by_pooled_row(model, plan)
     assert snapshot(model) == before
     last = [layer for layer in plan.layers if layer.data in chosen]
@@ -125,13 +125,13 @@ def test_only_what_the_pooled_row_alone_reads_is_chosen(vit_bundle: Bundle, towe
 
 def test_towers_without_a_pooled_row_have_none(rn_bundle: Bundle) -> None:
     model = load_model(rn_bundle.image_encoder)
-    assert read_by_pooled_row(model, make_plan(model.graph, section_of())) == frozenset()
+    assert read_by_pooled_row(model, make_plan(model.graph, config_of())) == frozenset()
 
 
 def test_ranges_do_not_clip_and_the_twin_has_both_terms(request: pytest.FixtureRequest) -> None:
     model, plan, _, reader = prepared(request, "vit")
     plan = replace(plan, pooled=read_by_pooled_row(model, plan))
-    ranges = collect_ranges(model, plan, reader, section_of())
+    ranges = collect_ranges(model, plan, reader, config_of())
     assert {name for name, grid in ranges.items() if grid.two_terms} == plan.pooled
     twin = fake_quantize(model, plan, ranges)
     for name in plan.pooled:
