@@ -102,18 +102,20 @@ def row_numbers(rows: int, num_bits: int = 4) -> np.ndarray:
     return np.hstack([16 * own, now + 4 * before, multiplier]).astype(np.uint8)
 
 
-def level_numbers(num_bits: int = 4) -> np.ndarray:
-    """The numbers of the two levels that a row says, first input first, uint8 [rows of a multiplier, 2]."""
-    if num_bits == 4:
-        newer, older, byte = np.ogrid[:2, :2, :256]
-        first_place, second_place, first_bit, second_bit = byte & 7, byte >> 3 & 7, byte >> 6 & 1, byte >> 7
-    else:
-        places = RATES[num_bits].places
-        both, newer, older, second_bit, first_bit = np.ogrid[: places**2, :2, :2, :2, :2]
-        first_place, second_place = both % places, both // places
-    first = 4 * first_place + COSETS[first_bit, older, newer]
-    second = 4 * second_place + COSETS[second_bit, newer, first_bit]
-    return np.stack(np.broadcast_arrays(first, second), -1).reshape(-1, 2).astype(np.uint8)
+def level_numbers(num_bits: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """What places and the path add up to: the numbers of the two levels that a row says, first input first.
+
+    Returns:
+        uint8 [1, places of two, 2] and [16, 1, 2] for codes of 4 bits, [places of two, 1, 2] and [1, 16, 2] for others:
+        their sum has all rows of a multiplier in order.
+    """
+    places = RATES[num_bits].places
+    both = np.arange(places**2)
+    of_places = np.stack([4 * (both % places), 4 * (both // places)], -1).astype(np.uint8)
+    newer, older, second, first = np.ogrid[:2, :2, :2, :2]
+    by_input = np.broadcast_arrays(COSETS[first, older, newer], COSETS[second, newer, first])
+    of_path = np.stack(by_input, -1).reshape(-1, 2)
+    return (of_places[None], of_path[:, None]) if num_bits == 4 else (of_places[:, None], of_path[None])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

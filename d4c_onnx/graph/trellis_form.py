@@ -148,16 +148,19 @@ class Trellis:
     def _level_table(self, graph: ir.Graph) -> ir.Value:
         """The two levels of every row, int8, made when the file is loaded: 32 KB and more are much to a small model.
 
-        Gather of levels, by their numbers (Cast), for each multiplier -> Reshape.
+        Gather of levels, by their numbers (Add of what places and the path say), for each multiplier -> Reshape.
         """
         for entry in graph:
             if self._is_level_table(entry.outputs[0]):
                 return entry.outputs[0]
         of = self._suffix
         levels = set_constant(graph, f"~l{of}", RATES[self.num_bits].levels)
-        numbers = set_constant(graph, f"~n{of}", level_numbers(self.num_bits))
-        nodes = [node("Cast", [numbers], f"~t{of}0", attributes={"to": ir.DataType.INT32})]
-        nodes.append(node("Gather", [levels, nodes[0].outputs[0]], f"~t{of}1", attributes={"axis": 1}))
+        nodes = []
+        for letter, numbers in zip("no", level_numbers(self.num_bits), strict=True):
+            small = set_constant(graph, f"~{letter}{of}", numbers)
+            nodes.append(node("Cast", [small], f"~t{of}{letter}", attributes={"to": ir.DataType.INT32}))
+        nodes.append(node("Add", [entry.outputs[0] for entry in nodes], f"~t{of}0"))
+        nodes.append(node("Gather", [levels, nodes[-1].outputs[0]], f"~t{of}1", attributes={"axis": 1}))
         nodes.append(node("Reshape", [nodes[-1].outputs[0], shape_constant(graph, (-1, 2))], f"~t{of}"))
         prepend(graph, nodes)
         return nodes[-1].outputs[0]
@@ -166,9 +169,12 @@ class Trellis:
         gather = maker(input_of(value, "Reshape"))
         if value is None or gather is None or not is_op(gather, "Gather") or attribute(gather, "axis", 0) != 1:
             return False
-        numbers = input_of(gather.inputs[1], "Cast")
+        added = maker(gather.inputs[1])
+        if added is None or not is_op(added, "Add") or reshaped(value) != (-1, 2):
+            return False
+        parts = [input_of(part, "Cast") for part in added.inputs]
         known = is_table(gather.inputs[0], RATES[self.num_bits].levels)
-        return known and is_table(numbers, level_numbers(self.num_bits)) and reshaped(value) == (-1, 2)
+        return known and all(map(is_table, parts, level_numbers(self.num_bits)))
 
 
 class _Planes(Trellis):
@@ -270,10 +276,12 @@ def _are_multipliers(places: ir.Value, shape: tuple[int, ...]) -> bool:
 def _to_the_front(graph: ir.Graph, value: ir.Value) -> None:
     """Let the nodes that make a value from constants come before all others."""
     chain: list[ir.Node] = []
-    made = maker(value)
-    while made is not None:
-        chain.insert(0, made)
-        made = maker(made.inputs[0]) or maker(made.inputs[-1])
+    queue = [maker(value)]
+    while queue:
+        made = queue.pop()
+        if made is not None:
+            chain.insert(0, made)
+            queue += [maker(part) for part in made.inputs]
     for entry in chain:
         graph.remove(entry)
     prepend(graph, chain)

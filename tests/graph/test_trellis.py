@@ -42,7 +42,8 @@ def test_levels_lie_evenly_and_are_safe_for_sums_of_two_in_16_bits(bits: int, la
     distance = np.diff(levels.astype(float), axis=1)
     assert np.ptp(distance, axis=1).max() <= 1  # what rounding to integers does
     assert np.allclose(distance.mean(1), np.arange(16) * 128 / (15 * last), atol=0.06)
-    assert len(np.unique(level_numbers(bits))) == last + 1
+    places, path = level_numbers(bits)
+    assert len(np.unique(places + path)) == last + 1
 
 
 @given(coded())
@@ -162,7 +163,7 @@ def _spoilt(model: ir.Model, kind: str) -> None:
     """One thing of a stored path that is another."""
     graph = model.graph
     made = {entry.op_type: entry for entry in graph}  # those of the weight come last
-    names = {"bits": "~b", "places": "~m", "levels": "~l", "numbers": "~n", "coefficients": "~c2"}
+    names = {"bits": "~b", "places": "~m", "levels": "~l", "numbers": "~n", "paths": "~o", "coefficients": "~c2"}
     names |= {"from": "~s", "to": "~e", "axes": "~x", "padding": "~z"}
     if kind in names:
         tensor = graph.initializers[names[kind]].const_value
@@ -200,7 +201,7 @@ def _spoilt(model: ir.Model, kind: str) -> None:
             made["Concat"].replace_input_with(place, column)
 
 
-SPOILT = ["bits", "places", "levels", "numbers", "coefficients", "from", "to", "axes", "padding"]
+SPOILT = ["bits", "places", "levels", "numbers", "paths", "coefficients", "from", "to", "axes", "padding"]
 SPOILT += ["perm", "value", "mode", "before", "order", "path", "rows", "few", "zero", "axis"]
 
 
@@ -217,7 +218,7 @@ def test_what_only_looks_like_a_path_is_none(kind: str) -> None:
 def _spoilt_planes(model: ir.Model, kind: str) -> None:
     """One thing of a path in planes that is another."""
     made = {entry.op_type: entry for entry in model.graph}  # of one operator, the last one
-    names = {"shifts": "~h4", "mask": "~k4", "levels": "~l3r", "numbers": "~n3r", "product": "~c3r4"}
+    names = {"shifts": "~h4", "mask": "~k4", "levels": "~l3r", "numbers": "~n3r", "paths": "~o3r", "product": "~c3r4"}
     if kind in names:
         value = model.graph.initializers[names[kind]]
         assert value.const_value is not None
@@ -239,7 +240,7 @@ def _spoilt_planes(model: ir.Model, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["shifts", "mask", "levels", "numbers", "product", "direction", "type", "once", "other"]
+    "kind", ["shifts", "mask", "levels", "numbers", "paths", "product", "direction", "type", "once", "other"]
 )
 def test_what_only_looks_like_planes_is_none(kind: str) -> None:
     model, _, values = _model("product", 3)

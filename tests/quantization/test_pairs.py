@@ -127,7 +127,7 @@ def _cut_pairs(made: ir.Model) -> tuple[int, int]:
     cut = widest = 0
     for product in made.graph:
         stored = stored_weight(product)
-        if stored is None or stored.form not in (INT8, *TRELLISES.values()):
+        if stored is None or stored.num_bits > 8 or stored.form not in (INT8, *TRELLISES.values()):
             continue
         integers = stored.unpack().astype(int)
         widest = max(widest, np.abs(integers).max())
