@@ -83,7 +83,7 @@ def measure_costs(
     encoder_at = SegmentedEncoder(model, SpreadReader(reader, samples), provider, threads)
     exact = encoder_at.outputs()
     nearest, nodes = NearestRounding(), nodes_by_name(model.graph)
-    costs = _unmeasured(encoder, model, plan)
+    costs = unmeasured_costs(encoder, model, plan)
     for number, layer in enumerate(plan.layers):
         if costs[number].bits < 8:
             for _ in encoder_at.advance([layer.data]):
@@ -99,7 +99,7 @@ def measure_costs(
     return costs
 
 
-def _unmeasured(encoder: str, model: ir.Model, plan: Plan) -> list[LayerCost]:
+def unmeasured_costs(encoder: str, model: ir.Model, plan: Plan) -> list[LayerCost]:
     """What `measure_costs` returns, in its order, with no error looked at."""
     nodes, costs = nodes_by_name(model.graph), []
     for layer in plan.layers:
@@ -112,6 +112,12 @@ def _unmeasured(encoder: str, model: ir.Model, plan: Plan) -> list[LayerCost]:
     return costs + [LayerCost(encoder, weight, size, plan.float_bits, 0.0) for weight, size in sizes.items()]
 
 
+def least_bits(costs: Sequence[LayerCost]) -> float:
+    """Stored bits a weight, with every layer as narrow as it may be."""
+    bits = sum(cost.elements * (cost.choices[0][1] if cost.choices else cost.bits) for cost in costs)
+    return bits / sum(cost.elements for cost in costs)
+
+
 def spend(costs: Sequence[LayerCost], average_bits: float, reserve: float = 0.0) -> Mapping[str, Mapping[str, int]]:
     """The widths of the weights that get another than their own, per encoder and node.
 
@@ -122,15 +128,12 @@ def spend(costs: Sequence[LayerCost], average_bits: float, reserve: float = 0.0)
         RecipeError: even with every layer as narrow as it may be the average is higher.
     """
     ladders = [cost.choices for cost in costs]
-    weights = sum(cost.elements for cost in costs)
-    least = sum(
-        cost.elements * (ladder[0][1] if ladder else cost.bits) for cost, ladder in zip(costs, ladders, strict=True)
-    )
-    left = (average_bits - reserve) * weights - least
+    least = least_bits(costs)
+    left = (average_bits - reserve - least) * sum(cost.elements for cost in costs)
     if left < 0:
         raise RecipeError(
             f"quantization.average_bits: {average_bits} is not reachable, the first and last layers alone bring the "
-            f"average to {least / weights + reserve:.2f}. Ask for more, or set quantization.boundary_bits: 4."
+            f"average to {least + reserve:.2f}. Ask for more, or set quantization.boundary_bits: 4."
         )
     steps = []  # error that a bit saves, which layer, to which of its choices, how many bits
     for number, (cost, ladder) in enumerate(zip(costs, ladders, strict=True)):

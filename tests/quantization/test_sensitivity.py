@@ -14,7 +14,7 @@ from d4c_onnx.progress import silent
 from d4c_onnx.quantization.bit_budget import spend_budget
 from d4c_onnx.quantization.calibration_batches import calibration_readers
 from d4c_onnx.quantization.plan import make_plan
-from d4c_onnx.quantization.sensitivity import LayerCost, measure_costs, spend
+from d4c_onnx.quantization.sensitivity import LayerCost, least_bits, measure_costs, spend
 
 
 def test_budget_buys_the_layers_with_the_largest_error_per_weight() -> None:
@@ -40,6 +40,7 @@ def test_in_groups_bits_move_from_layers_that_stand_it_to_those_that_do_not() ->
     assert spend(costs, 8) == {"image": {"a": 8, "b": 8, "c": 8}}
     alike = [replace(cost, error=error) for cost, error in zip(costs, (3.0, 2.0, 1.0), strict=True)]
     assert spend(alike, 4.25) == {"image": {}}  # 3 bits cost four times the error, 5 save three quarters of it
+    assert least_bits(costs) == 3.25
     with pytest.raises(RecipeError, match="reachable"):
         spend(costs, 3.2)
 
