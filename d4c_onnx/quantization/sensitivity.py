@@ -35,6 +35,7 @@ _ALONE = {4: 1.0, 8: 0.02}  # of weights with one scale a channel
 # Bits a weight for outlier channels, which leave the integers only after the budget is spent: 0.043 in a CLIP of a
 # ViT-S/14 and a MiniLM, less in wider towers.
 RESERVE = 0.05
+_LITTLE = 1e-6  # bits that rounding of sums may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def spend(costs: Sequence[LayerCost], average_bits: float, reserve: float = 0.0)
     """
     ladders = [cost.choices for cost in costs]
     least = least_bits(costs)
-    left = (average_bits - reserve - least) * sum(cost.elements for cost in costs)
+    left = (average_bits - reserve - least) * sum(cost.elements for cost in costs) + _LITTLE
     if left < 0:
         raise RecipeError(
             f"quantization.average_bits: {average_bits} is not reachable, the first and last layers alone bring the "
