@@ -13,7 +13,7 @@ Source: trellis-coded quantisation (Marcellin and Fischer, 1990) with Ungerboeck
 is linear: his 2 (b xor b2) is 2 b + 2 b2 but for a place, and the levels that this adds are worth 2 % of the error.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,23 +34,29 @@ class Rate:
     """
 
     num_bits: int
-    places: int = field(init=False)
-    last: int = field(init=False)
-    steps: np.ndarray = field(init=False)
-    levels: np.ndarray = field(init=False)
+    places: int
+    last: int
+    steps: np.ndarray
+    levels: np.ndarray
 
-    def __post_init__(self) -> None:
-        places = 2 ** (self.num_bits - 1)
+    @classmethod
+    def of(cls, num_bits: int) -> "Rate":
+        """All that follows from the width."""
+        places = 2 ** (num_bits - 1)
         last = 4 * (places - 1) + int(COSETS.max())
         steps = np.arange(LARGEST + 1) * (2 * TOP / (LARGEST * last))
         levels = np.rint((np.arange(last + 1) - last / 2) * steps[:, None]).astype(np.int8)
-        for name, value in {"places": places, "last": last, "steps": steps, "levels": levels}.items():
-            object.__setattr__(self, name, value)
+        return cls(num_bits, places, last, steps, levels)
 
 
-# what the path adds to four times a place: by its bit now, and the bits of the two inputs before [b, b2, b1]
-COSETS = np.array([[[0, 1], [2, 3]], [[2, 3], [4, 5]]], np.uint8)
-RATES = {num_bits: Rate(num_bits) for num_bits in (3, 4, 5)}
+def _coset(bit: np.ndarray, older: np.ndarray, newer: np.ndarray) -> np.ndarray:
+    """What the path adds to four times a place: its bit now, and the bits of the two inputs before."""
+    added: np.ndarray = 2 * bit + 2 * older + newer
+    return added
+
+
+COSETS = _coset(*np.ogrid[:2, :2, :2])  # [bit, older, newer]
+RATES = {num_bits: Rate.of(num_bits) for num_bits in (3, 4, 5)}
 
 
 def levels_of(codes: np.ndarray, multipliers: np.ndarray, num_bits: int = 4) -> np.ndarray:
@@ -113,8 +119,8 @@ def level_numbers(num_bits: int = 4) -> tuple[np.ndarray, np.ndarray]:
     both = np.arange(places**2)
     of_places = np.stack([4 * (both % places), 4 * (both // places)], -1).astype(np.uint8)
     newer, older, second, first = np.ogrid[:2, :2, :2, :2]
-    by_input = np.broadcast_arrays(COSETS[first, older, newer], COSETS[second, newer, first])
-    of_path = np.stack(by_input, -1).reshape(-1, 2)
+    by_input = np.broadcast_arrays(_coset(first, older, newer), _coset(second, newer, first))
+    of_path = np.stack(by_input, -1).reshape(-1, 2).astype(np.uint8)
     return (of_places[None], of_path[:, None]) if num_bits == 4 else (of_places[:, None], of_path[None])
 
 

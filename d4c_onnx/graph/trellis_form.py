@@ -32,6 +32,8 @@ class Trellis:
     """
 
     name, num_bits, opset, minimum_onnxruntime = "trellis", 4, 18, "1.15"
+    _repeats = 1  # of the multipliers among the columns
+    _suffix = ""  # of the names of constants
 
     def find(self, integers: ir.Value) -> ir.Value | None:
         parts = self._parts(integers)
@@ -90,9 +92,6 @@ class Trellis:
         prepend(graph, nodes)
         _to_the_front(graph, table)
         return nodes[-1].outputs[0]
-
-    _repeats = 1  # of the multipliers among the columns
-    _suffix = ""  # of the names of constants
 
     def _store_codes(self, graph: ir.Graph, prefix: str, values: Coded, add: Add) -> tuple[ir.Value, ir.Value]:
         """What stands for the codes among the columns, and their bits of the path."""

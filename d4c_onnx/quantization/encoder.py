@@ -82,8 +82,7 @@ def _written(prepared: PreparedEncoder, target_path: Path, task: EncoderTask) ->
     metadata = dict(model.metadata_props) | {"quantization": config.bits}
     write = to_float16 if config.weights_only else to_qdq
     quantized, applied = write(model, exact.plan, rounded, ranges, task)
-    groups = config.group_size if task.target.grouped else 0
-    table = config.table_bits, task.target.token_table, groups, prepared.outputs.of_table
+    table = config.table_bits, task.target.token_table, task.group_size, prepared.outputs.of_table
     table_bits = store_token_table(quantized, *table)
     task.target.label(quantized)
     set_metadata(quantized, metadata)

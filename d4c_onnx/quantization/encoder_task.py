@@ -37,6 +37,11 @@ class EncoderTask:
     on_step: OnStep = silent
     verify: bool = False
 
+    @property
+    def group_size(self) -> int:
+        """How many neighbouring inputs share a multiplier at 4 bits; 0: none, or the target stores no groups."""
+        return self.config.group_size if self.target.grouped else 0
+
     def plan(self, graph: ir.Graph) -> Plan:
         """What of a graph is quantised."""
         target = self.target

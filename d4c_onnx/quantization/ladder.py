@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from d4c_onnx.errors import RecipeError
 from d4c_onnx.graph.stored import average_bits
 from d4c_onnx.quantization.encoder import write_encoder
 from d4c_onnx.quantization.encoder_report import EncoderReport
 from d4c_onnx.quantization.encoder_task import EncoderTask
 from d4c_onnx.quantization.prepared import PreparedEncoder, prepare_encoder
-from d4c_onnx.quantization.sensitivity import LayerCost, measure_costs, spend
+from d4c_onnx.quantization.sensitivity import LayerCost, least_bits, measure_costs, spend
 from d4c_onnx.recipe import QuantizationConfig
 
 _BUDGETS = (3.5, 3.75, 4, 4.25, 4.5, 4.75, 5, 5.5, 6, 6.5, 7)  # bits a weight
@@ -52,19 +51,17 @@ class WrittenRung:
 
 
 def rungs_of(costs: Sequence[LayerCost], config: QuantizationConfig) -> tuple[Rung, ...]:
-    """From what a small budget buys to 8 bits everywhere.
+    """From every layer as narrow as it may be to 8 bits everywhere.
 
     Args:
         costs: of one encoder's layers at the config's width.
     """
     rungs: list[Rung] = []
-    for budget in _BUDGETS:
-        try:
-            [widths] = spend(costs, budget).values()
-        except RecipeError:  # less than the narrowest file takes
-            continue
+    least = least_bits(costs)
+    for budget in (least, *(budget for budget in _BUDGETS if budget > least)):
+        [widths] = spend(costs, budget).values()
         if not rungs or widths != rungs[-1].widths:
-            rungs.append(Rung(f"{budget:g} bits a weight", config, widths))
+            rungs.append(Rung(f"{budget:.3g} bits a weight", config, widths))
     return (*rungs, Rung("w8", config.model_copy(update={"bits": f"w8a{config.activation_bits}"})))
 
 

@@ -90,10 +90,15 @@ def store_blocks(model: ir.Model, names: Collection[str]) -> None:
         stored = set_constant(graph, f"{name}_blocks", rounded.integers)
         scale = set_constant(graph, f"{name}_scale", rounded.scale[:, None])
         shape = set_constant(graph, f"{name}_shape", np.array(values.shape, np.int64))
-        cast = node("Cast", [stored], f"{name}_integers", attributes={"to": ir.DataType.FLOAT})
-        scaled = node("Mul", [cast.outputs[0], scale], f"{name}_scaled", name=f"{name}_dequantize")
-        whole = node("Reshape", [scaled.outputs[0], shape], f"{name}_float", name=f"{name}_reshape")
-        _exchange(graph, name, [cast, scaled, whole])
+        nodes = _scaled(name, stored, scale)
+        nodes.append(node("Reshape", [nodes[-1].outputs[0], shape], f"{name}_float", name=f"{name}_reshape"))
+        _exchange(graph, name, nodes)
+
+
+def _scaled(name: str, integers: ir.Value, scale: ir.Value) -> list[ir.Node]:
+    """integers -> Cast to float32 -> Mul."""
+    cast = node("Cast", [integers], f"{name}_integers", attributes={"to": ir.DataType.FLOAT})
+    return [cast, node("Mul", [cast.outputs[0], scale], f"{name}_scaled", name=f"{name}_dequantize")]
 
 
 def _exchange(graph: ir.Graph, name: str, nodes: list[ir.Node]) -> None:
@@ -127,8 +132,7 @@ def store_scaled(model: ir.Model, weights: Mapping[str, tuple[QuantizedWeight, i
             stored = form.store_coded(graph, f"{name}_quantized", replace(weight.path, axis=axis))
         line = [-1 if position == axis else 1 for position in range(len(shape))]
         scale = set_constant(graph, f"{name}_scale", weight.scale.reshape(line).astype(np.float32))
-        nodes = [node("Cast", [stored], f"{name}_integers", attributes={"to": ir.DataType.FLOAT})]
-        nodes.append(node("Mul", [nodes[0].outputs[0], scale], f"{name}_scaled", name=f"{name}_dequantize"))
+        nodes = _scaled(name, stored, scale)
         if kept not in (None, ir.DataType.FLOAT):
             last = nodes[-1].outputs[0]
             nodes.append(node("Cast", [last], f"{name}_real", name=f"{name}_cast", attributes={"to": kept}))
