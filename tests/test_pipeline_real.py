@@ -57,6 +57,7 @@ def test_folder_becomes_a_set(own: Path, photos: Path) -> None:
         pipeline.synthesize_calibration_set(str(own), _recipe(photos, 9), output=own.parent)
 
 
+@pytest.mark.slow
 def test_a_manifest_holds_what_was_read_not_where_it_lay(
     own: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

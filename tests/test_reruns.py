@@ -18,6 +18,7 @@ from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.results import Accuracy, BundleAccuracy, PairedDifference, Versus
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_is_measured_by_the_rerun(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def quantize(*keys: str) -> pipeline.QuantizeReport:
         return pipeline.quantize_bundle(str(own), recipe_of(*keys), output=own.parent)
@@ -98,13 +99,10 @@ def test_widths_share_one_fp16_bundle(own: Path, monkeypatch: pytest.MonkeyPatch
     assert not (own / "w6a6").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
-    [
-        "portable",
-        pytest.param("openvino", marks=pytest.mark.slow),
-        pytest.param("tensorrt", marks=pytest.mark.slow),
-    ],
+    ["portable", "openvino", "tensorrt"],
 )
 def test_every_target_walks_the_whole_way(own: Path, target: str) -> None:
     report = pipeline.quantize_bundle(str(own), recipe_of(f"quantization.target={target}"), output=own.parent)

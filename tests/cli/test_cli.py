@@ -161,6 +161,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "mini-vit") == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_failed_check_is_exit_code_1(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ("evaluation.min_cosine=1.0", "quantization.rounding=nearest")
     sets = [part for key in keys for part in ("--set", key)]

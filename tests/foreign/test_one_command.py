@@ -37,6 +37,7 @@ def _quantize(files: Export, output: Path, *more: str) -> Result:
     return CliRunner().invoke(group, [*command, "--name", "theirs", "--quiet", *keys, *more])
 
 
+@pytest.mark.slow
 def test_one_command_with_own_images_and_texts(files: Export, photos: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\ufeff" + "\r\n".join(TEXTS), "utf-8")

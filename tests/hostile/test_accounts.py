@@ -26,6 +26,7 @@ def _told(what: str, place: Path) -> dict[str, list[str] | None]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path) -> None:
     told = _told("reads", tmp_path)
     assert told.pop("left") == ["", "images.npy images.npy.broken.jsonl images.npy.names.jsonl origin"]

@@ -53,6 +53,7 @@ def _gates(encoder: Path) -> int:
     return len(list(quick_gelu_gates(load_onnx(encoder).graph)))
 
 
+@pytest.mark.slow
 def test_a_bundle_of_own_weights_answers_as_open_clip_does_with_the_tag(
     tmp_path: Path, tags: str, weights: Path
 ) -> None:

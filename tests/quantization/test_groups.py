@@ -187,6 +187,7 @@ def test_a_file_in_groups_runs_and_answers_exactly_like_its_int8_twin(
     assert np.array_equal(EncoderSession(tmp_path / "q.onnx", threads=1).run(fed), run(twin, fed))
 
 
+@pytest.mark.slow
 def test_groups_bring_embeddings_nearer_to_float(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     bundle, dataset = material(request, "vit")
     fed = np.array(dataset.pixel_values)

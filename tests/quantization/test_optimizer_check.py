@@ -58,6 +58,7 @@ def test_few_samples_excuse_little(rng: np.random.Generator, count: int) -> None
     assert not compare_answers(exact + 3 * error, exact + error, exact).harmless
 
 
+@pytest.mark.slow
 def test_optimizer_that_changes_answers_fails_the_bundle(
     vit_bundle: Bundle,
     vit_calibration: tuple[Path, CalibrationSet],

@@ -128,8 +128,9 @@ def test_gelu_takes_its_scale_from_a_mul_and_keeps_it_there() -> None:
     assert ops(model).count("Mul") == 1
 
 
-@pytest.mark.parametrize("tower", [pytest.param("image", marks=pytest.mark.slow), "text"])
-@pytest.mark.parametrize("factor", [pytest.param(30, marks=pytest.mark.slow), 100])
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("factor", [30, 100])
 def test_stress_variants_collapse_without_and_hold_with_smoothing(
     factor: int, tower: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_a_tower_whose_attention_is_not_known_is_not_pinned() -> None:
     assert [refusal.place for refusal in result.refused] == ["odd"]
 
 
+@pytest.mark.slow
 def test_pinning_saves_the_answers_of_an_encoder_with_an_outlying_start_token(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,11 +46,12 @@ def test_external_data_holds_the_weights_and_answers_the_same(
         EncoderSession(tmp_path / "two.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
         pytest.param(("bits=w4a8",), id="qdq"),
-        pytest.param(("bits=w4a16", "target=cuda"), marks=pytest.mark.slow, id="float16"),
+        pytest.param(("bits=w4a16", "target=cuda"), id="float16"),
     ],
 )
 def test_weights_beside_the_float_graph_are_read_wherever_they_are_wanted(
