@@ -37,6 +37,22 @@ def test_moments_of_a_linear_encoder() -> None:
     np.testing.assert_allclose(middle / rows, expected, atol=0.1 * np.abs(expected).max())
 
 
+def test_of_many_rows_some_are_drawn_and_the_mean_stays() -> None:
+    """400 rows a sample, of which one weighs as much as a hundred others, and 200 nothing."""
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((8, 5)), rng.standard_normal((5, 6))
+    weights = np.concatenate([[10.0], np.ones(199), np.zeros(200)])[:, None]
+    nodes = "[first] h = MatMul(x, a) [second] z = MatMul(h, b) y = Mul(z, w)"
+    text = f"g (float[n,400,8] x) => (float[n,400,6] y) {{ {nodes} }}"
+    model = parse(text, a=first, b=second, w=weights)
+    found = output_moments(model, weighted_layers(model.graph), feeds_of(np.zeros((512, 400, 8), np.float32), 8))
+    [[last]], [[middle]] = [found.by_node["second"]], [found.by_node["first"]]
+    whole = 512 * np.square(weights).sum()
+    np.testing.assert_allclose(last / whole, np.eye(6), atol=0.1)
+    expected = second @ second.T
+    np.testing.assert_allclose(middle / whole, expected, atol=0.1 * np.abs(expected).max())
+
+
 def test_a_layer_that_reaches_no_embedding_has_none() -> None:
     text = "g (float[n,8] x) => (float[n,6] y) { [used] y = MatMul(x, a) [idle] z = MatMul(x, b) }"
     model = parse(text, a=np.ones((8, 6)), b=np.ones((8, 6)))

@@ -4,6 +4,10 @@ Let u be a random direction in the space of embeddings and g = d<u, e> / dy, the
 output. An error d of that row moves the embedding by a mean square of d^T E[g g^T] d. So H = E[g g^T] says which
 outputs of a layer matter, and, off its diagonal, which errors of two outputs cancel each other.
 
+A picture has hundreds of rows, most of which say little: where there are many, some are drawn, each with a probability
+that grows with its square, and counted as often as it is rare. The mean is H all the same, and nearly all of its
+products, which took longer than the gradients, are saved (Drineas, Kannan and Mahoney 2006).
+
 Source: the output side of YAQA's Kronecker-factored Hessian (Tseng et al., arXiv 2505.22988, section 3), for the
 embedding in place of a language model's likelihood.
 
@@ -31,6 +35,8 @@ _IMAGES, _PROMPTS = 64, 1024
 _GRADIENTS = 512
 
 _PIXELS = 2 * 224 * 224  # of the images whose gradients are in memory together
+
+_ROWS = 64  # of each sample's gradients by a layer's rows, how many are multiplied, on average
 
 _LARGEST = 1024  # outputs whose errors are looked at together; more of them fall into blocks
 
@@ -65,10 +71,12 @@ def gradient_moments(
     moments: dict[str, np.ndarray] = {}
     feeds = _spread(reader)
     directions = -(-_GRADIENTS // sum(map(_samples, feeds)))
+    draw = torch.Generator().manual_seed(len(feeds))
     for number, feed in enumerate(feeds):
         for name, gradient in _gradients(encoder, feed, list(made), directions, number):
             node = made[name]
-            found, key = _squared(gradient.movedim(1 if is_op(node, "Conv") else -1, -1), node), node.name or ""
+            rows = gradient.movedim(1 if is_op(node, "Conv") else -1, -1).flatten(0, -2)
+            found, key = _squared(_drawn(rows, _ROWS * _samples(feed), draw), node), node.name or ""
             moments[key] = moments[key] + found if key in moments else found
         on_step("gradients", number + 1, len(feeds), {})
     return moments
@@ -88,11 +96,21 @@ def _gradients(
         yield from ((name, part.float()) for (name, _), part in zip(leaves, found, strict=True) if part is not None)
 
 
-def _squared(gradient: torch.Tensor, node: ir.Node) -> np.ndarray:
-    """Sums of g g^T over all rows, float32 [blocks, outputs, outputs], of gradients [..., channels]."""
-    channels = gradient.shape[-1]
+def _drawn(rows: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
+    """At most about `count` of rows [N, channels], so scaled that sums of g g^T have the mean that all of them give."""
+    if len(rows) <= count:
+        return rows
+    squares = rows.square().sum(1)
+    share = (squares * (count / squares.sum().clamp(min=torch.finfo(rows.dtype).tiny))).clamp(max=1)
+    kept = torch.rand(len(rows), generator=draw) < share
+    return rows[kept] * share[kept].rsqrt()[:, None]
+
+
+def _squared(rows: torch.Tensor, node: ir.Node) -> np.ndarray:
+    """Sums of g g^T over rows [N, channels], float32 [blocks, outputs, outputs]."""
+    channels = rows.shape[-1]
     blocks = _blocks(channels, attribute(node, "group", 1))
-    parts = gradient.reshape(-1, blocks, channels // blocks).transpose(0, 1)
+    parts = rows.reshape(-1, blocks, channels // blocks).transpose(0, 1)
     squared: np.ndarray = (parts.mT @ parts).numpy()
     return squared
 
