@@ -55,10 +55,10 @@ class SynthesisConfig(_Config):
         validate_default=True,
         description="method real only: a folder of images, or a .parquet file in the Hugging Face layout",
     )
-    images: int = Field(128, ge=1, le=100_000, description="calibration images")
+    images: int = Field(64, ge=1, le=100_000, description="calibration images")
     held_out: int = Field(16, ge=0, le=100_000, description="further images that calibration never sees, for fidelity")
     batch: int = Field(16, ge=1, le=4096, description="images that are optimised together (SCG's negatives)")
-    steps: int = Field(20, ge=1, le=1_000_000, description="optimiser steps each image takes part in")
+    steps: int = Field(16, ge=1, le=1_000_000, description="optimiser steps each image takes part in")
     early_stop_tolerance: float | None = Field(
         None,
         gt=0,

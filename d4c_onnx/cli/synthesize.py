@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 )
 @options.exif_option
 @effort_option
-@click.option("--images", type=click.IntRange(1), help="Number of calibration images.  [recipe: 128]")
+@click.option("--images", type=click.IntRange(1), help="Number of calibration images.  [recipe: 64]")
 @click.option("--report", is_flag=True, help="Also write one HTML page: images, losses, ranges and ranks per layer.")
 @click.option(
     "--against",

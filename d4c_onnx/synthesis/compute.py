@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from d4c_onnx.bfloat16 import multiplies_bfloat16
@@ -30,9 +31,14 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def prepare_tower(
-    tower: nn.Module, device: torch.device, precision: torch.dtype
+    tower: nn.Module, device: torch.device, precision: torch.dtype, size: tuple[int, int] | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The tower as a frozen function: pixel_values float32 [B, 3, H, W] -> embeds float32 [B, D].
+
+    Args:
+        tower: see the guide.
+        device, precision: of its products.
+        size: height and width that it takes, where that is not the images' own.
 
     Weights get no gradient (only images are optimised), convolutional towers work channels-last, and products run in
     `precision` under autocast; LayerNorms, softmax and losses stay in float32.
@@ -44,6 +50,8 @@ def prepare_tower(
         tower = tower.to(memory_format=torch.channels_last)
 
     def encode(pixel_values: torch.Tensor) -> torch.Tensor:
+        if size is not None:
+            pixel_values = F.interpolate(pixel_values, size, mode="bilinear", antialias=True, align_corners=False)
         if convolutional:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):

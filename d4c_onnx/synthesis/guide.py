@@ -9,6 +9,7 @@ from torch import nn
 
 from d4c_onnx.calibration.method import Method
 from d4c_onnx.models.load import LoadedModel
+from d4c_onnx.models.smaller_input import shrink_input
 from d4c_onnx.recipe import SynthesisConfig
 from d4c_onnx.synthesis.compute import prepare_tower
 from d4c_onnx.synthesis.hooks import TowerHooks, keeps_statistics
@@ -23,7 +24,7 @@ class Guide:
     Attributes:
         method: the constants of the optimisation.
         tower: the frozen image tower.
-        encode: the tower as a function: pixel_values [B, 3, H, W] -> embeds [B, D].
+        encode: the tower as a function: pixel_values [B, 3, H, W] -> embeds [B, D]; a ViT may look at them smaller.
         texts: float32 [K, D], the prompts' unit vectors.
         objective: the weighted sum of losses.
         perturbations: PAE's list; empty without PAE. They act on SCG's box, without SCG on the whole image.
@@ -55,12 +56,13 @@ def build_guide(
     # The deployed form of the tower: the same numbers, and on CPUs its backward pass is about three times faster
     # than torch's fused attention.
     tower, _ = loaded.deployed_towers()
+    size = shrink_input(tower, method.patches) if method.patches else None
     mean, std = (value.to(device) for value in loaded.normalization())
     objective = build_objective(method, keeps_statistics(tower))
     return Guide(
         method=method,
         tower=tower,
-        encode=prepare_tower(tower, device, precision),
+        encode=prepare_tower(tower, device, precision, size),
         texts=embed_prompts(loaded, config.template, nouns).to(device),
         objective=objective,
         perturbations=published(mean, std) if method.pae and method.loss == "d4c" else (),

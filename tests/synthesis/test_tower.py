@@ -69,6 +69,25 @@ def test_towers_that_keep_statistics_are_asked_for_them(tmp_path: Path, model: s
     assert "bns" not in terms(PUBLISHED)
 
 
+def test_a_vit_that_looks_at_fewer_patches_guides_images_of_full_size(tmp_path: Path, mini_vit) -> None:
+    keys = ("images=4", "held_out=0", "batch=4", "steps=12")
+    recipe = load_recipe(None, [f"synthesis.{key}" for key in keys] + ["text.prompts=4"])
+    nouns = mini_vit.embedded.nouns
+    before = mini_vit.model.visual.positional_embedding.shape
+    found = {}
+    for patches in (0, 3, 6):  # mini-vit has 6 a side
+        method = replace(D4C, patches=patches)
+        made = synthesize(
+            mini_vit, tmp_path / f"{patches}", recipe.synthesis, recipe.text, nouns, seed=0, method=method
+        )
+        found[patches] = made.pixel_values
+        assert made.pixel_values.shape == (4, 3, 48, 48)
+        assert made.losses[0]["pgsi_whole"][-1] < made.losses[0]["pgsi_whole"][0]
+    assert (found[0] == found[6]).all()
+    assert (found[0] != found[3]).any()
+    assert mini_vit.model.visual.positional_embedding.shape == before
+
+
 @pytest.mark.parametrize(("model", "name"), [("mini_vit", "bns"), ("mini_rn", "pse")])
 def test_baselines_refuse_towers_without_what_they_match(tmp_path: Path, model: str, name: str, request) -> None:
     loaded = request.getfixturevalue(model)
