@@ -44,10 +44,11 @@ class _Config(BaseModel):
 class SynthesisConfig(_Config):
     """How calibration images come into being; the constants of each method are values (`calibration.method`)."""
 
-    method: Literal["d4c", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"] = Field(
+    method: Literal["d4c", "d4c-light", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"] = Field(
         "d4c",
-        description="d4c: optimised images; d4c-published: with the published switches, quirks included; bns, pse: "
-        "published baselines, BatchNorm statistics (ResNets) and patch similarity entropy (ViTs); which ask no model: "
+        description="d4c: optimised images; d4c-light: whole images only, small ones for a ViT, in a fraction of the "
+        "time; d4c-published: with the published switches, quirks included; bns, pse: published baselines, "
+        "BatchNorm statistics (ResNets) and patch similarity entropy (ViTs); which ask no model: "
         "noise, N(0, 1) pixels; pink, 1/f noise; leaves, random textured shapes; real, images from `source`",
     )
     source: str | None = Field(
@@ -58,7 +59,7 @@ class SynthesisConfig(_Config):
     images: int = Field(64, ge=1, le=100_000, description="calibration images")
     held_out: int = Field(16, ge=0, le=100_000, description="further images that calibration never sees, for fidelity")
     batch: int = Field(16, ge=1, le=4096, description="images that are optimised together (SCG's negatives)")
-    steps: int = Field(16, ge=1, le=1_000_000, description="optimiser steps each image takes part in")
+    steps: int = Field(20, ge=1, le=1_000_000, description="optimiser steps each image takes part in")
     early_stop_tolerance: float | None = Field(
         None,
         gt=0,

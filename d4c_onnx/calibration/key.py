@@ -91,5 +91,7 @@ def calibration_key(
     )
     named = {**key.record(), "synthesis": {**key.synthesis, **_GONE}}
     del named["id"]
+    if method and not method.patches:  # sets that were made before there was this constant are found again
+        named["method"] = {name: value for name, value in asdict(method).items() if name != "patches"}
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
     return replace(key, id=digest[:12])

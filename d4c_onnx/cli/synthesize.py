@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @options.texts_option
 @click.option(
     "--method",
-    type=click.Choice(["d4c", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"]),
+    type=click.Choice(["d4c", "d4c-light", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"]),
     help="How images come into being; noise, pink, leaves and real ask no model.  [recipe: d4c]",
 )
 @click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d4c_onnx.calibration.method import D4C, PUBLISHED, Method
+from d4c_onnx.calibration.method import D4C, LIGHT, PUBLISHED, Method
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.recipe_file import load_recipe
 from d4c_onnx.synthesis import synthesize
@@ -76,7 +76,7 @@ def test_a_vit_that_looks_at_fewer_patches_guides_images_of_full_size(tmp_path: 
     before = mini_vit.model.visual.positional_embedding.shape
     found = {}
     for patches in (0, 3, 6):  # mini-vit has 6 a side
-        method = replace(D4C, patches=patches)
+        method = replace(LIGHT, patches=patches)
         made = synthesize(
             mini_vit, tmp_path / f"{patches}", recipe.synthesis, recipe.text, nouns, seed=0, method=method
         )
