@@ -104,7 +104,8 @@ def test_constant_activations_answer_as_in_float(
     )
     batches = [rng.standard_normal(given).astype(np.float32) for _ in range(3)]
     quantized = _quantized(model, batches, tmp_path, *FORMS[form])
-    expected, got = (run(made, batches[0]) for made in (model, quantized))
+    # TensorRT's weights have the full range, whose products x86 without VNNI adds with a cut: as they stand, in float
+    expected, got = run(model, batches[0]), run(quantized, batches[0], optimize=form != "tensorrt")
     assert np.abs(got - expected).max() < (0.1 if form == "w4a8" else 0.03) * np.abs(expected).max()
 
 
