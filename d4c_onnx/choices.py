@@ -1,4 +1,4 @@
-"""The words that name a rounding and a target: one table each, for recipes, `--help` and the rooms that do the work.
+"""The words that name a rounding, a target, a synthesis: for recipes, `--help` and the rooms that do the work.
 
 Nothing is imported here: a recipe is checked, and help is shown, without numpy and onnx. So a row names the values that
 do the work, `module.VALUE` where they are files of a room, and `quantization.rounding` and `quantization.targets` look
@@ -7,6 +7,10 @@ them up.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+# How calibration images come into being; those that optimise images are values of `calibration.method`.
+SynthesisMethod = Literal["d4c", "d4c-light", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from d4c_onnx.choices import FLOAT16_TARGETS, ROUNDINGS, TARGETS, in_words
+from d4c_onnx.choices import FLOAT16_TARGETS, ROUNDINGS, TARGETS, SynthesisMethod, in_words
 from d4c_onnx.errors import RecipeError
 from d4c_onnx.untrusted_json import quoted, short
 
@@ -44,7 +44,7 @@ class _Config(BaseModel):
 class SynthesisConfig(_Config):
     """How calibration images come into being; the constants of each method are values (`calibration.method`)."""
 
-    method: Literal["d4c", "d4c-light", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"] = Field(
+    method: SynthesisMethod = Field(
         "d4c",
         description="d4c: optimised images; d4c-light: whole images only, small ones for a ViT, in a fraction of the "
         "time; d4c-published: with the published switches, quirks included; bns, pse: published baselines, "

@@ -18,6 +18,8 @@ _GENERATOR = 3
 
 # Recipe keys that went, at what they were by default: what was made then is found again. Empty it with the next number.
 _GONE = {"coarse": 0.0}
+# Constants of a method that came, at what they were before there was a choice. Empty it, too.
+_CAME = {"patches": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,8 @@ def calibration_key(
         nouns=nouns,
         texts_sha256=None if texts is None else texts_sha256(texts),
     )
-    named = {**key.record(), "synthesis": {**key.synthesis, **_GONE}}
+    constants = key.method and dict(key.method.items() - _CAME.items())
+    named = {**key.record(), "synthesis": {**key.synthesis, **_GONE}, "method": constants}
     del named["id"]
-    if method and not method.patches:  # sets that were made before there was this constant are found again
-        named["method"] = {name: value for name, value in asdict(method).items() if name != "patches"}
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
     return replace(key, id=digest[:12])

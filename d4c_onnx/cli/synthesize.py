@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
+from d4c_onnx.choices import SynthesisMethod
 from d4c_onnx.cli import options, show
 from d4c_onnx.cli.effort import Effort, effort_option
 from d4c_onnx.models.model_options import ModelOptions
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @options.texts_option
 @click.option(
     "--method",
-    type=click.Choice(["d4c", "d4c-light", "d4c-published", "bns", "pse", "noise", "pink", "leaves", "real"]),
+    type=click.Choice(get_args(SynthesisMethod)),
     help="How images come into being; noise, pink, leaves and real ask no model.  [recipe: d4c]",
 )
 @click.option(

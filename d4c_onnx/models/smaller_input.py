@@ -1,12 +1,11 @@
-"""A ViT that looks at smaller pictures: positional embeddings resampled, as fine-tuning at another resolution does it.
+"""A ViT that looks at smaller pictures: timm resamples its positions, as fine-tuning at another resolution does it.
 
 A picture of half the side has a quarter of the patches, and a gradient through the tower takes a quarter of the time.
 """
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from d4c_onnx.models.towers import ImageTower
@@ -29,13 +28,10 @@ def shrink_input(tower: ImageTower, most: int) -> tuple[int, int] | None:
         return None
     smaller = _smaller(grid, most)
     before = len(positions) - grid[0] * grid[1]  # the class token's
-    squares = positions[before:].T.reshape(1, -1, *grid)
-    resampled = F.interpolate(squares, smaller, mode="bicubic", antialias=True, align_corners=False)
-    whole = torch.cat([positions[:before], resampled.flatten(2)[0].T])
-    visual.positional_embedding = nn.Parameter(whole, requires_grad=False)
-    visual.grid_size = smaller
-    visual.image_size = smaller[0] * patch[0], smaller[1] * patch[1]
-    return visual.image_size[0], visual.image_size[1]
+    resampled = resample_abs_pos_embed(positions[None], smaller, grid, before)[0]
+    visual.positional_embedding = nn.Parameter(resampled, requires_grad=False)
+    visual.grid_size = smaller[0], smaller[1]
+    return smaller[0] * patch[0], smaller[1] * patch[1]
 
 
 def _shrink_timm(trunk: Any, most: int) -> tuple[int, int] | None:
@@ -51,7 +47,6 @@ def _shrink_timm(trunk: Any, most: int) -> tuple[int, int] | None:
     return height, width
 
 
-def _smaller(grid: tuple[int, int], most: int) -> tuple[int, int]:
+def _smaller(grid: tuple[int, int], most: int) -> list[int]:
     """As many patches a side as are allowed, in the same shape."""
-    longest = max(grid)
-    return max(1, round(grid[0] * most / longest)), max(1, round(grid[1] * most / longest))
+    return [max(1, round(side * most / max(grid))) for side in grid]

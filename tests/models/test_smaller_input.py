@@ -23,7 +23,7 @@ class _Model(nn.Module):
         self.visual = visual
 
 
-def _clip(side: int, **vision: Any) -> nn.Module:
+def _clip(side: int | tuple[int, int], **vision: Any) -> nn.Module:
     torch.manual_seed(0)
     config = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": side} | vision
     model: nn.Module = open_clip.CLIP(16, config, open_clip.CLIPTextCfg(**_TEXT)).eval()
@@ -44,7 +44,7 @@ def test_it_is_the_model_that_open_clip_makes_for_that_size() -> None:
 
 
 def test_pictures_that_are_not_square_keep_their_shape() -> None:
-    tower = ImageTower(_clip((64, 32)))  # type: ignore[arg-type]
+    tower = ImageTower(_clip((64, 32)))
     assert shrink_input(tower, 4) == (32, 16)
     assert tower(torch.randn(1, 3, 32, 16)).shape == (1, 16)
 
