@@ -107,7 +107,7 @@ PUBLISHED = Method(
     start="noise",
 )
 
-# Whole images alone, and small ones for a ViT: of a ViT-S/14 a step takes a sixteenth of the time. On a CLIP of really
+# Whole images alone, and small ones for a ViT: of a ViT-S/14 a step takes a tenth of the time. On a CLIP of really
 # trained weights W4A8 then answers as often like FP32 as with all of D4C, and by cosine is a little farther from it.
 LIGHT = Method(scg=False, patches=8)
 

@@ -48,7 +48,7 @@ def test_a_number_changed_by_hand_is_seen(document: ModuleType) -> None:
 
 
 def test_a_table_of_nothing_is_refused(document: ModuleType) -> None:
-    for ask, reason in (("plain no-such-file", "no-such-file"), ("no-such-view minis-zen5", "no-such-view")):
+    for ask, reason in (("plain no-such-file", "no-such-file"), ("no-such-view minis-zen3", "no-such-view")):
         with pytest.raises(SystemExit, match=reason):
             document.renewed(f"<!-- table {ask} -->\n<!-- /table -->\n", ROOT)
 
