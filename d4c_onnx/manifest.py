@@ -36,6 +36,8 @@ PUBLISHED_PIXELS = {
 }
 # Far above any model, and low enough that what is allocated by them fits in memory.
 LARGEST_SIDE, LONGEST_CONTEXT = 2**13, 2**17
+# Far beyond what values in 0..255 would have, and such that no pixel becomes infinite in float32.
+MEAN_LIMITS, STD_LIMITS = (-1e6, 1e6), (1e-6, 1e6)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ that nobody asks for are neither looked at nor kept.
 """
 
 import json
-import math
 import os
 import reprlib
 from collections.abc import Callable
@@ -187,20 +186,22 @@ def integer(least: int, most: int = 2**63 - 1) -> Callable[[Node], int]:
     return read
 
 
-def number(node: Node) -> float:
-    """A finite number."""
-    value = measured_number(node)
-    if not math.isfinite(value):
-        raise node.wrong("a finite number")
-    return value
+def real(least: float, most: float) -> Callable[[Node], float]:
+    """A number from `least` to `most`."""
+
+    def read(node: Node) -> float:
+        value = measured_number(node)
+        if not least <= value <= most:
+            raise node.wrong(f"a number from {least:g} to {most:g}")
+        return value
+
+    return read
 
 
-def positive(node: Node) -> float:
-    """A finite number above 0."""
-    value = number(node)
-    if value <= 0:
-        raise node.wrong("a number above 0")
-    return value
+# What is told is computed with in float32, where a larger number is infinite and a smaller one 0.
+_LARGEST_NUMBER = 3.4e38
+number = real(-_LARGEST_NUMBER, _LARGEST_NUMBER)
+positive = real(1.2e-38, _LARGEST_NUMBER)
 
 
 def measured_number(node: Node) -> float:

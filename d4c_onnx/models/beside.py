@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from d4c_onnx.errors import ModelError
-from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, PUBLISHED_PIXELS, RESIZE_MODES
+from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, MEAN_LIMITS, PUBLISHED_PIXELS, RESIZE_MODES, STD_LIMITS
 from d4c_onnx.models.settings import ModelSettings, Source
-from d4c_onnx.untrusted_json import Node, flag, integer, nullable, number, one_of, positive, read_json, sequence
+from d4c_onnx.untrusted_json import Node, flag, integer, nullable, number, one_of, read_json, real, sequence
 
 _MEND = "Mend it, or move it away and say --mean, --std, --interpolation, --resize-mode and --image-size."
 _BYTE = 1 / 255
@@ -27,6 +27,7 @@ _WEIGHTS = (
 
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")  # how names of files of weights end
 _side = integer(1, LARGEST_SIDE)
+_mean, _std = real(*MEAN_LIMITS), real(*STD_LIMITS)
 
 
 def configs_beside(checkpoint: Path) -> list[Source]:
@@ -85,8 +86,8 @@ def _open_clip(top: Node) -> ModelSettings:
         cfg = top.take("preprocess_cfg", _without_nulls)
         settings = ModelSettings(
             size=cfg.take("size", _size, None),
-            mean=cfg.take("mean", sequence(number, 3), mean),
-            std=cfg.take("std", sequence(positive, 3), std),
+            mean=cfg.take("mean", sequence(_mean, 3), mean),
+            std=cfg.take("std", sequence(_std, 3), std),
             interpolation=cfg.take("interpolation", one_of(*INTERPOLATIONS), "bicubic"),
             resize_mode=cfg.take("resize_mode", one_of(*RESIZE_MODES), "shortest"),
             fill_color=cfg.take("fill_color", integer(0, 255), 0),
@@ -115,8 +116,8 @@ def _hugging_face(top: Node) -> ModelSettings:
     resample = top.take("resample", nullable(integer(0, max(_RESAMPLE))), None)
     return ModelSettings(
         size=size,
-        mean=top.take("image_mean", nullable(_channels(number)), None) if normalized else (0.0, 0.0, 0.0),
-        std=top.take("image_std", nullable(_channels(positive)), None) if normalized else (1.0, 1.0, 1.0),
+        mean=top.take("image_mean", nullable(_channels(_mean)), None) if normalized else (0.0, 0.0, 0.0),
+        std=top.take("image_std", nullable(_channels(_std)), None) if normalized else (1.0, 1.0, 1.0),
         interpolation=None if resample is None else _RESAMPLE[resample],
         resize_mode=resize_mode,
     )

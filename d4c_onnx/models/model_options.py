@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from d4c_onnx.errors import ModelError
-from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, RESIZE_MODES
+from d4c_onnx.manifest import INTERPOLATIONS, LARGEST_SIDE, MEAN_LIMITS, RESIZE_MODES, STD_LIMITS
 from d4c_onnx.models.settings import ModelSettings, Source
 
 LOCAL = "local-dir:"  # open_clip's prefix of a model that is a folder
@@ -44,10 +43,10 @@ class ModelOptions:
     tokenizer: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, values, least in (("--mean", self.mean, -math.inf), ("--std", self.std, 0.0)):
-            if values is not None and not (len(values) == 3 and all(least < value < math.inf for value in values)):
-                positive = " above 0" if least == 0 else ""
-                raise ModelError(f"{name} {values}: takes three finite numbers{positive}, one for each channel.")
+        for name, values, (least, most) in (("--mean", self.mean, MEAN_LIMITS), ("--std", self.std, STD_LIMITS)):
+            if values is not None and not (len(values) == 3 and all(least <= value <= most for value in values)):
+                limits = f"from {least:g} to {most:g}"
+                raise ModelError(f"{name} {values}: takes three numbers {limits}, one for each channel.")
         for name, word, known in (
             ("--interpolation", self.interpolation, INTERPOLATIONS),
             ("--resize-mode", self.resize_mode, RESIZE_MODES),

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from d4c_onnx.manifest import LARGEST_SIDE, RESIZE_MODES, Preprocess, TokenizerInfo
+from d4c_onnx.manifest import LARGEST_SIDE, MEAN_LIMITS, RESIZE_MODES, STD_LIMITS, Preprocess, TokenizerInfo
 from d4c_onnx.manifest_file import MANIFEST, preprocess_of
 from d4c_onnx.packaging.configs import WEB_CONFIG
 from d4c_onnx.packaging.package_manifest import AGAIN
 from d4c_onnx.runtime.preprocess import FILTERS, filter_of
-from d4c_onnx.untrusted_json import Node, flag, integer, number, one_of, positive, read_json, sequence
+from d4c_onnx.untrusted_json import Node, flag, integer, one_of, read_json, real, sequence
 
 _SIDE = integer(1, LARGEST_SIDE)
+_MEAN, _STD = sequence(real(*MEAN_LIMITS), 3), sequence(real(*STD_LIMITS), 3)
 _FILTERS = {int(number): name for name, number in FILTERS.items()}  # by pillow's numbers
 
 
@@ -57,8 +58,8 @@ def _hugging_face(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str,
     """CLIP's image processor; a factor is told as the mean and std that do the same, m / f and s / f."""
     height, width = top.take("crop_size", lambda node: (node.take("height", _SIDE), node.take("width", _SIDE)))
     cropped = top.take("do_center_crop", flag)
-    factor = 255 * top.take("rescale_factor", positive) if top.take("do_rescale", flag) else 255.0
-    mean, std = top.take("image_mean", sequence(number, 3)), top.take("image_std", sequence(positive, 3))
+    factor = 255 * top.take("rescale_factor", real(1e-6, 1e6)) if top.take("do_rescale", flag) else 255.0
+    mean, std = top.take("image_mean", _MEAN), top.take("image_std", _STD)
     if not top.take("do_normalize", flag):
         mean, std = (0.0,) * 3, (1.0,) * 3
     edge = top.take("size", lambda node: node.take("shortest_edge", _SIDE, None))
@@ -82,8 +83,8 @@ def _open_clip(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str, ..
     found = replace(
         wanted,
         size=(height, width),
-        mean=top.take("mean", sequence(number, 3)),
-        std=top.take("std", sequence(positive, 3)),
+        mean=top.take("mean", _MEAN),
+        std=top.take("std", _STD),
         interpolation=top.take("interpolation", one_of(*FILTERS)),
         resize_mode=top.take("resize_mode", one_of(*RESIZE_MODES)),
         fill_color=top.take("fill_color", integer(0, 255)),

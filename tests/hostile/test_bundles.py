@@ -150,6 +150,15 @@ def test_manifests_whose_parts_do_not_fit(copy: Path, spoil: Callable[[dict], No
         open_bundle(copy)
 
 
+@pytest.mark.parametrize(("key", "value"), [("mean", 1e308), ("mean", -1e7), ("std", 1e308), ("std", 1e-300)])
+def test_pixels_that_float32_would_not_hold(copy: Path, key: str, value: float) -> None:
+    content = json.loads((copy / "manifest.json").read_bytes())
+    content["preprocess"][key][1] = value
+    (copy / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=rf"preprocess\.{key}\.1: expected a number from"):
+        open_bundle(copy)
+
+
 def _any_end(folder: Path) -> None:
     """Each use ends in an answer or in one message; and none changes the bundle."""
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}

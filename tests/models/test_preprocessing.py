@@ -120,9 +120,9 @@ def test_random_weights_are_not_asked_about() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mean": (0.5,)}, "--mean .*three finite numbers"),
+        ({"mean": (0.5,)}, "--mean .*three numbers from -1e"),
         ({"mean": (0.5, float("nan"), 0.5)}, "--mean"),
-        ({"std": (0.5, 0.0, 0.5)}, "--std .*above 0"),
+        ({"std": (0.5, 0.0, 0.5)}, "--std .*from 1e-06"),
         ({"interpolation": "sinc"}, "--interpolation sinc.*bicubic"),
         ({"resize_mode": "crop"}, "--resize-mode crop.*squash"),
         ({"image_size": (0, 32)}, "--image-size"),
@@ -206,7 +206,7 @@ def test_open_clips_config_goes_before_the_other(tmp_path: Path) -> None:
         (PREPROCESSOR, {**SIGLIP, "rescale_factor": 1 / 127.5}, "otherwise than by 1/255"),
         (PREPROCESSOR, {**SIGLIP, "do_resize": False}, "does not resize"),
         (PREPROCESSOR, {**SIGLIP, "resample": 9}, r"at resample: expected a whole number from 0 to 5, found 9.*--mean"),
-        (PREPROCESSOR, {**SIGLIP, "image_std": [1, 1, 0]}, r"image_std\.2: expected a number above 0"),
+        (PREPROCESSOR, {**SIGLIP, "image_std": [1, 1, 0]}, r"image_std\.2: expected a number from 1e-06 to 1e"),
         (PREPROCESSOR, [], "expected an object"),
         (OPEN_CLIP, {"preprocess_cfg": {"mean": ["x" * 999, 0, 0]}}, r"preprocess_cfg\.mean\.0"),
         (OPEN_CLIP, {"vision_cfg": {"image_size": 10**9}}, r"vision_cfg\.image_size"),
