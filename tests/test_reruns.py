@@ -152,6 +152,7 @@ def test_what_the_measuring_would_stumble_over_is_refused_before_the_work(own: P
     assert not (own / "w4a8").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_check_carries_what_was_measured(own: Path) -> None:
     with pytest.raises(CheckFailed, match="min_cosine") as failed:
         pipeline.quantize_bundle(str(own), recipe_of("evaluation.min_cosine=1.0"), output=own.parent)

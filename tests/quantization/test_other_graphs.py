@@ -193,7 +193,7 @@ def _is_residual(add: ir.Node) -> bool:
     "keys",
     [
         ("bits=w8a8",),
-        ("bits=w4a8",),
+        pytest.param(("bits=w4a8",), marks=pytest.mark.slow),
         pytest.param(("bits=w8a8", "target=portable"), marks=pytest.mark.slow),
     ],
 )

@@ -239,7 +239,7 @@ def test_large_activations_are_looked_at_a_few_samples_at_a_time(monkeypatch: py
 @pytest.mark.parametrize(
     ("model", "target"),
     [
-        ("vit", "cpu"),
+        pytest.param("vit", "cpu", marks=pytest.mark.slow),
         pytest.param("vit", "portable", marks=pytest.mark.slow),
         pytest.param("rn", "cpu", marks=pytest.mark.slow),
         pytest.param("rn", "portable", marks=pytest.mark.slow),

@@ -72,7 +72,8 @@ def test_measured_costs_name_every_layer_and_only_4_bit_ones_hurt(request: pytes
     assert snapshot(model) == before  # nothing was left behind in the graph
 
 
-@pytest.mark.parametrize("kind", ["vit", pytest.param("rn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vit", "rn"])
 def test_w4a8_spends_its_bits_where_they_are_needed(request: pytest.FixtureRequest, kind: str) -> None:
     bundle, dataset = material(request, kind)
     readers = calibration_readers(bundle, dataset)

@@ -133,7 +133,7 @@ def _reads(nodes: str, name: str) -> bool:
     return name in words
 
 
-@pytest.mark.parametrize("mini", ["vit_bundle", "rn_bundle"])
+@pytest.mark.parametrize("mini", ["vit_bundle", pytest.param("rn_bundle", marks=pytest.mark.slow)])
 def test_encoders_compute_what_onnxruntime_computes(mini: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(mini)
     side = bundle.manifest.preprocess.size
