@@ -22,6 +22,20 @@ _EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.
 
 
 @dataclass(frozen=True)
+class Rerun:
+    """What a kill and the same run again came to.
+
+    Attributes:
+        gone: files that were finished before, that the whole run ends with, too, and that were nowhere after the kill
+            alone: the rerun brought them back, or `wrong` says so.
+        wrong: what the rerun did otherwise than the run that was not killed; "" for nothing.
+    """
+
+    gone: int
+    wrong: str
+
+
+@dataclass(frozen=True)
 class Ended:
     """How a child ended: its exit code, and how many writes, renames and removals it came to."""
 
@@ -55,10 +69,8 @@ def run(work: Callable[[], object], folder: Path, kill_at: int | None = None) ->
 
 def sweep(
     work: Callable[[], object], folder: Path, prepare: Callable[[], None], most: int | None = None
-) -> Iterator[tuple[int, str]]:
-    """Kill a run at each of its events, or at `most` of them, and run it again: each event, and what was wrong then.
-
-    After the kill alone, the files that the run does not change are there, under whatever name.
+) -> Iterator[tuple[int, Rerun]]:
+    """Kill a run at each of its events, or at `most` of them, and run it again: each event, and what came of it.
 
     Args:
         prepare: makes the folder as it is before the run.
@@ -78,13 +90,12 @@ def sweep(
         kept, again = set(content(folder).values()), run(work, folder)
         found = content(folder)
         if killed.code != KILLED:
-            yield number, f"was not killed, exit code {killed.code}"
-        elif not finished <= kept:
-            yield number, f"{len(finished - kept)} finished files are lost"
+            wrong = f"was not killed, exit code {killed.code}"
         elif again.code:
-            yield number, f"the rerun fails, exit code {again.code}"
+            wrong = f"the rerun fails, exit code {again.code}"
         else:
-            yield number, ", ".join(_differences(found, expected))
+            wrong = ", ".join(_differences(found, expected))
+        yield number, Rerun(len(finished - kept), wrong)
 
 
 def content(folder: Path) -> dict[str, str]:

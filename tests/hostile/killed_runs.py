@@ -119,8 +119,8 @@ def main(place: Path) -> None:
     runs: tuple[tuple[Callable[[Path], None], Callable[[], None]], ...]
     runs = ((export, empty), (synthesize, exported), (quantize, exported), (replace, finished))
     for work, prepare in runs:
-        for number, wrong in kill_points.sweep(lambda work=work: work(folder), place / "out", prepare):
-            _tell(work.__name__, number, wrong)
+        for number, found in kill_points.sweep(lambda work=work: work(folder), place / "out", prepare):
+            _tell(work.__name__, number, found.wrong or ("finished files are gone" if found.gone else ""))
     # after the kill alone, a folder is what it was, or what it becomes
     finished()
     before = kill_points.content(folder)
@@ -131,8 +131,8 @@ def main(place: Path) -> None:
         if kill_points.run(lambda: replace(folder), place / "out", number).code != kill_points.KILLED:
             break
         with claimed(folder):
-            found = kill_points.content(folder)
-        _tell("kept", number, "" if found in (before, after) else "is neither the old one nor the new one")
+            left = kill_points.content(folder)
+        _tell("kept", number, "" if left in (before, after) else "is neither the old one nor the new one")
         number += 1
 
 
