@@ -106,7 +106,7 @@ def test_the_command_asks_and_takes_an_answer(tmp_path: Path, tags: str, weights
     ("options", "message"),
     [
         (["--mean", "0.5,0.5"], "neither one number nor 3"),
-        (["--std", "0"], "above 0"),
+        (["--std", "0"], "from 1e-06"),
         (["--image-size", "big"], "neither one number nor 2"),
         (["--interpolation", "sinc"], "bicubic"),
         (["--like", "nobody"], "no such published tag"),
