@@ -16,7 +16,10 @@ _TRIES = (-1, 0, 1)  # around a group's own best multiplier
 _BLOCK = 64  # inputs after which the best path so far is taken
 _ROWS = 128  # of channels at once
 
-_COSET = COSETS.astype(np.float64)[..., None]
+# A state is 2 * newer + older bit of the path so far. With the bit that comes next paths are [bit, newer, older], and
+# the best of both older bits is the next state as it lies.
+_COSET = COSETS.transpose(0, 2, 1).reshape(2, 4, 1).astype(np.float32)
+_BIT = np.array([0, 0, 1, 1], np.float32)[:, None]  # of a path that has come to a state
 
 
 def trace(
@@ -63,103 +66,131 @@ def _trace(
     size = inputs // near.shape[1]
     open_ = np.ascontiguousarray(target.T)  # [inputs, channels]
     codes, multipliers = np.empty((inputs, rows), np.uint8), np.empty((near.shape[1], rows), np.uint8)
-    state = np.zeros((2, rows), np.intp)  # older and newer bit of the path so far
+    state = np.zeros(rows, np.intp)  # 2 * newer + older bit of the path so far
     width = max(size, _BLOCK // size * size)
     for start in range(0, inputs, width):
         stop = min(start + width, inputs)
-        own = None if factor is None else factor[start:stop, start:stop]
-        found, errors, chosen = _block(open_[start:stop], own, near[:, start // size : stop // size], state, rate)
+        own = None if factor is None else factor[None, start:stop, start:stop]
+        found, errors, chosen, state = trace_block(
+            open_[start:stop], own, near[:, start // size : stop // size], state, rate
+        )
         codes[start:stop], multipliers[start // size : stop // size] = found, chosen
-        state = np.stack([found[-2] & 1, found[-1] & 1]).astype(np.intp)
         if factor is not None:
             open_[stop:] -= factor[start:stop, stop:].T @ errors
     return np.ascontiguousarray(codes.T), np.ascontiguousarray(multipliers.T)
 
 
-def _block(
-    target: np.ndarray, factor: np.ndarray | None, near: np.ndarray, state: np.ndarray, rate: Rate
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes [inputs, channels], errors over pivots [inputs, channels], multipliers [groups, channels]."""
+def block_width(inputs: int, size: int) -> int:
+    """How many inputs a block has where all blocks are equal: whole groups, and no more than `_BLOCK` if it can be."""
+    groups = inputs // size
+    most = max(1, min(groups, _BLOCK // size))
+    return size * next(count for count in range(most, 0, -1) if groups % count == 0)
+
+
+def trace_block(
+    target: np.ndarray, factors: np.ndarray | None, near: np.ndarray, state: np.ndarray, rate: Rate
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The next inputs of paths, of channels that may stand at different inputs.
+
+    Args:
+        target: float64 [inputs, channels], in units of the int8 grid, repaired for what came before.
+        factors: float64 [parts, inputs, inputs], of as many equal parts of the channels; None: see `trace`.
+        near: uint8 [channels, groups].
+        state: intp [channels], 2 * newer + older bit of the path so far.
+        rate: of the codes.
+
+    Returns:
+        uint8 codes [inputs, channels], float32 errors over pivots [inputs, channels], uint8 multipliers [groups,
+        channels], and the states where the paths have come to.
+    """
     inputs, rows = target.shape
-    size = inputs // near.shape[1]
-    cost = np.full((2, 2, rows), np.inf)
-    cost[state[0], state[1], np.arange(rows)] = 0
-    open_ = np.repeat(target[:, None, None], 2, 1).repeat(2, 2)  # [inputs, 2, 2, rows]
-    codes = np.zeros((inputs, 2, 2, rows), np.uint8)
-    errors = np.zeros((inputs, 2, 2, rows))
-    multipliers = np.zeros((near.shape[1], 2, 2, rows), np.uint8)
-    each = np.arange(rows)
+    target = target.astype(np.float32)
+    factors = None if factors is None else factors.astype(np.float32)
+    size, each = inputs // near.shape[1], np.arange(rows)
+    cost = np.full((4, rows), np.inf, np.float32)
+    cost[state, each] = 0
+    codes, errors = np.zeros((inputs, 4, rows), np.uint8), np.zeros((inputs, 4, rows), np.float32)
+    multipliers = np.zeros((near.shape[1], 4, rows), np.uint8)
     for group in range(near.shape[1]):
         start, stop = group * size, (group + 1) * size
         tried = np.stack([np.clip(near[:, group].astype(np.int64) + step, 0, LARGEST) for step in _TRIES])
-        own = None if factor is None else factor[start:stop, start:stop]
-        cost, origin, found, lost, best = _group(open_[start:stop], own, cost, tried, rate)
-        older, newer = origin >> 1, origin & 1
-        for kept in (open_, codes, errors, multipliers):
-            kept[:] = kept[:, older, newer, each]
+        wanted = np.broadcast_to(target[start:stop, None], (size, 4, rows))
+        if factors is not None and start:
+            wanted = wanted - _repairs(factors[:, :start, start:stop], errors[:start])
+        own = None if factors is None else factors[:, start:stop, start:stop]
+        cost, origin, found, lost, best = _group(wanted, own, cost, tried, rate)
+        for kept in (codes[:start], errors[:start], multipliers[:group]):
+            kept[:] = kept[:, origin, each]
         codes[start:stop], errors[start:stop] = found, lost
         multipliers[group] = tried[best, each]
-        if factor is not None and stop < inputs:
-            repair = factor[start:stop, stop:].T @ lost.reshape(size, -1)
-            open_[stop:] -= repair.reshape(-1, 2, 2, rows)
-    older, newer = np.divmod(cost.reshape(4, rows).argmin(0), 2)
-    return codes[:, older, newer, each], errors[:, older, newer, each], multipliers[:, older, newer, each]
+    end = cost.argmin(0)
+    codes = codes[:, end, each]
+    state = 2 * (codes[-1] & 1).astype(np.intp) + (codes[-2] & 1)
+    return codes, errors[:, end, each], multipliers[:, end, each], state
+
+
+def _repairs(factors: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """What errors [before, states, channels] do to the inputs after, [after, states, channels]."""
+    before, states, rows = errors.shape
+    parts = errors.reshape(before, states, len(factors), -1).transpose(2, 0, 1, 3).reshape(len(factors), before, -1)
+    found = factors.transpose(0, 2, 1) @ parts  # [parts, after, states * channels of one]
+    return found.reshape(len(factors), -1, states, rows // len(factors)).transpose(1, 2, 0, 3).reshape(-1, states, rows)
 
 
 def _group(
-    target: np.ndarray, factor: np.ndarray | None, cost: np.ndarray, tried: np.ndarray, rate: Rate
+    target: np.ndarray, factors: np.ndarray | None, cost: np.ndarray, tried: np.ndarray, rate: Rate
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One group, all multipliers that are tried.
+    """One group, all multipliers that are tried, side by side.
+
+    Args:
+        target: float32 [size, states, channels], of the paths that end in each state.
 
     Returns:
-        By end state [2, 2, channels]: cost, state at the beginning, codes and errors [size, ...], which try was best.
+        By end state [states, channels]: cost, state at the beginning, codes and errors [size, ...], which try was best.
     """
-    size, _, _, rows = target.shape
-    tries = len(tried)
-    steps = rate.steps[tried].reshape(-1)  # [tries * rows]
-    inverse = np.where(steps > 0, 0.25 / np.where(steps > 0, steps, 1), 0)
-    total = np.tile(cost, tries)  # [2, 2, tries * rows]
-    pending = np.tile(target, tries)
-    shift, base = (rate.last / 2 - _COSET) / 4, _COSET - rate.last / 2
-    walked = []
+    size, _, rows = target.shape
+    lanes = len(tried) * rows
+    steps = rate.steps[tried].reshape(-1).astype(np.float32)
+    inverse = np.tile(np.divide(0.25, steps, out=np.zeros_like(steps), where=steps > 0), (4, 1))  # [states, lanes]
+    wide, base = np.tile(4 * steps, (4, 1)), (_COSET - rate.last / 2) * steps
+    shift = np.repeat((rate.last / 2 - _COSET) / 4, lanes, 2)  # [bit, states, lanes]
+    # where a path of the next states comes from, [bit, newer, lanes], if the older bit was 0
+    origin = 2 * lanes * np.arange(2)[:, None] + np.arange(lanes)
+    chosen = origin + 4 * lanes * np.arange(2)[:, None, None]
+    # of each path: what of its inputs was lost, and from the column on what is wanted; its codes; where it began
+    paths = np.zeros((2 * size + 1, 4, lanes), np.float32)
+    paths[:size] = np.tile(target, len(tried))
+    paths[2 * size] = np.arange(4)[:, None]
+    total = np.tile(cost, len(tried))  # [states, lanes]
+    shares = None
+    if factors is not None:  # [before, after, lanes]
+        shares = np.tile(np.repeat(factors.transpose(1, 2, 0), rows // len(factors), 2), len(tried))
     for column in range(size):
-        wanted = pending[column]
-        place = wanted * inverse + shift  # [bit, older, newer, ...]
+        wanted = paths[column]
+        if shares is not None and column:
+            wanted = wanted - np.einsum("bl,bsl->sl", shares[:column, column], paths[:column])
+        place = wanted * inverse + shift
         np.rint(place, out=place)
-        np.clip(place, 0, rate.places - 1, out=place)
-        level = place * 4
-        level += base
-        level *= steps
-        np.rint(level, out=level)
-        error = wanted - level
-        if factor is not None:
-            error *= 1 / factor[column, column]
+        np.maximum(place, 0, out=place)
+        np.minimum(place, rate.places - 1, out=place)
+        error = place * wide
+        error += base
+        np.rint(error, out=error)
+        np.subtract(wanted, error, out=error)
+        if shares is not None:
+            error /= shares[column, column]
         reached = error * error
         reached += total
-        second = reached[:, 1] < reached[:, 0]  # [bit, newer, ...]: the older bit was 1
-        second = second.swapaxes(0, 1)  # [newer, bit, ...], as the next state's bits
-        place, error, reached = (
-            np.where(second, part[:, 1].swapaxes(0, 1), part[:, 0].swapaxes(0, 1)) for part in (place, error, reached)
-        )
-        total = reached
-        walked.append((second, place, error))
-        if column + 1 < size:
-            rest = pending[column + 1 :]
-            rest = np.where(second, rest[:, 1][:, :, None], rest[:, 0][:, :, None])
-            if factor is not None:
-                rest -= factor[column, column + 1 :, None, None, None] * error
-            pending[column + 1 :] = rest
-    total = total.reshape(2, 2, tries, rows)
-    best = total.argmin(2)
-    ends = np.take_along_axis(total, best[:, :, None], 2)[:, :, 0]
-    older, newer = (
-        np.broadcast_to(np.array(bits)[..., None], best.shape) for bits in ([[0, 0], [1, 1]], [[0, 1], [0, 1]])
-    )
-    where = best * rows + np.arange(rows)
-    codes, errors = np.empty((size, 2, 2, rows), np.uint8), np.empty((size, 2, 2, rows))
-    for column in reversed(range(size)):
-        second, place, error = walked[column]
-        codes[column] = 2 * place[older, newer, where].astype(np.uint8) + newer.astype(np.uint8)
-        errors[column] = error[older, newer, where]
-        older, newer = second[older, newer, where].astype(np.intp), older
-    return ends, 2 * older + newer, codes, errors, best
+        one, other = (reached.reshape(2, 2, 2, lanes)[:, :, older] for older in (0, 1))
+        second = (other < one) * lanes  # [bit, newer, lanes]: further, where the older bit was 1
+        total = np.minimum(one, other).reshape(4, lanes)
+        kept = (chosen + second).reshape(4, lanes)
+        paths = paths.reshape(len(paths), -1).take((origin + second).reshape(-1), 1).reshape(paths.shape)
+        paths[column] = error.take(kept)
+        paths[size + column] = 2 * place.take(kept) + _BIT
+    total = total.reshape(4, -1, rows)
+    best = total.argmin(1)  # [states, channels]
+    states, each = np.ogrid[:4, :rows]
+    found = paths.reshape(-1, 4, len(tried), rows)[:, states, best, each]
+    codes, start = found[size:-1].astype(np.uint8), found[-1].astype(np.intp)
+    return total[states, best, each], start, codes, found[:size], best

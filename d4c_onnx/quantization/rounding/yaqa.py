@@ -13,16 +13,21 @@ Source: YAQA (Tseng et al., arXiv 2505.22988), of which this is LDLQ's feedback 
 G and T as in GPTAQ (`gptq`).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from d4c_onnx.quantization.rounding.base import InputMoments, QuantizedWeight, Rounding, WeightGrid, joined
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding, Solved, round_target
 from d4c_onnx.quantization.rounding.layerwise import Layerwise
+from d4c_onnx.quantization.rounding.waves import trace_rows
 
 # Share of the mean of H's diagonal that is added to it.
 _DAMPENING = 0.1
 
-_TOGETHER = 16  # rows rounded between two repairs: at 4 and at 16 files come out alike, and 16 take less time
+# Rows rounded between two repairs. Of real matrices in groups 8 leave 2 to 10 % less error than 16, and 4 less than 1 %
+# less than 8; of 8 bits a channel 8 leave 0.2 % less than 16.
+_TOGETHER, _TOGETHER_IN_GROUPS = 16, 8
 
 
 class YaqaRounding(GptaqRounding):
@@ -40,17 +45,28 @@ class YaqaRounding(GptaqRounding):
             return super().round(weight, grid, moments)
         solved = self.factors(moments)
         target = weight.astype(np.float64) @ solved.shift
-        parts = zip(np.split(target, len(outputs)), outputs, strict=True)
-        return joined([_round_block(part, gram, grid, solved) for part, gram in parts])
+        return joined(_round_blocks(np.split(target, len(outputs)), list(outputs), grid, solved))
 
 
 YAQA: Rounding = Layerwise(YaqaRounding, uses_outputs=True)
 
 
-def _round_block(target: np.ndarray, gram: np.ndarray, grid: WeightGrid, solved: Solved) -> QuantizedWeight:
-    """Rows [channels, inputs] whose gradients have the moments `gram` [channels, channels]."""
-    order = np.argsort(-np.diag(gram), kind="stable")
-    rows, factor = target[order], _factor(gram[np.ix_(order, order)])
+def _round_blocks(
+    targets: Sequence[np.ndarray], grams: Sequence[np.ndarray], grid: WeightGrid, solved: Solved
+) -> list[QuantizedWeight]:
+    """Rows [channels, inputs] each, whose gradients have the moments `grams` [channels, channels]."""
+    orders = [np.argsort(-np.diag(gram), kind="stable") for gram in grams]
+    rows = [target[order] for target, order in zip(targets, orders, strict=True)]
+    factors = [_factor(gram[np.ix_(order, order)]) for gram, order in zip(grams, orders, strict=True)]
+    if grid.group_size:
+        found = trace_rows(rows, factors, solved.natural_factor, solved.pivots, grid, _TOGETHER_IN_GROUPS)
+    else:
+        found = [_few_by_few(part, factor, grid, solved) for part, factor in zip(rows, factors, strict=True)]
+    return [one.taken(np.argsort(order)) for one, order in zip(found, orders, strict=True)]
+
+
+def _few_by_few(rows: np.ndarray, factor: np.ndarray, grid: WeightGrid, solved: Solved) -> QuantizedWeight:
+    """Rows in their order, on grids of one scale a channel."""
     parts = []
     for start in range(0, len(rows), _TOGETHER):
         stop = min(start + _TOGETHER, len(rows))
@@ -58,9 +74,7 @@ def _round_block(target: np.ndarray, gram: np.ndarray, grid: WeightGrid, solved:
         error = rows[start:stop] - part.dequantize()
         rows[stop:] -= factor[start:stop, stop:].T @ np.linalg.solve(factor[start:stop, start:stop].T, error)
         parts.append(part)
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-    return joined(parts).taken(back)
+    return joined(parts)
 
 
 def _factor(gram: np.ndarray) -> np.ndarray:
