@@ -7,7 +7,7 @@
 Each command runs to its end once; then it is killed at each of its writes, renames and removals (or at `--most` of
 them), and run again. The output folder must hold the same bytes, and nothing else. What was finished before should be
 there after the kill alone, too; where it is not, that is counted apart. `--random` kills one synthesis with a real
-kill -9, again and again, at moments that nobody chose. Exit code 1 when something differs.
+kill -9, again and again, at moments that nobody chose. Exit code 1 when something differs, or was gone.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def _sweep(place: Path, args: argparse.Namespace) -> bool:
         if args.results:  # after each command: all of them take long
             columns = [("command", "command", ""), *((key, title, "d") for key, title in _COLUMNS.items())]
             results.measured_here(rows, threads=1, columns=columns).write(args.results)
-    return any(row["wrong"] for row in rows)
+    return any(row["gone"] or row["wrong"] for row in rows)
 
 
 def _commands(model: str, output: Path, images: Path) -> dict[str, Callable[[], object]]:

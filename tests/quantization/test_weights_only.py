@@ -93,7 +93,7 @@ def test_a16_answers_as_fp16_does_up_to_its_weights(
         assert (exact * plain).sum(-1).min() > 0.99995
         assert (exact * whole).sum(-1).min() > 0.98
         # what was rounded is in the file: float16 alone is much nearer to FP32
-        assert np.abs(whole - exact).max() > 2 * np.abs(plain - exact).max()
+        assert np.abs(whole - exact).max() > 10 * np.abs(plain - exact).max()
         assert path.stat().st_size < half.encoders[tower].stat().st_size / 3
     assert average_bits(layers) == pytest.approx(made.manifest.quantization.weight_bits_average, abs=1e-3)
     assert average_bits(layers) <= 4.5

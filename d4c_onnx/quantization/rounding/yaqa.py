@@ -27,8 +27,8 @@ _DAMPENING = 0.1
 
 _DEAD = 1e-5  # of the largest weight: what batch norms fold to where a channel died in training
 
-# Rows rounded between two repairs. Of real matrices in groups 8 leave 2 to 10 % less error than 16, and 4 less than 1 %
-# less than 8; of 8 bits a channel 8 leave 0.2 % less than 16.
+# Rows rounded between two repairs. Of real matrices in groups 8 leave 1 to 11 % less error than 16, and 4 at most 1 %
+# less than 8; of 8 bits a channel 8 leave 0.2 % less than 16 (docs/log.md).
 _TOGETHER, _TOGETHER_IN_GROUPS = 16, 8
 
 
