@@ -58,7 +58,7 @@ def _hugging_face(top: Node, wanted: Preprocess) -> tuple[Preprocess, tuple[str,
     """CLIP's image processor; a factor is told as the mean and std that do the same, m / f and s / f."""
     height, width = top.take("crop_size", lambda node: (node.take("height", _SIDE), node.take("width", _SIDE)))
     cropped = top.take("do_center_crop", flag)
-    factor = 255 * top.take("rescale_factor", real(1e-6, 1e6)) if top.take("do_rescale", flag) else 255.0
+    factor = 255 * top.take("rescale_factor", real(*STD_LIMITS)) if top.take("do_rescale", flag) else 255.0
     mean, std = top.take("image_mean", _MEAN), top.take("image_std", _STD)
     if not top.take("do_normalize", flag):
         mean, std = (0.0,) * 3, (1.0,) * 3

@@ -108,7 +108,11 @@ def test_quantize_json_is_one_object_with_the_promised_keys(own: Path, capsys: p
     folders = [str(own), *(str(own / bits) for bits in ("w4a8", "w8a8"))]
     shown = _run("evaluate", *folders, "--dataset", "fidelity", "--calibration", str(sets), "--json")
     rows = json.loads(shown.stdout)["bundles"]
-    assert rows[2]["versus_first"]["cosine_image"] > rows[1]["versus_first"]["cosine_image"] > 0.9
+    # which of them is nearer on so few images is chance, but each answers as FP32 does, and as its manifest says
+    assert all(row["versus_first"]["cosine_image"] > 0.999 for row in rows[1:])
+    assert rows[1]["versus_first"]["cosine_image"] == pytest.approx(
+        bundle.manifest.quantization.accuracy.bundles[-1].versus_first.cosine_image, abs=1e-6
+    )
     # inspect counts the same bits from the files, and shows the signature
     inspected = json.loads(_run("inspect", folders[1], "--json").stdout)
     assert inspected["weight_bits_average"] == report["weight_bits_average"]
