@@ -75,6 +75,7 @@ def test_a_broken_contender_is_an_error_of_ours(vit_bundle: Bundle, tmp_path: Pa
     assert "broken.onnx" in loads(tmp_path / "broken.onnx")
 
 
+@pytest.mark.slow
 def test_peers_are_real_files_that_answer(vit_bundle: Bundle, tmp_path: Path) -> None:
     feed = drawn_feeds(vit_bundle, [2], 8)["image"][2]
     made = build_peers(vit_bundle.image_encoder, tmp_path, "pixel_values", feed)

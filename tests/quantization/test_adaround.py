@@ -46,6 +46,7 @@ def _answer(model: ir.Model, weights: dict[str, QuantizedWeight], plan: Plan, re
     return np.concatenate([batch[name] for batch in pieces.advance([name])])
 
 
+@pytest.mark.slow
 def test_what_adaround_learns_of_a_bottleneck_holds_in_onnxruntime(request: pytest.FixtureRequest) -> None:
     """Torch must compute what the twin does, pads, strides and residual included, or it would learn something else."""
     from d4c_onnx.quantization.rounding.adaround import reconstruct

@@ -119,7 +119,7 @@ def _mixed_by_einsum(model: ir.Model) -> None:
         for target, change, reason, name, marks in (
             ("cpu", _divided, NO_PRODUCT, "div", pytest.mark.slow),
             ("cpu", _einsum, NO_PRODUCT, "einsum", ()),
-            ("cpu", _mixed_by_einsum, NO_MIXING, "einsum of values", ()),
+            ("cpu", _mixed_by_einsum, NO_MIXING, "einsum of values", pytest.mark.slow),
             ("cuda", _divided, NO_PRODUCT, "div", pytest.mark.slow),
             ("cuda", _einsum, NO_PRODUCT, "einsum", pytest.mark.slow),
             ("cuda", _mixed_by_einsum, NO_MIXING, "einsum of values", pytest.mark.slow),
@@ -192,7 +192,8 @@ def _is_residual(add: ir.Node) -> bool:
 @pytest.mark.parametrize(
     "keys",
     [
-        ("bits=w8a8",),
+        pytest.param(("bits=w8a8", "rounding=nearest"), marks=pytest.mark.slow),
+        pytest.param(("bits=w8a8",), marks=pytest.mark.slow),
         pytest.param(("bits=w4a8",), marks=pytest.mark.slow),
         pytest.param(("bits=w8a8", "target=portable"), marks=pytest.mark.slow),
     ],
@@ -216,6 +217,7 @@ def test_branches_that_read_inside_a_block(
     assert len(layer_bits(made)) == 38
 
 
+@pytest.mark.slow
 def test_inspect_shows_what_was_left_alone_and_why(own: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """All three at once: a bundle of a graph without names, with branches, and with attention of another form."""
     exported, dataset = material(request, "vit")

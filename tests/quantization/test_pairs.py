@@ -100,7 +100,14 @@ def test_pairs_cost_far_less_than_a_bit() -> None:
     assert paired < 0.6 * narrow
 
 
-@pytest.mark.parametrize(("model", "tower"), [("vit", "image"), ("vit", "text"), ("rn", "image")])
+@pytest.mark.parametrize(
+    ("model", "tower"),
+    [
+        pytest.param("vit", "image", marks=pytest.mark.slow),
+        ("vit", "text"),
+        pytest.param("rn", "image", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     "keys",
     [

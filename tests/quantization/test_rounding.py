@@ -129,6 +129,7 @@ def test_patches_times_weight_is_the_convolution(
     assert np.allclose(got.reshape(batch, height, width, channels).transpose(0, 3, 1, 2), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bias_correction_restores_the_mean_output(request: pytest.FixtureRequest) -> None:
     model, plan, ranges, reader = prepared(request, "vit")
     task = RoundingTask(model, plan, ranges, reader, correction="bias")

@@ -192,7 +192,7 @@ def _outlying_mlp(path: Path, factor: float, gelu: bool) -> ir.Model:
     [
         pytest.param("w4a8", False, id="w4a8-quick_gelu", marks=pytest.mark.slow),
         pytest.param("w4a8", True, id="w4a8-gelu", marks=pytest.mark.slow),
-        pytest.param("w8a8", False, id="w8a8-quick_gelu"),
+        pytest.param("w8a8", False, id="w8a8-quick_gelu", marks=pytest.mark.slow),
         pytest.param("w8a8", True, id="w8a8-gelu", marks=pytest.mark.slow),
     ],
 )

@@ -100,7 +100,7 @@ def w4a8(
     return quantized_bundle(vit_bundle, vit_calibration[1], target, "rounding=nearest")
 
 
-@pytest.fixture(params=["fp32", "w4a8"])
+@pytest.fixture(params=["fp32", pytest.param("w4a8", marks=pytest.mark.slow)])
 def bundle(request: pytest.FixtureRequest, vit_bundle: Bundle) -> Bundle:
     return vit_bundle if request.param == "fp32" else request.getfixturevalue("w4a8")
 
@@ -150,15 +150,15 @@ def test_each_mistake_fails(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("name", ["mean and std of ImageNet", "256 for 224", "bilinear"])
-def test_a_mistake_with_images_is_named(w4a8: Bundle, name: str) -> None:
-    found = verify_bundle(w4a8.path, Answers(images=_embed_images(w4a8, WRONG[name])))
+def test_a_mistake_with_images_is_named(bundle: Bundle, name: str) -> None:
+    found = verify_bundle(bundle.path, Answers(images=_embed_images(bundle, WRONG[name])))
     assert [check.name for check in found.checks if check.ok is False] == ["client's image embeddings"]
     assert name in (found.likeliest["image"] or "")
 
 
 @pytest.mark.parametrize("name", ["not cleaned", "cut without the end token"])
-def test_a_mistake_with_texts_is_named(w4a8: Bundle, name: str) -> None:
-    found = verify_bundle(w4a8.path, Answers(texts=_embed_texts(w4a8, WRONG_TEXTS[name])))
+def test_a_mistake_with_texts_is_named(bundle: Bundle, name: str) -> None:
+    found = verify_bundle(bundle.path, Answers(texts=_embed_texts(bundle, WRONG_TEXTS[name])))
     assert [check.name for check in found.checks if check.ok is False] == ["client's text embeddings"]
     assert name in (found.likeliest["text"] or "")
 

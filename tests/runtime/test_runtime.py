@@ -138,7 +138,11 @@ def test_the_gpu_is_asked_through_its_driver(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("model", "tower"),
-    [("vit", "image"), ("vit", "text"), pytest.param("rn", "image", marks=pytest.mark.slow)],
+    [
+        ("vit", "text"),
+        pytest.param("vit", "image", marks=pytest.mark.slow),
+        pytest.param("rn", "image", marks=pytest.mark.slow),
+    ],
 )
 def test_inspection_agrees_with_the_census(
     model: str, tower: str, tmp_path: Path, request: pytest.FixtureRequest

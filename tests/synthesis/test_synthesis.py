@@ -221,7 +221,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory, mini_vit) -> CalibrationSet:
     return _ten_steps(mini_vit, tmp_path_factory.mktemp("choices") / "plain", D4C)
 
 
-@pytest.mark.parametrize("name", _CHANGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "precision" else ()) for name in _CHANGES]
+)
 def test_every_choice_changes_the_images_and_they_still_learn(
     tmp_path: Path, name: str, mini_vit, plain: CalibrationSet
 ) -> None:

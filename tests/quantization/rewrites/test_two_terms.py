@@ -144,8 +144,15 @@ def test_ranges_do_not_clip_and_the_twin_has_both_terms(request: pytest.FixtureR
         assert np.abs(rounded - given).mean() < ranges[name].scale / 100
 
 
-@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
-@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize(
+    ("tower", "bits"),
+    [
+        ("text", "w4a8"),
+        ("image", "w8a8"),
+        pytest.param("text", "w8a8", marks=pytest.mark.slow),
+        pytest.param("image", "w4a8", marks=pytest.mark.slow),
+    ],
+)
 def test_served_towers_have_int8_kernels_for_both_terms(
     request: pytest.FixtureRequest, rng: np.random.Generator, tmp_path: Path, bits: str, tower: str
 ) -> None:
@@ -166,7 +173,15 @@ def test_served_towers_have_int8_kernels_for_both_terms(
         assert np.abs(run(made, batch) - run(made, batch, optimize=False)).max() < 0.05
 
 
-@pytest.mark.parametrize("keys", [("target=tensorrt",), ("target=openvino",), ("bits=w6a6",), ("ranges=mse-plain",)])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param(("target=tensorrt",), marks=pytest.mark.slow),
+        pytest.param(("target=openvino",), marks=pytest.mark.slow),
+        pytest.param(("bits=w6a6",), marks=pytest.mark.slow),
+        pytest.param(("ranges=mse-plain",), marks=pytest.mark.slow),
+    ],
+)
 def test_other_targets_and_settings_have_one_term(
     request: pytest.FixtureRequest, tmp_path: Path, keys: tuple[str, ...]
 ) -> None:
