@@ -57,14 +57,15 @@ class Record:
     """What is known of a config so far, in a file."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.found = path, {"steps": {}}
+        self.path = path
+        self.found: dict[str, Any] = {"steps": {}}
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[dict[str, Any]]:
         """A step's processor time and peak of memory; what it found out goes into the dictionary that is yielded."""
         self._write(at=name)
         _forget_peak()
-        start, told = time.process_time(), {}
+        start, told = time.process_time(), dict[str, Any]()
         yield told
         cost = {"seconds": round(time.process_time() - start, 1), "peak_gb": round(_peak_bytes() / 1e9, 2)}
         self.found["steps"][name] = cost
@@ -106,10 +107,10 @@ def measure(
     output, options = folder / "bundles", options_of(name, folder, blocks)
     settings = [*CALIBRATION, f"quantization.rounding={rounding}"]
     recipe = load_recipe(None, settings)
-    given = {"pretrained": "random", "options": options}
+    given: dict[str, Any] = {"pretrained": "random", "options": options}
     with record.step("export") as told:
         bundle = pipeline.export_bundle(name, output, recipe, **given)
-        told["parity"] = dict(bundle.manifest.parity_max_abs_difference)
+        told["parity"] = dict(bundle.manifest.parity_max_abs_difference or {})
         told["dynamic"] = bundle.manifest.tokenizer.dynamic_sequence
     with record.step("inputs") as told:
         told |= {"tokenizer": wrong_texts(name, bundle, options), "pixels": wrong_images(name, bundle)}

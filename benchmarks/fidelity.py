@@ -104,12 +104,14 @@ def measure(args: argparse.Namespace, results: dict[str, dict]) -> Iterator[None
                     made.append(target)
                 report = measuring.evaluate_bundles([bundle.path, *made], load_recipe())
                 for row, spent, measured in zip(group, seconds, report.bundles[1:], strict=True):
-                    average = open_bundle(Path(measured.bundle), verify=False).manifest.quantization.weight_bits_average
+                    quantization = open_bundle(Path(measured.bundle), verify=False).manifest.quantization
+                    assert quantization is not None
+                    assert measured.versus_first is not None
                     results[_key(model, row, seed)] = {
                         **measured.versus_first.as_dict(),
                         "top1": measured.top1,
                         "seconds": spent,
-                        "bits": average,
+                        "bits": quantization.weight_bits_average,
                     }
                 yield
 

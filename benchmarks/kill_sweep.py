@@ -101,12 +101,12 @@ def _sweep(place: Path, args: argparse.Namespace) -> bool:
 def _commands(model: str, output: Path, images: Path) -> dict[str, Callable[[], object]]:
     """What is killed, in this order. Checkpoints and parts are made small, so that there are several."""
     from d4c_onnx import measure, pipeline
-    from d4c_onnx.embedding import run as embedding
+    from d4c_onnx.embedding import vectors
     from d4c_onnx.packaging import package_bundle
     from d4c_onnx.recipe_file import load_recipe
     from d4c_onnx.synthesis import loop
 
-    loop.CHECKPOINT_STEPS = embedding._PART = 2
+    loop.CHECKPOINT_STEPS = vectors.PART_ITEMS = 2
     recipe, machine = load_recipe(None, [*TINY, *REST]), measure.Machine("cpu", "cpu", 1)
     folder = pipeline.bundle_folder(output, model)
 
@@ -121,7 +121,7 @@ def _commands(model: str, output: Path, images: Path) -> dict[str, Callable[[], 
         return measure.evaluate_bundles([folder, folder / "w4a8"], recipe, calibration=made, machine=machine)
 
     def embed(overwrite: bool) -> object:
-        return embedding.embed_source(folder / "w4a8", images, output / "v.npy", threads=1, overwrite=overwrite)
+        return vectors.embed_source(folder / "w4a8", images, output / "v.npy", threads=1, overwrite=overwrite)
 
     def package(overwrite: bool) -> object:
         return package_bundle(folder / "w4a8", "onnxruntime", output / "package", overwrite=overwrite)
@@ -158,7 +158,7 @@ def _random(folder: Path, args: argparse.Namespace) -> bool:
     start = time.monotonic()
     whole = _finish(_start(folder / "whole"))
     seconds = time.monotonic() - start
-    moments = []
+    moments: list[float] = []
     while True:
         process = _start(folder / "killed")
         if len(moments) < args.random:

@@ -26,13 +26,13 @@ from d4c_onnx.quantization.inside.segments import SegmentedEncoder
 from d4c_onnx.quantization.inside.statistics import fake_quantize, quantized_name
 from d4c_onnx.quantization.plan import make_plan
 from d4c_onnx.quantization.rounding.adaround import reconstruct
-from d4c_onnx.quantization.rounding.base import InputMoments, WeightGrid
+from d4c_onnx.quantization.rounding.base import InputMoments, LayerRounding, QuantizedWeight, WeightGrid
 from d4c_onnx.quantization.rounding.gptq import GptaqRounding, GptqRounding
 from d4c_onnx.quantization.rounding.nearest import NearestRounding
 from d4c_onnx.quantization.rounding.schedule import PUBLISHED, SHORT
 from d4c_onnx.recipe_file import load_recipe
 
-METHODS = {"nearest": NearestRounding(), "gptq": GptqRounding(), "gptaq": GptaqRounding()}
+METHODS: dict[str, LayerRounding] = {"nearest": NearestRounding(), "gptq": GptqRounding(), "gptaq": GptaqRounding()}
 
 
 def main() -> None:
@@ -63,7 +63,9 @@ def main() -> None:
         target = x @ weight.T
         power = float(np.square(target).sum(dtype=np.float64))
 
-        def error(rounded, seen=seen, target=target, power=power) -> float:
+        def error(
+            rounded: QuantizedWeight, seen: np.ndarray = seen, target: np.ndarray = target, power: float = power
+        ) -> float:
             return float(np.square(target - seen @ rounded.dequantize().T).sum(dtype=np.float64)) / power
 
         for method in ("nearest", "gptq", "gptaq", "adaround"):

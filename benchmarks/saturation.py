@@ -35,6 +35,7 @@ def main() -> None:
                 recipe = load_recipe(None, ["quantization.bits=w8a8", f"quantization.reduce_range={reduced}"])
                 made[name] = quantize_bundle_files(bundle, data, Path(folder) / reduced, recipe)
             full = made["8 bits"]
+            assert full.manifest.quantization is not None
             quantization = replace(full.manifest.quantization, session=Session())
             plain = Bundle(full.path, replace(full.manifest, quantization=quantization))
             rows = [
@@ -45,7 +46,9 @@ def main() -> None:
             report = evaluate([bundle, *(row for *_, row in rows)], load_recipe(), None, Machine("cpu"))
         for (weights, sessions, _), found in zip(rows, report.bundles[1:], strict=True):
             versus = found.versus_first
+            assert versus is not None
             top = versus.top1_difference
+            assert top is not None
             print(
                 f"| {bundle.model_name} | {weights} | {sessions} | {top.points:+.2f} [{top.low:+.2f}, "
                 f"{top.high:+.2f}] | {versus.agreement:.2f} | {versus.similarity_rmse:.5f} |",

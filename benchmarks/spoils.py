@@ -188,8 +188,8 @@ def _parquet(place: Path, draw: random.Random) -> Spoilt:
     elif change == 1:
         images[1]["bytes"] = spoilt_bytes(images[1]["bytes"], draw)
     elif change == 2:
-        values = draw.choice(([0, None, 1], [-1, 0, 1], [7, 0, 1], [2**63 - 1, 0, 1]))
-        labels = pa.array(values, pa.int64())
+        numbers = draw.choice(([0, None, 1], [-1, 0, 1], [7, 0, 1], [2**63 - 1, 0, 1]))
+        labels = pa.array(numbers, pa.int64())
     elif change == 3:
         kinds = ((pa.uint64(), [2**64 - 1, 0, 1]), (pa.string(), ["a", "b", "c"]), (pa.float64(), [0.0, 1.0, 0.5]))
         kind, values = draw.choice(kinds)
@@ -337,8 +337,10 @@ KINDS: dict[str, Kind] = {
     "transformers' folder": Kind(("published",), _of_a_folder("published", "model.safetensors", PUBLISHED)),
     "nouns": Kind(("imported", "nouns.txt"), _lines("nouns.txt", NOUNS)),
 }
-SLOW = ("quantize: graph", "quantize: manifest", "quantize: set", "foreign graph", "foreign graph's bytes", "configs")
-SLOW += ("checkpoints", "open_clip's folder", "transformers' folder", "nouns")
+SLOW = (
+    *("quantize: graph", "quantize: manifest", "quantize: set", "foreign graph", "foreign graph's bytes", "configs"),
+    *("checkpoints", "open_clip's folder", "transformers' folder", "nouns"),
+)
 
 
 def order(seed: int) -> Iterator[tuple[str, random.Random]]:

@@ -144,7 +144,7 @@ def _attribute_changed(model: ModelProto, draw: random.Random) -> None:
     node = draw.choice([node for node in model.graph.node if node.attribute] or list(model.graph.node))
     name = node.attribute[0].name if node.attribute else "axis"
     del node.attribute[:]
-    values = (-(2**63), 2**62, 99, 0.5, "x", [1, 2, 3], [], b"\xff")
+    values: tuple[object, ...] = (-(2**63), 2**62, 99, 0.5, "x", [1, 2, 3], [], b"\xff")
     value = draw.choice(values)
     if value != []:
         node.attribute.append(helper.make_attribute(name, value))

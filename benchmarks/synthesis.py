@@ -139,9 +139,9 @@ def _measure_group(args: argparse.Namespace, results: dict[str, dict], model: st
     report = measuring.evaluate_bundles([bundle.path, *made], load_recipe())
     measured = iter(report.bundles[1:])
     for name in names:
-        found = {bits: next(measured).versus_first.as_dict() for bits in BITS}
-        spent = {"cpu_seconds": seconds[name]} if name in seconds else {}
-        results[_key(model, name, seed)] = {**spent, **found}
+        found = {bits: versus.as_dict() for bits in BITS if (versus := next(measured).versus_first) is not None}
+        cost = {"cpu_seconds": seconds[name]} if name in seconds else {}
+        results[_key(model, name, seed)] = {**cost, **found}
 
 
 def calibration_set(model: str, name: str, seed: int, train: Path | None, output: Path) -> tuple[Path, CalibrationSet]:
@@ -190,7 +190,8 @@ def summarize(results: dict[str, dict]) -> list[dict[str, Any]]:
     """One row per model and kind of images: each seed's values at both widths."""
     rows = []
     for (model, name), found in _groups(results).items():
-        row = {"model": model, "images": name, "cpu_seconds": [e["cpu_seconds"] for e in found if "cpu_seconds" in e]}
+        times = [entry["cpu_seconds"] for entry in found if "cpu_seconds" in entry]
+        row: dict[str, Any] = {"model": model, "images": name, "cpu_seconds": times}
         for bits in BITS:
             tops = [entry[bits]["top1_difference"] for entry in found]
             row[bits] = {key: [top[key] for top in tops] for key in ("points", "low", "high")}

@@ -166,7 +166,7 @@ def coverage(files: Sequence[ResultFile]) -> list[list[str]]:
         both = [row[bits] for bits in widths if "cosine" in row.get(bits, ())]
         steps = row.get("steps", {}).values()
         parity = f"{max(row['parity'].values()):.0e}" if "parity" in row else ""
-        lengths = {True: "any length", False: "padded"}.get(row.get("dynamic"), "")
+        lengths = "" if row.get("dynamic") is None else "any length" if row["dynamic"] else "padded"
         cells = [row["config"], f"{row['millions']:.0f}", parity, lengths]
         cells += [
             ", ".join(f"{width['cosine']:.3f}" for width in both),

@@ -143,9 +143,7 @@ class RangeObserver:
         return min(self.low, 0.0) * headroom, min(max(self.high, 0.0) * headroom, self.most)
 
 
-def _square_errors(
-    values: np.ndarray, weights: np.ndarray, grids: list[QuantParams], clip_weight: float
-) -> np.ndarray:
+def _square_errors(values: np.ndarray, weights: np.ndarray, grids: list[QuantParams], clip_weight: float) -> np.ndarray:
     """Of each grid, over all values: float64 [grids]."""
     found = []
     for start in range(0, len(grids), _AT_ONCE):
