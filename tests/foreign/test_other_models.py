@@ -58,6 +58,7 @@ def test_both_towers_in_one_file_of_transformers(tmp_path: Path) -> None:
     assert np.allclose(EncoderSession(bundle.image_encoder).run(PIXELS.numpy()), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_siglip(tmp_path: Path) -> None:
     """Its pooling attends with one learned query, cut out of a packed weight; its GELU is that by tanh."""
     from transformers import SiglipConfig, SiglipModel

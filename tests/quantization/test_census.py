@@ -16,18 +16,14 @@ from d4c_onnx.graph.model import opset_of
 
 STORED = Path(__file__).with_name("census.json")
 CASES = [
-    pytest.param(
-        model,
-        bits,
-        target,
-        marks=[] if (model, bits, target) == ("vit", "w8a8", "cpu") else pytest.mark.slow,
-    )
+    (model, bits, target)
     for model in ("vit", "rn")
     for target in TARGETS
     for bits in ("w8a8", "w4a8", *(["w4a16"] if target == "cuda" else []))
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "bits", "target"), CASES)
 def test_operators_of_the_files_are_those_that_were_reviewed(
     model: str, bits: str, target: str, tmp_path: Path, request: pytest.FixtureRequest

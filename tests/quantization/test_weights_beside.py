@@ -29,7 +29,8 @@ def test_encoders_beyond_one_protobuf(
     assert np.array_equal(one, large)
 
 
-@pytest.mark.parametrize("tower", [pytest.param("image", marks=pytest.mark.slow), "text"])
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", ["image", "text"])
 def test_external_data_holds_the_weights_and_answers_the_same(
     tower: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -170,6 +170,7 @@ def test_inspection_agrees_with_the_census(
             assert 0 < layer.weight_scales[0] <= layer.weight_scales[1]
 
 
+@pytest.mark.slow
 def test_inspection_opens_sessions_as_the_bundle_says(
     tmp_path: Path, vit_bundle: Bundle, vit_calibration: tuple[Path, CalibrationSet]
 ) -> None:

@@ -162,6 +162,7 @@ def test_leaves_are_pictures_in_the_models_own_space(tmp_path: Path, mini_vit) -
     assert made.losses == ()
 
 
+@pytest.mark.slow
 def test_images_carry_their_class(vit_calibration: tuple[Path, CalibrationSet], mini_vit) -> None:
     recipe = load_recipe(
         None, ["synthesis.images=10", "synthesis.held_out=0", "synthesis.batch=10", "synthesis.steps=25"]

@@ -128,6 +128,7 @@ def test_towers_without_a_pooled_row_have_none(rn_bundle: Bundle) -> None:
     assert read_by_pooled_row(model, make_plan(model.graph, config_of())) == frozenset()
 
 
+@pytest.mark.slow
 def test_ranges_do_not_clip_and_the_twin_has_both_terms(request: pytest.FixtureRequest) -> None:
     model, plan, _, reader = prepared(request, "vit")
     plan = replace(plan, pooled=read_by_pooled_row(model, plan))
