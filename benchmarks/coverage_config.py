@@ -110,7 +110,8 @@ def measure(
     given: dict[str, Any] = {"pretrained": "random", "options": options}
     with record.step("export") as told:
         bundle = pipeline.export_bundle(name, output, recipe, **given)
-        told["parity"] = dict(bundle.manifest.parity_max_abs_difference or {})
+        assert bundle.manifest.parity_max_abs_difference is not None
+        told["parity"] = dict(bundle.manifest.parity_max_abs_difference)
         told["dynamic"] = bundle.manifest.tokenizer.dynamic_sequence
     with record.step("inputs") as told:
         told |= {"tokenizer": wrong_texts(name, bundle, options), "pixels": wrong_images(name, bundle)}

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d4c_onnx.bundle import open_bundle
-from d4c_onnx.errors import D4CError
 from d4c_onnx.files import sha256
 
 KILLED, FAILED = 137, 3
@@ -29,8 +27,7 @@ class Rerun:
 
     Attributes:
         gone: files that were finished before, that the whole run ends with, too, and that were nowhere after the kill
-            alone: the rerun brought them back, or `wrong` says so. A manifest is not gone where the bundle stands that
-            took its bundle's place: whole, and not measured yet.
+            alone: the rerun brought them back, or `wrong` says so.
         wrong: what the rerun did otherwise than the run that was not killed; "" for nothing.
     """
 
@@ -80,19 +77,17 @@ def sweep(
         most: how many events are tried, evenly spread.
     """
     prepare()
-    before = content(folder)
+    before = set(content(folder).values())
     whole = run(work, folder)
     expected = content(folder)
-    finished = set(expected.values()) - {""}
+    finished = before & set(expected.values()) - {""}
     if whole.code:
         raise RuntimeError(f"the run fails without being killed (exit code {whole.code})")
     step = 1 if most is None else max(1, whole.events / most)
     for number in sorted({int(index * step) for index in range(int(whole.events / step))}):
         prepare()
         killed = run(work, folder, number)
-        kept = set(content(folder).values())
-        lost = [name for name, digest in before.items() if digest in finished - kept and not _is_anew(folder / name)]
-        again = run(work, folder)
+        kept, again = set(content(folder).values()), run(work, folder)
         found = content(folder)
         if killed.code != KILLED:
             wrong = f"was not killed, exit code {killed.code}"
@@ -100,18 +95,7 @@ def sweep(
             wrong = f"the rerun fails, exit code {again.code}"
         else:
             wrong = ", ".join(_differences(found, expected))
-        yield number, Rerun(len(lost), wrong)
-
-
-def _is_anew(file: Path) -> bool:
-    """Whether a file is the manifest of a bundle that is as it says."""
-    if file.name != "manifest.json":
-        return False
-    try:
-        open_bundle(file.parent)
-    except D4CError:
-        return False
-    return True
+        yield number, Rerun(len(finished - kept), wrong)
 
 
 def content(folder: Path) -> dict[str, str]:

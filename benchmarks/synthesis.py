@@ -139,9 +139,12 @@ def _measure_group(args: argparse.Namespace, results: dict[str, dict], model: st
     report = measuring.evaluate_bundles([bundle.path, *made], load_recipe())
     measured = iter(report.bundles[1:])
     for name in names:
-        found = {bits: versus.as_dict() for bits in BITS if (versus := next(measured).versus_first) is not None}
-        cost = {"cpu_seconds": seconds[name]} if name in seconds else {}
-        results[_key(model, name, seed)] = {**cost, **found}
+        found: dict[str, Any] = {"cpu_seconds": seconds[name]} if name in seconds else {}
+        for bits in BITS:
+            versus = next(measured).versus_first
+            assert versus is not None
+            found[bits] = versus.as_dict()
+        results[_key(model, name, seed)] = found
 
 
 def calibration_set(model: str, name: str, seed: int, train: Path | None, output: Path) -> tuple[Path, CalibrationSet]:

@@ -38,6 +38,8 @@ NOISE = (
 """Keys of a recipe whose whole way takes a second."""
 METHODS_IN_SHORT = {**METHODS, "adaround": Reconstruction(AdaRoundSchedule(3, 0.01))}
 del METHODS_IN_SHORT["adaround-published"]  # the same method, for longer
+BOTH = ["text", pytest.param("image", marks=pytest.mark.slow)]
+"""Towers: the smaller one in the tests that a person waits for."""
 
 
 def material(request: pytest.FixtureRequest, mini: str) -> tuple[Bundle, CalibrationSet]:

@@ -126,17 +126,16 @@ class RangeObserver:
         used = self.counts > 0
         values, weights = np.minimum(centers[used] * headroom, self.most), self.counts[used].astype(np.float64)
         low, high = self._stretched(headroom)
-        best, least = None, np.inf
+        best, least = quant_params(low, high, num_bits, symmetric), np.inf
         for _ in range(3):
             ends = (*((low * s, high) for s in _SHRINK), *((low, high * s) for s in _SHRINK))
             grids = list(dict.fromkeys(quant_params(*pair, num_bits, symmetric) for pair in ends))
             errors = _square_errors(values, weights, grids, clip_weight)
             first = int(errors.argmin())
-            if best is not None and errors[first] >= least:
+            if errors[first] >= least:
                 break
             best, least = grids[first], errors[first]
             low, high = best.range
-        assert best is not None
         return best
 
     def _stretched(self, headroom: float) -> tuple[float, float]:

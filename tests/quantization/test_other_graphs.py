@@ -189,15 +189,8 @@ def _is_residual(add: ir.Node) -> bool:
     return all(entry is not None for entry in makers) and any(is_op(entry, "Add") for entry in makers)
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        pytest.param(("bits=w8a8", "rounding=nearest"), marks=pytest.mark.slow),
-        pytest.param(("bits=w8a8",), marks=pytest.mark.slow),
-        pytest.param(("bits=w4a8",), marks=pytest.mark.slow),
-        pytest.param(("bits=w8a8", "target=portable"), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [("bits=w8a8",), ("bits=w4a8",), ("bits=w8a8", "target=portable")])
 def test_branches_that_read_inside_a_block(
     keys: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from encoders import config_of, material, prompts_of_one_length, quantize, quantized_bundle
+from encoders import BOTH, config_of, material, prompts_of_one_length, quantize, quantized_bundle
 from graphs import Feeds, check, ops, parse, run, run_all, stored_weights
 
 from d4c_onnx.bundle import Bundle
@@ -98,7 +98,7 @@ def test_average_bits_over_both_files(request: pytest.FixtureRequest, tmp_path: 
     assert 4 < average_bits(layers) <= 4.3
 
 
-@pytest.mark.parametrize("tower", [pytest.param("image", marks=pytest.mark.slow), "text"])
+@pytest.mark.parametrize("tower", BOTH)
 def test_cast_answers_exactly_like_int8(tower: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Store the very same integers as int8: the Cast form must not change a bit of the answer."""
     bundle, dataset = material(request, "vit")
@@ -114,11 +114,12 @@ def test_cast_answers_exactly_like_int8(tower: str, tmp_path: Path, request: pyt
     assert np.array_equal(EncoderSession(tmp_path / "q.onnx", threads=1).run(fed), run(plain, fed))
 
 
-def test_optimised_and_plain_execution_agree(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tower", BOTH)
+def test_optimised_and_plain_execution_agree(tower: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     bundle, dataset = material(request, "vit")
-    quantize(bundle.text_encoder, dataset, tmp_path / "q.onnx", "rounding=nearest")
-    prompts = prompts_of_one_length(dataset)
-    fast, plain = (EncoderSession(tmp_path / "q.onnx", optimize=optimize).run(prompts) for optimize in (True, False))
+    quantize(bundle.encoders[tower], dataset, tmp_path / "q.onnx", "rounding=nearest")
+    fed = np.array(dataset.pixel_values) if tower == "image" else prompts_of_one_length(dataset)
+    fast, plain = (EncoderSession(tmp_path / "q.onnx", optimize=optimize).run(fed) for optimize in (True, False))
     assert float((fast * plain).sum(1).min()) > 0.9995
 
 
@@ -192,12 +193,13 @@ def test_a_bit_budget_is_spent_and_not_exceeded(request: pytest.FixtureRequest, 
     assert sum(wide.values()) > 4
 
 
-def test_all_sixteen_codes_are_used(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tower", BOTH)
+def test_all_sixteen_codes_are_used(tower: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Counted in the written file: two weights a byte, and together they use all that a nibble can say."""
     bundle, dataset = material(request, "vit")
-    _, made = quantize(bundle.text_encoder, dataset, tmp_path / "q.onnx", "rounding=nearest")
+    _, made = quantize(bundle.encoders[tower], dataset, tmp_path / "q.onnx", "rounding=nearest")
     stored = [found for found in stored_weights(made) if found.form is TRELLIS]
-    assert len({found.initializer for found in stored}) == 18
+    assert len({found.initializer for found in stored}) == {"image": 36, "text": 18}[tower]
     for found in stored:
         assert found.initializer.const_value is not None
         assert 2 * found.initializer.const_value.nbytes == np.prod(found.shape)

@@ -187,15 +187,9 @@ def _outlying_mlp(path: Path, factor: float, gelu: bool) -> ir.Model:
     return model
 
 
-@pytest.mark.parametrize(
-    ("bits", "gelu"),
-    [
-        pytest.param("w4a8", False, id="w4a8-quick_gelu", marks=pytest.mark.slow),
-        pytest.param("w4a8", True, id="w4a8-gelu", marks=pytest.mark.slow),
-        pytest.param("w8a8", False, id="w8a8-quick_gelu", marks=pytest.mark.slow),
-        pytest.param("w8a8", True, id="w8a8-gelu", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gelu", [False, True], ids=["quick_gelu", "gelu"])
+@pytest.mark.parametrize("bits", ["w4a8", "w8a8"])
 def test_outliers_behind_activations_are_smoothed(
     bits: str, gelu: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

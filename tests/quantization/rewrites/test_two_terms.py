@@ -174,15 +174,8 @@ def test_served_towers_have_int8_kernels_for_both_terms(
         assert np.abs(run(made, batch) - run(made, batch, optimize=False)).max() < 0.05
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        pytest.param(("target=tensorrt",), marks=pytest.mark.slow),
-        pytest.param(("target=openvino",), marks=pytest.mark.slow),
-        pytest.param(("bits=w6a6",), marks=pytest.mark.slow),
-        pytest.param(("ranges=mse-plain",), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [("target=tensorrt",), ("target=openvino",), ("bits=w6a6",), ("ranges=mse-plain",)])
 def test_other_targets_and_settings_have_one_term(
     request: pytest.FixtureRequest, tmp_path: Path, keys: tuple[str, ...]
 ) -> None:
