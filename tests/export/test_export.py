@@ -85,6 +85,7 @@ def test_end_token_is_found_whatever_the_precision(vit_bundle: Bundle) -> None:
     assert not [node for node in nodes_of(graph, "Cast") if node.inputs[0] is graph.inputs[0]]
 
 
+@pytest.mark.slow
 def test_raw_export_is_recorded_and_not_normalised(tmp_path: Path, tiny_models: tuple[str, str]) -> None:
     told: list[tuple[str, int, int]] = []
     loaded = load_model(tiny_models[0], "random")

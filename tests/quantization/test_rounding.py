@@ -1,5 +1,7 @@
 """Learned rounding: the algebra against first principles, corrections, and every method on real towers."""
 
+from itertools import cycle
+
 import numpy as np
 import pytest
 from encoders import METHODS_IN_SHORT, config_of, prepared, problem
@@ -177,8 +179,14 @@ def test_affine_correction_is_the_best_gain_and_offset(seed: int, with_bias: boo
         assert (error(rounded, shifted) <= error(rounded, own) + 1e-5).all()
 
 
-@pytest.mark.parametrize("correction", ["none", "bias", "affine"])
-@pytest.mark.parametrize("name", METHODS_IN_SHORT)
+@pytest.mark.parametrize(
+    ("name", "correction"),
+    [
+        pytest.param(name, correction, marks=[] if correction in ("none", soon) else pytest.mark.slow)
+        for name, soon in zip(METHODS_IN_SHORT, cycle(("bias", "affine")))
+        for correction in ("none", "bias", "affine")
+    ],
+)
 def test_every_method_rounds_every_weight_onto_its_grid(
     name: str, correction: str, request: pytest.FixtureRequest
 ) -> None:

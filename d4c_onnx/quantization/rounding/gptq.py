@@ -26,7 +26,7 @@ from d4c_onnx.quantization.rounding.nearest import search_scales
 from d4c_onnx.quantization.rounding.pairs import limits_beside
 from d4c_onnx.quantization.rounding.trellis_search import trace
 
-_BLOCK = 128  # columns repaired one by one before the rest is repaired in one product
+_BLOCK = 64  # inputs repaired one by one before the rest is repaired in one product
 
 
 class GptqRounding:
@@ -85,7 +85,7 @@ def round_target(target: np.ndarray, grid: WeightGrid, solved: "Solved") -> Quan
         before = np.where(partner < np.arange(len(order)), partner, -1)
     integers = np.empty(target.shape, np.int8)
     steps = np.broadcast_to(scale.astype(np.float64)[:, None], target.shape)
-    integers[:, order] = repair(target[:, order], solved.factor, steps, grid.num_bits, before)
+    integers[:, order] = repair(target.T[order], solved.factor, steps.T, grid.num_bits, before).T
     return QuantizedWeight(integers, scale, grid.num_bits)
 
 
@@ -142,29 +142,30 @@ def _with_ridge(matrix: np.ndarray, ridge: float) -> np.ndarray:
 
 
 def repair(target: np.ndarray, factor: np.ndarray, steps: np.ndarray, num_bits: int, before: np.ndarray) -> np.ndarray:
-    """int8 [channels, inputs]; all in act-order.
+    """int8 [inputs, channels]; all in act-order, the channels of an input beside each other, as they are read.
 
     Args:
-        target: float64 [channels, inputs].
+        target: float64 [inputs, channels].
         factor: float64 [inputs, inputs], upper Cholesky factor of the inverse Gram.
-        steps: float64 [channels, inputs], positive.
+        steps: float64 [inputs, channels], positive.
         num_bits: of the grid.
         before: int [inputs], the partner that is rounded already, or -1.
     """
     low, high = grid_limits(num_bits)
     target = target.copy()
     integers = np.empty(target.shape, np.int8)
-    for start in range(0, target.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, target.shape[1])
-        errors = np.empty((len(target), stop - start))
-        for column in range(start, stop):
-            step = steps[:, column]
-            rounded = np.clip(np.rint(target[:, column] / step), low, high)
-            if before[column] >= 0:
-                rounded = np.clip(rounded, *limits_beside(integers[:, before[column]].astype(np.int64), low, high))
-            integers[:, column] = rounded
-            error = (target[:, column] - rounded * step) / factor[column, column]
-            target[:, column + 1 : stop] -= error[:, None] * factor[column, column + 1 : stop]
-            errors[:, column - start] = error
-        target[:, stop:] -= errors @ factor[start:stop, stop:]
+    for start in range(0, len(target), _BLOCK):
+        stop = min(start + _BLOCK, len(target))
+        errors = np.empty((stop - start, target.shape[1]))
+        for row in range(start, stop):
+            step, error = steps[row], errors[row - start]
+            rounded = np.rint(target[row] / step)
+            np.minimum(np.maximum(rounded, low, out=rounded), high, out=rounded)
+            if before[row] >= 0:
+                rounded = np.clip(rounded, *limits_beside(integers[before[row]].astype(np.int64), low, high))
+            integers[row] = rounded
+            np.subtract(target[row], rounded * step, out=error)
+            error /= factor[row, row]
+            target[row + 1 : stop] -= factor[row, row + 1 : stop, None] * error
+        target[stop:] -= factor[start:stop, stop:].T @ errors
     return integers

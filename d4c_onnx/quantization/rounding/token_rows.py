@@ -80,8 +80,8 @@ def round_token_rows(
 def _integers(target: np.ndarray, step: np.ndarray, factor: np.ndarray, order: np.ndarray) -> np.ndarray:
     """int8 [tokens, width]: the factor is in act-order, and zeros have a step of zero."""
     integers = np.empty(target.shape, np.int8)
-    steps = np.where(step > 0, step, 1.0)[:, order]
-    integers[:, order] = repair(target[:, order], factor, steps, 4, np.full(len(order), -1))
+    steps = np.where(step > 0, step, 1.0).T[order]
+    integers[:, order] = repair(target.T[order], factor, steps, 4, np.full(len(order), -1)).T
     return integers
 
 

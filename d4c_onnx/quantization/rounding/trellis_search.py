@@ -8,6 +8,8 @@ Source: per-survivor processing (Raheli, Polydoros and Tzou, 1995) in a Viterbi 
 `graph.trellis`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from d4c_onnx.graph.trellis import COSETS, LARGEST, RATES, Rate
@@ -18,8 +20,35 @@ _ROWS = 128  # of channels at once
 
 # A state is 2 * newer + older bit of the path so far. With the bit that comes next paths are [bit, newer, older], and
 # the best of both older bits is the next state as it lies.
-_COSET = COSETS.transpose(0, 2, 1).reshape(2, 4, 1).astype(np.float32)
-_BIT = np.array([0, 0, 1, 1], np.float32)[:, None]  # of a path that has come to a state
+_COSET = COSETS.transpose(0, 2, 1).reshape(2, 4)
+
+
+class _Cosets(NamedTuple):
+    """What rounds to the nearest place within each coset."""
+
+    inverse: np.ndarray  # float32 [lanes], of the distance of two places
+    shift: np.ndarray  # float32 [..., 1]
+    distance: np.ndarray  # float32 [lanes], of two places
+    base: np.ndarray  # float32 [..., lanes], where place 0 lies
+    places: int
+
+    @classmethod
+    def of(cls, coset: np.ndarray, steps: np.ndarray, rate: Rate) -> "_Cosets":
+        """Args: int [...], what a coset adds to four times a place; float32 [lanes], the steps of the multipliers."""
+        first = coset[..., None].astype(np.float32) - np.float32(rate.last / 2)
+        inverse = np.divide(0.25, steps, out=np.zeros_like(steps), where=steps > 0)
+        return cls(inverse, -first / 4, 4 * steps, first * steps, rate.places)
+
+    def round(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places, and what of the wanted is lost there: float32 of `base`'s shape."""
+        place = wanted * self.inverse + self.shift
+        np.rint(place, out=place)
+        np.maximum(place, 0, out=place)
+        np.minimum(place, self.places - 1, out=place)
+        error = place * self.distance
+        error += self.base
+        np.rint(error, out=error)
+        return place, np.subtract(wanted, error, out=error)
 
 
 def trace(
@@ -114,14 +143,15 @@ def trace_block(
     for group in range(near.shape[1]):
         start, stop = group * size, (group + 1) * size
         tried = np.stack([np.clip(near[:, group].astype(np.int64) + step, 0, LARGEST) for step in _TRIES])
-        wanted = np.broadcast_to(target[start:stop, None], (size, 4, rows))
-        if factors is not None and start:
-            wanted = wanted - _repairs(factors[:, :start, start:stop], errors[:start])
-        own = None if factors is None else factors[:, start:stop, start:stop]
+        wanted, own = target[start:stop, None], None
+        if factors is not None:
+            own, wanted = factors[:, start:stop, start:stop], np.broadcast_to(wanted, (size, 4, rows))
+            if start:
+                wanted = wanted - _repairs(factors[:, :start, start:stop], errors[:start])
         cost, origin, found, lost, best = _group(wanted, own, cost, tried, rate)
         for kept in (codes[:start], errors[:start], multipliers[:group]):
             kept[:] = kept[:, origin, each]
-        codes[start:stop], errors[start:stop] = found, lost
+        codes[start:stop], errors[start:stop] = found, 0 if lost is None else lost
         multipliers[group] = tried[best, each]
     end = cost.argmin(0)
     codes = codes[:, end, each]
@@ -139,58 +169,84 @@ def _repairs(factors: np.ndarray, errors: np.ndarray) -> np.ndarray:
 
 def _group(
     target: np.ndarray, factors: np.ndarray | None, cost: np.ndarray, tried: np.ndarray, rate: Rate
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """One group, all multipliers that are tried, side by side.
 
     Args:
-        target: float32 [size, states, channels], of the paths that end in each state.
+        target: float32 [size, states, channels], of the paths that end in each state; [size, 1, channels] without
+            factors.
 
     Returns:
-        By end state [states, channels]: cost, state at the beginning, codes and errors [size, ...], which try was best.
+        By end state [states, channels]: cost, state at the beginning, codes [size, ...] and, with factors, errors
+        [size, ...], which try was best.
     """
     size, _, rows = target.shape
     lanes = len(tried) * rows
     steps = rate.steps[tried].reshape(-1).astype(np.float32)
-    inverse = np.tile(np.divide(0.25, steps, out=np.zeros_like(steps), where=steps > 0), (4, 1))  # [states, lanes]
-    wide, base = np.tile(4 * steps, (4, 1)), (_COSET - rate.last / 2) * steps
-    shift = np.repeat((rate.last / 2 - _COSET) / 4, lanes, 2)  # [bit, states, lanes]
-    # where a path of the next states comes from, [bit, newer, lanes], if the older bit was 0
-    origin = 2 * lanes * np.arange(2)[:, None] + np.arange(lanes)
-    chosen = origin + 4 * lanes * np.arange(2)[:, None, None]
-    # of each path: what of its inputs was lost, and from the column on what is wanted; its codes; where it began
-    paths = np.zeros((2 * size + 1, 4, lanes), np.float32)
-    paths[:size] = np.tile(target, len(tried))
-    paths[2 * size] = np.arange(4)[:, None]
+    target = np.tile(target, len(tried))
     total = np.tile(cost, len(tried))  # [states, lanes]
-    shares = None
-    if factors is not None:  # [before, after, lanes]
+    others = np.empty((size, 4, lanes), bool)  # of a path that has come to a state: is its older bit 1?
+    if factors is None:  # no path changes what is wanted
+        lost = None
+        places, errors = _Cosets.of(np.arange(COSETS.max() + 1), steps, rate).round(target)
+        errors *= errors
+        for column in range(size):
+            total = _survive(errors[column].take(_COSET, 0), total, others[column])
+        places = places.take(_COSET, 1)
+    else:
+        places = np.empty((size, 2, 4, lanes), np.uint8)
         shares = np.tile(np.repeat(factors.transpose(1, 2, 0), rows // len(factors), 2), len(tried))
-    for column in range(size):
-        wanted = paths[column]
-        if shares is not None and column:
-            wanted = wanted - np.einsum("bl,bsl->sl", shares[:column, column], paths[:column])
-        place = wanted * inverse + shift
-        np.rint(place, out=place)
-        np.maximum(place, 0, out=place)
-        np.minimum(place, rate.places - 1, out=place)
-        error = place * wide
-        error += base
-        np.rint(error, out=error)
-        np.subtract(wanted, error, out=error)
-        if shares is not None:
-            error /= shares[column, column]
-        reached = error * error
-        reached += total
-        one, other = (reached.reshape(2, 2, 2, lanes)[:, :, older] for older in (0, 1))
-        second = (other < one) * lanes  # [bit, newer, lanes]: further, where the older bit was 1
-        total = np.minimum(one, other).reshape(4, lanes)
-        kept = (chosen + second).reshape(4, lanes)
-        paths = paths.reshape(len(paths), -1).take((origin + second).reshape(-1), 1).reshape(paths.shape)
-        paths[column] = error.take(kept)
-        paths[size + column] = 2 * place.take(kept) + _BIT
+        total, lost = _repaired(target, shares, _Cosets.of(_COSET, steps, rate), total, others, places)
     total = total.reshape(4, -1, rows)
     best = total.argmin(1)  # [states, channels]
-    states, each = np.ogrid[:4, :rows]
-    found = paths.reshape(-1, 4, len(tried), rows)[:, states, best, each]
-    codes, start = found[size:-1].astype(np.uint8), found[-1].astype(np.intp)
-    return total[states, best, each], start, codes, found[:size], best
+    state, each = np.ogrid[:4, :rows]
+    cost, lane = total[state, best, each], best * rows + each
+    if lost is not None:
+        lost = lost[:, state, lane]
+    codes = np.empty((size, 4, rows), np.uint8)
+    for column in reversed(range(size)):
+        bit, before = state // 2, 2 * (state % 2) + others[column, state, lane]
+        codes[column] = 2 * places[column, bit, before, lane] + bit
+        state = before
+    return cost, state, codes, lost, best
+
+
+def _repaired(
+    target: np.ndarray, shares: np.ndarray, cosets: _Cosets, total: np.ndarray, others: np.ndarray, places: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """All columns of a group whose paths repair what they want: costs and errors over pivots of the paths that last.
+
+    Args:
+        target: float32 [size, states, lanes].
+        shares: float32 [before, after, lanes], of `factors`.
+        total, others, places: as in `_group`.
+    """
+    size, _, lanes = target.shape
+    paths = target  # what each path lost, and from the column on what it wants
+    # where a path of the next states comes from, [bit, newer, lanes], if the older bit was 0
+    origin = 2 * lanes * np.arange(2)[:, None] + np.arange(lanes)
+    with_bit = 4 * lanes * np.array([0, 0, 1, 1])[:, None]
+    for column in range(size):
+        wanted = paths[column]
+        if column:
+            wanted = wanted - np.einsum("bl,bsl->sl", shares[:column, column], paths[:column])
+        places[column], error = cosets.round(wanted)
+        error /= shares[column, column]
+        total = _survive(error * error, total, others[column])
+        came = (origin + others[column].reshape(2, 2, lanes) * lanes).reshape(4, lanes)
+        paths = paths.reshape(size, -1).take(came.reshape(-1), 1).reshape(paths.shape)
+        paths[column] = error.take(came + with_bit)
+    return total, paths
+
+
+def _survive(costs: np.ndarray, total: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The best costs [states, lanes] of the next states; `other` is told where the older bit is 1.
+
+    Args:
+        costs: float32 [bit, states, lanes], overwritten.
+        total: float32 [states, lanes].
+    """
+    costs += total
+    older = costs.reshape(2, 2, 2, -1)  # [bit, newer, older, lanes]
+    np.less(older[:, :, 1], older[:, :, 0], out=other.reshape(2, 2, -1))
+    return np.minimum(older[:, :, 0], older[:, :, 1]).reshape(4, -1)
