@@ -179,8 +179,9 @@ class Trellis:
 class _Planes(Trellis):
     """Codes of 3 or 5 bits in two planes: places, and bits of the path, several pairs of inputs a byte.
 
-    Each plane but that of places of 8 bits is shifted, masked and reshaped, a row a pair; the bits of the path stand
-    among the columns as they are. The multipliers are there twice (`row_numbers`).
+    Each plane but that of places of 8 bits is masked, shifted and reshaped, a row a pair; the bits of the path stand
+    among the columns as they are. No bit is shifted out: OpenVINO divides instead, and rounds to nearest. The
+    multipliers are there twice (`row_numbers`).
     """
 
     _repeats = 2
@@ -194,11 +195,11 @@ class _Planes(Trellis):
         groups, _, _, channels = path.shape
 
         def spread(value: ir.Value, pairs: int, letters: str) -> ir.Value:
+            masks = set_constant(graph, f"~k{pairs}", _masks(pairs))
             by = set_constant(graph, f"~h{pairs}", _shifts(pairs))
-            mask = set_constant(graph, f"~k{pairs}", _mask(pairs))
-            moved = add("BitShift", [value, by], letters[0], direction="RIGHT")
-            kept = add("BitwiseAnd", [moved, mask], letters[1])
-            return add("Reshape", [kept, shape_constant(graph, (groups, -1, channels))], letters[2])
+            kept = add("BitwiseAnd", [value, masks], letters[0])
+            moved = add("BitShift", [kept, by], letters[1], direction="RIGHT")
+            return add("Reshape", [moved, shape_constant(graph, (groups, -1, channels))], letters[2])
 
         return stored if self.num_bits == 5 else spread(stored, 2, "hij"), spread(bits, 4, "kln")
 
@@ -221,21 +222,22 @@ def _shifts(pairs: int) -> np.ndarray:
     return (8 // pairs * np.arange(pairs, dtype=np.uint8))[:, None]
 
 
-def _mask(pairs: int) -> np.ndarray:
-    """Of one pair's bits."""
-    return np.array([2 ** (8 // pairs) - 1], np.uint8)
+def _masks(pairs: int) -> np.ndarray:
+    """Of each pair's bits, where they are, uint8 [pairs, 1]."""
+    lowest = np.array(2 ** (8 // pairs) - 1, np.uint8)
+    return lowest << _shifts(pairs)
 
 
 def _spread_of(value: ir.Value, pairs: int) -> ir.Value | None:
     """The bytes in the file whose pairs a value holds row by row."""
-    masked = maker(input_of(value, "Reshape"))
-    if masked is None or not is_op(masked, "BitwiseAnd") or not is_table(masked.inputs[1], _mask(pairs)):
-        return None
-    moved = maker(masked.inputs[0])
+    moved = maker(input_of(value, "Reshape"))
     if moved is None or not is_op(moved, "BitShift") or attribute(moved, "direction") != "RIGHT":
         return None
-    stored = moved.inputs[0]
-    return stored if _is_stored(stored) and is_table(moved.inputs[1], _shifts(pairs)) else None
+    masked = maker(moved.inputs[0])
+    if masked is None or not is_op(masked, "BitwiseAnd") or not is_table(moved.inputs[1], _shifts(pairs)):
+        return None
+    stored = masked.inputs[0]
+    return stored if _is_stored(stored) and is_table(masked.inputs[1], _masks(pairs)) else None
 
 
 def _is_stored(value: ir.Value | None) -> bool:

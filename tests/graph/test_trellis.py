@@ -228,7 +228,7 @@ def _spoilt_planes(model: ir.Model, kind: str) -> None:
     elif kind == "direction":
         made["BitShift"].attributes["direction"] = ir.AttrString("direction", "LEFT")
     elif kind == "type":
-        stored = made["BitShift"].inputs[0]
+        stored = made["BitwiseAnd"].inputs[0]
         assert stored is not None
         assert stored.const_value is not None
         stored.const_value = ir.Tensor(stored.const_value.numpy().astype(np.int32), name=stored.name)

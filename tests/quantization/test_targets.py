@@ -142,6 +142,22 @@ def test_portable_has_standard_operators_only(tower: str, form: str, made: Made)
     assert FUSE_ATTENTION.name not in [applied.name for applied in report.rewrites]
 
 
+def test_no_bit_is_shifted_out(made: Made) -> None:
+    """OpenVINO divides instead of shifting, and rounds to nearest: 26 >> 4 is 2 there."""
+    _, model = made("text", "portable")
+    shifts = list(nodes_of(model.graph, "BitShift"))
+    assert len(shifts) > 1
+    for node in shifts:
+        value, by = node.inputs[0], array(node.inputs[1])
+        masked = value.producer() if value is not None else None
+        assert masked is not None
+        assert masked.op_type == "BitwiseAnd"
+        mask = array(masked.inputs[1])
+        assert mask is not None
+        assert by is not None
+        assert np.array_equal(mask >> by << by, mask)
+
+
 @pytest.mark.parametrize(("tower", "blocks"), [("image", 6), ("text", 3)])
 def test_cpu_target_fuses_attention(tower: str, blocks: int, made: Made, request: pytest.FixtureRequest) -> None:
     bundle, _ = material(request, "vit")

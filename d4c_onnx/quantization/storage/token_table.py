@@ -120,11 +120,14 @@ def pack_halves(values: np.ndarray) -> np.ndarray:
 
 def _unpack_halves(graph: ir.Graph, rows: ir.Value) -> list[ir.Node]:
     """uint8 [..., width / 2] as `pack_halves` makes it -> float32 [..., width]."""
-    mask, shift = (
-        set_constant(graph, word, np.array(value, np.uint8)) for word, value in (("low_nibble", 15), ("nibble_bits", 4))
+    low_mask, high_mask, shift = (
+        set_constant(graph, word, np.array(value, np.uint8))
+        for word, value in (("low_nibble", 0x0F), ("high_nibble", 0xF0), ("nibble_bits", 4))
     )
     name = name_of(rows)
-    low = node("BitwiseAnd", [rows, mask], f"{name}_low")
-    high = node("BitShift", [rows, shift], f"{name}_high", attributes={"direction": "RIGHT"})
+    low = node("BitwiseAnd", [rows, low_mask], f"{name}_low")
+    # nothing is shifted out: OpenVINO divides instead, and rounds to nearest
+    above = node("BitwiseAnd", [rows, high_mask], f"{name}_above")
+    high = node("BitShift", [above.outputs[0], shift], f"{name}_high", attributes={"direction": "RIGHT"})
     both = node("Concat", [low.outputs[0], high.outputs[0]], f"{name}_both", attributes={"axis": -1})
-    return [low, high, both, node("Cast", both.outputs, f"{name}_float", attributes={"to": ir.DataType.FLOAT})]
+    return [low, above, high, both, node("Cast", both.outputs, f"{name}_float", attributes={"to": ir.DataType.FLOAT})]
