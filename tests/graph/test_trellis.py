@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphs import check, ops, parse, run, snapshot
+from graphs import check, ops, parse, run, shifted_masks, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored_cases import GENERAL, PRODUCT, layer_of, scramble
@@ -123,6 +123,18 @@ def test_a_path_changes_no_number_and_can_be_unpacked_for_good(kind: str, width:
         assert np.array_equal(run(model, batch), served)
     assert ops(model) == ops(first)  # nothing is left of the form on the way
     assert set(model.graph.initializers) == set(first.graph.initializers)
+
+
+@pytest.mark.parametrize("width", TRELLISES)
+def test_no_bit_is_shifted_out(width: int) -> None:
+    """OpenVINO divides instead of shifting, and rounds to nearest: 26 >> 4 is 2 there."""
+    model, _, values = _model("product", width)
+    stored = stored_weight(layer_of(model))
+    assert stored is not None
+    store_coded(model.graph, stored, values)
+    shifted = shifted_masks(model)
+    assert len(shifted) == {3: 2, 4: 0, 5: 1}[width]
+    assert all(np.array_equal(mask >> by << by, mask) for mask, by in shifted)
 
 
 @pytest.mark.parametrize("width", TRELLISES)

@@ -60,15 +60,14 @@ class Client:
 TEXTS, PIXELS = frozenset({"text_embeds"}), frozenset({"text_embeds", "image_embeds"})
 RESIZING = frozenset({"text_embeds", "own_resize"})
 CLASSIFYING = PIXELS | RESIZING | {"scores"}
-# OpenVINO is asked for float32; its int8 convolutions saturate where there is no VNNI. transformers.js does not resize
-# as pillow does.
+# transformers.js does not resize as pillow does.
 CLIENTS = {
     "fastembed_client.py": Client("fastembed 0.9.1", "fastembed", "fastembed", RESIZING, 0.9999, (0.99, 0.9), 0.9),
     "qdrant_search_client.py": Client(
         "qdrant-client 1.20.0", "fastembed", "fastembed", RESIZING | {"scores"}, 0.9999, (0.99, 0.9), 0.9
     ),
     "txtai_client.py": Client("txtai 9.14.0", "fastembed", "txtai", TEXTS | {"searched"}, 0.9999, None, 0.9),
-    "openvino_client.py": Client("OpenVINO 2026.4.1", "openvino", "openvino", PIXELS, 0.995, None, 0.9999),
+    "openvino_client.py": Client("OpenVINO 2026.4.1", "openvino", "openvino", PIXELS, 0.9999, None, 0.9999),
     "optimum_client.py": Client("optimum-onnx 0.1.0", "optimum", "optimum", CLASSIFYING, 0.9999, (0.99, 0.9), 0.9),
     "transformersjs_client.mjs": Client(
         "transformers.js 4.3.2, Node", "transformersjs", "node", CLASSIFYING, 0.9999, (0.99, 0.9), 0.9
@@ -149,7 +148,8 @@ def _asked(script: str, client: Client, bundle: Bundle, asked: Path, folder: Pat
     assert plain
     assert texts[plain].min() > client.exact
     assert texts.min() > client.texts
-    assert min(measured.get("image_embeds", [1.0])) > client.exact
+    saturates = client.target == "openvino" and bundle.model_name == "mini-rn"  # int8 convolutions without VNNI
+    assert min(measured.get("image_embeds", [1.0])) > (0.995 if saturates else client.exact)
     assert ("own_resize" in client.answers) == (client.resized is not None)
     if client.resized is not None:
         photo, every = client.resized

@@ -15,7 +15,10 @@ def _write(job: Job) -> None:
         job.encoder(tower, f"{_REPOSITORY}/{name}/1/model.onnx")
     served = [{"config": {"name": name, "base_path": f"{_MOUNTED}/{name}"}} for name in names.values()]
     job.json(f"{_REPOSITORY}/config.json", {"model_config_list": served})
-    job.remarks.append("it computes floats in bfloat16 where the processor has it: the third digit differs.")
+    job.remarks.append(
+        "it computes floats in bfloat16 where the processor has it: the third digit differs; not so with "
+        "INFERENCE_PRECISION_HINT=f32."
+    )
     job.remarks.append("it takes pixel_values and input_ids: d4c_onnx.runtime makes both, docs/inputs.md says how.")
 
 

@@ -20,7 +20,7 @@ _ROWS = 128  # of channels at once
 
 # A state is 2 * newer + older bit of the path so far. With the bit that comes next paths are [bit, newer, older], and
 # the best of both older bits is the next state as it lies.
-_COSET = COSETS.transpose(0, 2, 1).reshape(2, 4)
+_COSET_OF = COSETS.transpose(0, 2, 1).reshape(2, 4)
 
 
 class _Cosets(NamedTuple):
@@ -40,7 +40,7 @@ class _Cosets(NamedTuple):
         return cls(inverse, -first / 4, 4 * steps, first * steps, rate.places)
 
     def round(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places, and what of the wanted is lost there: float32 of `base`'s shape."""
+        """Places, and what of the wanted is lost there: float32, `base` broadcast."""
         place = wanted * self.inverse + self.shift
         np.rint(place, out=place)
         np.maximum(place, 0, out=place)
@@ -129,8 +129,8 @@ def trace_block(
         rate: of the codes.
 
     Returns:
-        uint8 codes [inputs, channels], float32 errors over pivots [inputs, channels], uint8 multipliers [groups,
-        channels], and the states where the paths have come to.
+        uint8 codes [inputs, channels], float32 errors over pivots [inputs, channels] (without factors zeros), uint8
+        multipliers [groups, channels], and the states where the paths have come to.
     """
     inputs, rows = target.shape
     target = target.astype(np.float32)
@@ -191,12 +191,12 @@ def _group(
         places, errors = _Cosets.of(np.arange(COSETS.max() + 1), steps, rate).round(target)
         errors *= errors
         for column in range(size):
-            total = _survive(errors[column].take(_COSET, 0), total, others[column])
-        places = places.take(_COSET, 1)
+            total = _survive(errors[column].take(_COSET_OF, 0), total, others[column])
+        places = places.take(_COSET_OF, 1)
     else:
         places = np.empty((size, 2, 4, lanes), np.uint8)
         shares = np.tile(np.repeat(factors.transpose(1, 2, 0), rows // len(factors), 2), len(tried))
-        total, lost = _repaired(target, shares, _Cosets.of(_COSET, steps, rate), total, others, places)
+        total, lost = _repaired(target, shares, _Cosets.of(_COSET_OF, steps, rate), total, others, places)
     total = total.reshape(4, -1, rows)
     best = total.argmin(1)  # [states, channels]
     state, each = np.ogrid[:4, :rows]
@@ -219,13 +219,15 @@ def _repaired(
     Args:
         target: float32 [size, states, lanes].
         shares: float32 [before, after, lanes], of `factors`.
-        total, others, places: as in `_group`.
+        total: float32 [states, lanes], costs of the paths that come in.
+        others: bool [size, states, lanes], filled: whether the older bit of the path that came to a state is 1.
+        places: uint8 [size, bit, states, lanes], filled: of every path's next code.
     """
     size, _, lanes = target.shape
     paths = target  # what each path lost, and from the column on what it wants
-    # where a path of the next states comes from, [bit, newer, lanes], if the older bit was 0
+    # where a path of the next states comes from, [newer, lanes], if the older bit was 0
     origin = 2 * lanes * np.arange(2)[:, None] + np.arange(lanes)
-    with_bit = 4 * lanes * np.array([0, 0, 1, 1])[:, None]
+    of_bit = 4 * lanes * np.array([0, 0, 1, 1])[:, None]
     for column in range(size):
         wanted = paths[column]
         if column:
@@ -235,7 +237,7 @@ def _repaired(
         total = _survive(error * error, total, others[column])
         came = (origin + others[column].reshape(2, 2, lanes) * lanes).reshape(4, lanes)
         paths = paths.reshape(size, -1).take(came.reshape(-1), 1).reshape(paths.shape)
-        paths[column] = error.take(came + with_bit)
+        paths[column] = error.take(came + of_bit)
     return total, paths
 
 
