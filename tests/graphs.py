@@ -15,7 +15,6 @@ from onnxruntime.quantization import CalibrationDataReader
 
 from d4c_onnx.graph.model import model_of
 from d4c_onnx.graph.stored import StoredWeight, stored_weight
-from d4c_onnx.graph.values import array, nodes_of
 from d4c_onnx.runtime.session import EncoderSession, optimized_graph
 
 
@@ -81,18 +80,3 @@ class Feeds(CalibrationDataReader):
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self._left, None)
         return None if batch is None else {self._name: batch}
-
-
-def shifted_masks(model: ir.Model) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What every BitShift reads is masked by, and how far it shifts."""
-    found = []
-    for node in nodes_of(model.graph, "BitShift"):
-        value, by = node.inputs[0], array(node.inputs[1])
-        masked = value.producer() if value is not None else None
-        assert masked is not None
-        assert masked.op_type == "BitwiseAnd"
-        mask = array(masked.inputs[1])
-        assert mask is not None
-        assert by is not None
-        found.append((mask, by))
-    return found

@@ -151,7 +151,7 @@ def trace_block(
         cost, origin, found, lost, best = _group(wanted, own, cost, tried, rate)
         for kept in (codes[:start], errors[:start], multipliers[:group]):
             kept[:] = kept[:, origin, each]
-        codes[start:stop], errors[start:stop] = found, 0 if lost is None else lost
+        codes[start:stop], errors[start:stop] = found, lost
         multipliers[group] = tried[best, each]
     end = cost.argmin(0)
     codes = codes[:, end, each]
@@ -169,7 +169,7 @@ def _repairs(factors: np.ndarray, errors: np.ndarray) -> np.ndarray:
 
 def _group(
     target: np.ndarray, factors: np.ndarray | None, cost: np.ndarray, tried: np.ndarray, rate: Rate
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One group, all multipliers that are tried, side by side.
 
     Args:
@@ -177,8 +177,8 @@ def _group(
             factors.
 
     Returns:
-        By end state [states, channels]: cost, state at the beginning, codes [size, ...] and, with factors, errors
-        [size, ...], which try was best.
+        By end state [states, channels]: cost, state at the beginning, codes and errors over pivots [size, ...]
+        (without factors zeros), which try was best.
     """
     size, _, rows = target.shape
     lanes = len(tried) * rows
@@ -187,7 +187,7 @@ def _group(
     total = np.tile(cost, len(tried))  # [states, lanes]
     others = np.empty((size, 4, lanes), bool)  # of a path that has come to a state: is its older bit 1?
     if factors is None:  # no path changes what is wanted
-        lost = None
+        lost = np.broadcast_to(np.float32(0), (size, 4, lanes))
         places, errors = _Cosets.of(np.arange(COSETS.max() + 1), steps, rate).round(target)
         errors *= errors
         for column in range(size):
@@ -201,8 +201,7 @@ def _group(
     best = total.argmin(1)  # [states, channels]
     state, each = np.ogrid[:4, :rows]
     cost, lane = total[state, best, each], best * rows + each
-    if lost is not None:
-        lost = lost[:, state, lane]
+    lost = lost[:, state, lane]
     codes = np.empty((size, 4, rows), np.uint8)
     for column in reversed(range(size)):
         bit, before = state // 2, 2 * (state % 2) + others[column, state, lane]
